@@ -1,0 +1,1 @@
+"""Variance propagation in Pre-LN transformers: theory, simulation, training, comparison."""

@@ -1,0 +1,34 @@
+"""The errors that bad input raises: every one is a `ValueError` with a one-line message.
+
+Message form: `name=value is <what is wrong>; expected <domain>`. The command line prints that line and exits with 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class VarpropError(ValueError):
+    """Base of every error raised for bad input."""
+
+
+class SpecError(VarpropError):
+    """A model description is not valid."""
+
+
+class AssumptionError(VarpropError):
+    """A closed form was asked outside the assumptions under which it holds."""
+
+
+class SchemaError(VarpropError):
+    """A result file or Dataset does not follow the results schema."""
+
+
+class ArgumentError(VarpropError):
+    """An argument of a function or command is outside its domain."""
+
+
+def require(condition: bool, error: type[VarpropError], name: str, value: Any, wrong: str, expected: str) -> None:
+    """Raise `error` with the standard one-line message unless `condition` holds."""
+    if not condition:
+        raise error(f"{name}={value!r} is {wrong}; expected {expected}")

@@ -1,0 +1,196 @@
+"""The one kind of result: a labelled `xarray.Dataset`. Build, validate, save, load, merge.
+
+Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
+where only the site `resid_post` exists: variables are NaN there at the other sites, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from varprop._version import __version__
+from varprop.errors import ArgumentError, SchemaError
+
+SCHEMA_VERSION = 1
+SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+"""Reading points of a block. `attn_out` and `mlp_out` are what is added to the stream."""
+BRANCHES = ("attn", "mlp")
+SOURCES = ("theory", "simulation", "training", "checkpoint")
+DIMENSIONS = (
+    *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
+    *("matrix", "position", "sequence", "quantile", "probe"),
+)
+"""Reserved dimension names; grid axes are added under the name of the spec field they vary."""
+ATTRIBUTES = (
+    *("schema_version", "source", "spec", "spec_id", "seed_entropy", "n_tokens", "dtype", "device"),
+    *("varprop_version", "git_commit", "git_dirty", "created_at", "command", "end_condition"),
+)
+VOLATILE_ATTRIBUTES = ("created_at", "command", "git_commit", "git_dirty", "end_condition")
+"""Attributes that two runs of the same thing may differ in."""
+
+Variables = Mapping[str, tuple[Sequence[str], Any]]
+
+
+def new(
+    variables: Variables,
+    *,
+    source: str,
+    spec_json: str,
+    spec_id: str,
+    n_tokens: int,
+    coords: Mapping[str, Any] | None = None,
+    seed_entropy: str = "",
+    dtype: str = "float64",
+    device: str = "cpu",
+    end_condition: str = "complete",
+    attributes: Mapping[str, Any] | None = None,
+) -> xr.Dataset:
+    """A validated result Dataset.
+
+    variables: name -> (dimensions, array). `layer` and `site` get their coordinates by themselves; other dimensions
+    get theirs from `coords` or 0..n-1. attributes: further strings and numbers to keep with the result.
+    Raises `SchemaError` where the result breaks the schema.
+    """
+    data = {name: (tuple(dims), np.asarray(values)) for name, (dims, values) in variables.items()}
+    sizes = {dim: size for dims, values in data.values() for dim, size in zip(dims, values.shape, strict=True)}
+    known: dict[str, Any] = {"site": list(SITES), "branch": list(BRANCHES), **(coords or {})}
+    labels = {dim: known[dim] if dim in known else np.arange(size) for dim, size in sizes.items()}
+    dataset = xr.Dataset(data, coords=labels)
+    commit, dirty = _git_state()
+    dataset.attrs = {
+        "schema_version": SCHEMA_VERSION,
+        "source": source,
+        "spec": spec_json,
+        "spec_id": spec_id,
+        "seed_entropy": str(seed_entropy),
+        "n_tokens": int(n_tokens),
+        "dtype": dtype,
+        "device": device,
+        "varprop_version": __version__,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "end_condition": end_condition,
+        **(attributes or {}),
+    }
+    validate(dataset)
+    return dataset
+
+
+@functools.cache
+def _git_state() -> tuple[str, str]:
+    """Commit of the checkout this package lies in and "true"/"false" for local changes; empty when installed."""
+    folder = Path(__file__).resolve().parent
+    try:
+        run = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+        dirty = run(["git", "status", "--porcelain", "--untracked-files=no", "--", "."]).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "", ""
+    return commit, "true" if dirty else "false"
+
+
+def validate(dataset: xr.Dataset, where: str = "result") -> None:
+    """Raise `SchemaError` unless `dataset` follows the schema; NaN only where a site does not exist."""
+    for name in ATTRIBUTES:
+        if name not in dataset.attrs:
+            raise SchemaError(f"{where}: attribute {name!r} is missing; expected a varprop result")
+    if int(dataset.attrs["schema_version"]) != SCHEMA_VERSION:
+        version = dataset.attrs["schema_version"]
+        raise SchemaError(f"{where}: schema_version={version} is unknown; expected {SCHEMA_VERSION}")
+    if dataset.attrs["source"] not in SOURCES:
+        raise SchemaError(f"{where}: source={dataset.attrs['source']!r} is unknown; expected one of {SOURCES}")
+    for name, value in dataset.attrs.items():
+        if not isinstance(value, (str, int, float, np.integer, np.floating)) or isinstance(value, bool):
+            raise SchemaError(f"{where}: attribute {name}={value!r} is not a string or a number; expected one")
+    if "site" in dataset.coords and tuple(dataset.site.values) != SITES:
+        raise SchemaError(f"{where}: site={tuple(dataset.site.values)} is wrong; expected {SITES}")
+    for name, values in dataset.data_vars.items():
+        if values.dtype.kind == "f":
+            _check_finite(values, f"{where}: {name}")
+
+
+def _check_finite(values: xr.DataArray, where: str) -> None:
+    bad = ~np.isfinite(values)
+    if "layer" in values.dims and "site" in values.dims:
+        absent = (values.layer == 0) & (values.site != "resid_post")
+        if not bool((np.isnan(values) | ~absent).all()):
+            raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
+        bad = bad & ~absent
+    elif "layer" in values.dims and "branch" in values.dims:
+        bad = bad & (values.layer != 0)
+    if bool(bad.any()):
+        index = np.argwhere(bad.transpose(*values.dims).values)[0]
+        labels = ", ".join(f"{dim}={values[dim].values[i]}" for dim, i in zip(values.dims, index, strict=True))
+        raise SchemaError(f"{where} is {values.values[tuple(index)]} at {labels}; expected a finite number")
+
+
+def save(dataset: xr.Dataset, path: str | Path) -> Path:
+    """Validate and write as netCDF-4 under a temporary name, then rename; `ArgumentError` if it cannot be written."""
+    validate(dataset)
+    target = Path(path)
+    temporary = ""
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(descriptor)
+        dataset.to_netcdf(temporary, engine="h5netcdf")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            if temporary:
+                os.unlink(temporary)
+        raise ArgumentError(
+            f"output={str(path)!r} cannot be written ({error.strerror}); expected a writable path"
+        ) from None
+    return target
+
+
+def load(path: str | Path) -> xr.Dataset:
+    """The result in a file, in memory and validated; `SchemaError` if it is missing, truncated or of another kind."""
+    source = Path(path)
+    if not source.is_file():
+        raise SchemaError(f"file={str(path)!r} is missing; expected a result file (netCDF)")
+    try:
+        with xr.open_dataset(source, engine="h5netcdf") as opened:
+            dataset = opened.load()
+    except Exception as error:  # every fault of a damaged HDF5 file has its own exception type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SchemaError(
+            f"file={str(path)!r} is truncated or no netCDF-4 file ({reason}); expected a result file"
+        ) from None
+    validate(dataset, where=str(path))
+    return dataset
+
+
+def merge(datasets: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
+    """Results of one source joined along `dim` in the order given; attributes that differ become empty strings."""
+    if not datasets:
+        raise SchemaError("datasets=[] is empty; expected at least one result")
+    joined = xr.concat(
+        datasets, dim=dim, combine_attrs="drop", data_vars="all", coords="minimal", compat="override", join="exact"
+    )
+    first = datasets[0].attrs
+    joined.attrs = {k: v if all(d.attrs.get(k) == v for d in datasets) else "" for k, v in first.items()}
+    joined.attrs["schema_version"] = SCHEMA_VERSION
+    validate(joined)
+    return joined
+
+
+def identical(a: xr.Dataset, b: xr.Dataset) -> bool:
+    """Whether two results are bitwise equal in variables and coordinates and agree in all lasting attributes."""
+    keep = [name for name in a.attrs if name not in VOLATILE_ATTRIBUTES]
+    return a.equals(b) and all(a.attrs[name] == b.attrs.get(name) for name in keep)
