@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Reading points of a block. `attn_out` and `mlp_out` are what is added to the stream."""
 BRANCHES = ("attn", "mlp")
-SOURCES = ("theory", "simulation", "training", "checkpoint")
+SOURCES = ("theory", "simulation", "training", "checkpoint", "comparison")
 DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe"),
@@ -133,7 +133,7 @@ def _check_finite(values: xr.DataArray, where: str) -> None:
     elif "layer" in values.dims and "branch" in values.dims:
         bad = bad & (values.layer != 0)
     if bool(bad.any()):
-        index = np.argwhere(bad.transpose(*values.dims).values)[0]
+        index = np.argwhere(np.asarray(bad.broadcast_like(values)))[0]
         labels = ", ".join(f"{dim}={values[dim].values[i]}" for dim, i in zip(values.dims, index, strict=True))
         raise SchemaError(f"{where} is {values.values[tuple(index)]} at {labels}; expected a finite number")
 
