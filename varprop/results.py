@@ -124,16 +124,16 @@ def validate(dataset: xr.Dataset, where: str = "result") -> None:
 
 
 def _check_finite(values: xr.DataArray, where: str) -> None:
-    bad = ~np.isfinite(values)
+    bad = ~xr.apply_ufunc(np.isfinite, values)
     if "layer" in values.dims and "site" in values.dims:
         absent = (values.layer == 0) & (values.site != "resid_post")
-        if not bool((np.isnan(values) | ~absent).all()):
+        if not bool((values.isnull() | ~absent).all()):
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
         bad = bad & ~absent
     elif "layer" in values.dims and "branch" in values.dims:
         bad = bad & (values.layer != 0)
     if bool(bad.any()):
-        index = np.argwhere(np.asarray(bad.broadcast_like(values)))[0]
+        index = np.argwhere(xr.broadcast(values, bad)[1].to_numpy())[0]
         labels = ", ".join(f"{dim}={values[dim].values[i]}" for dim, i in zip(values.dims, index, strict=True))
         raise SchemaError(f"{where} is {values.values[tuple(index)]} at {labels}; expected a finite number")
 
