@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINES = (
     ("errors", "_version"),
+    ("files",),
     ("spec", "stats", "results"),
     ("presets", "theory", "nn", "measure"),
     ("hf", "simulate", "train", "diagnose", "evaluate"),
@@ -24,6 +25,7 @@ LEVEL = {part: level for level, line in enumerate(LINES) for part in line}
 MAY_USE_NEIGHBOUR = {("train", "hf"), ("simulate", "hf"), ("diagnose", "hf")}
 THIRD_PARTY = {
     "errors": set(),
+    "files": set(),
     "spec": set(),
     "stats": {"numpy", "scipy"},
     "results": {"numpy", "xarray"},

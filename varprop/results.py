@@ -6,13 +6,10 @@ where only the site `resid_post` exists: variables are NaN there at the other si
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,8 @@ import numpy as np
 import xarray as xr
 
 from varprop._version import __version__
-from varprop.errors import ArgumentError, SchemaError
+from varprop.errors import SchemaError
+from varprop.files import replacing
 
 SCHEMA_VERSION = 1
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -141,22 +139,9 @@ def _check_finite(values: xr.DataArray, where: str) -> None:
 def save(dataset: xr.Dataset, path: str | Path) -> Path:
     """Validate and write as netCDF-4 under a temporary name, then rename; `ArgumentError` if it cannot be written."""
     validate(dataset)
-    target = Path(path)
-    temporary = ""
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(descriptor)
+    with replacing(path) as temporary:
         dataset.to_netcdf(temporary, engine="h5netcdf")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            if temporary:
-                os.unlink(temporary)
-        raise ArgumentError(
-            f"output={str(path)!r} cannot be written ({error.strerror}); expected a writable path"
-        ) from None
-    return target
+    return Path(path)
 
 
 def load(path: str | Path) -> xr.Dataset:

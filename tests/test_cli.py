@@ -1,0 +1,188 @@
+"""The command line end to end, and every bad input: one clear line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from varprop import results
+from varprop.__main__ import main
+
+SMALL = ["--spec", "tiny", "--set", "d_model=32", "--set", "n_layers=2", "--set", "d_ff=48"]
+
+
+def run(*arguments: str) -> int:
+    return main([str(a) for a in arguments])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def predicted(folder: Path) -> Path:
+    assert run("predict", *SMALL, "--n-tokens", 8, "--out", "p.nc") == 0
+    return folder / "p.nc"
+
+
+@pytest.fixture
+def simulated(folder: Path) -> Path:
+    assert run("simulate", *SMALL, "--n-tokens", 8, "--n-networks", 8, "--out", "s.nc") == 0
+    return folder / "s.nc"
+
+
+def test_the_main_path(predicted: Path, simulated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run("compare", predicted, simulated, "--resolution", 10, "--out", "c.nc")
+    text = capsys.readouterr().out
+    check = results.load("c.nc")
+    assert check.attrs["verdict"] in text
+    assert code == (0 if check.attrs["verdict"] == "agrees" else 1)
+    assert run("report", predicted, simulated, "--out", "r.html") == 0
+    assert "<html" in Path("r.html").read_text()
+
+
+def test_set_changes_the_spec(folder: Path) -> None:
+    assert run("predict", *SMALL, "--set", "density=0.5", "--set", "n_kv_heads=2", "--out", "p.nc") == 0
+    spec = json.loads(results.load("p.nc").attrs["spec"])
+    assert spec["masks"]["q"]["density"] == 0.5
+    assert spec["attention"]["n_kv_heads"] == 2
+
+
+def test_spec_file_gives_the_same_as_its_preset(folder: Path) -> None:
+    assert run("presets", "tiny", "--out", "spec.json") == 0
+    assert run("predict", "--spec", "spec.json", "--n-tokens", 8, "--out", "a.nc") == 0
+    assert run("predict", "--spec", "tiny", "--n-tokens", 8, "--out", "b.nc") == 0
+    assert results.identical(results.load("a.nc"), results.load("b.nc"))
+
+
+def test_presets_are_listed_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("presets") == 0
+    assert "paper_dense_1b" in capsys.readouterr().out
+    assert run("presets", "paper-dense-1b") == 0
+    assert "1,279,854,592" in capsys.readouterr().out
+
+
+def test_grid_resumes(folder: Path) -> None:
+    command = [
+        "grid",
+        *SMALL,
+        "--axis",
+        "density=1,0.5",
+        "--axis",
+        "n_kv_heads=1,4",
+        "--n-tokens",
+        8,
+        "--n-networks",
+        8,
+    ]
+    assert run(*command, "--out", "g.nc") == 0
+    first = {p.name: p.stat().st_mtime_ns for p in Path("grid").glob("*.nc")}
+    assert len(first) == 4
+    assert run(*command, "--out", "h.nc") == 0
+    assert {p.name: p.stat().st_mtime_ns for p in Path("grid").glob("*.nc")} == first
+    a, b = results.load("g.nc"), results.load("h.nc")
+    assert dict(a.sizes)["density"] == 2
+    assert results.identical(a, b)
+
+
+def test_training_writes_one_result(folder: Path) -> None:
+    options = ["n_steps=2", "batch_size=2", "n_tokens=16", "log_every=1", "n_validation_batches=1", "warmup_steps=1"]
+    arguments = [text for option in options for text in ("--config", option)]
+    assert run("train", *SMALL, *arguments, "--out", "t.nc") == 0
+    dataset = results.load("t.nc")
+    assert dataset.attrs["source"] == "training"
+    assert {"variance", "branch_correlation", "train_loss"} <= set(dataset.data_vars)
+
+
+BAD = [
+    (["predict", "--spec", "tinny"], "preset='tinny' is unknown; expected 'tiny'?"),
+    (["predict", "--spec", "tiny", "--set", "n_head=4"], "n_head is an unknown field; expected 'n_heads'?"),
+    (["predict", "--spec", "tiny", "--set", "n_kv_heads=3"], "n_kv_heads=3 is not a divisor of n_heads=4"),
+    (
+        ["predict", "--spec", "tiny", "--set", "density=0"],
+        "density=0.0 is outside the domain; expected a number in (0, 1]",
+    ),
+    (["predict", "--spec", "tiny", "--set", "density=1.01"], "density=1.01 is outside the domain"),
+    (["predict", "--spec", "tiny-moe", "--set", "top_k=9"], "top_k=9 is larger than n_experts=8"),
+    (["predict", "--spec", "tiny", "--set", "density"], "--set='density' is not an assignment"),
+    (["predict", "--spec", "broken.json"], "spec JSON is broken at line 1"),
+    (["predict", "--spec", "missing.json"], "spec='missing.json' cannot be read"),
+    (["predict", "--spec", "binary.json"], "spec='binary.json' cannot be read"),
+    (["predict", "--spec", "tiny", "--n-tokens", "0"], "n_tokens=0"),
+    (["predict", "--spec", "tiny", "--n-tokens", "x"], "invalid int value: 'x'"),
+    (["predict", "--spec", "tiny", "--token-correlation", "1.5"], "token_correlation=1.5"),
+    (["predict", "--spec", "tiny", "--token-correlation", "nan"], "token_correlation=nan"),
+    (["predict", "--spec", "tiny", "--set", "norm.placement=post"], "placement"),
+    (["predict", "--spec", "tiny", "--out", "no/such/folder/p.nc"], "cannot be written"),
+    (["predict", "--spec", "tiny", "--out", "."], "is a directory"),
+    (["simulate", "--spec", "tiny", "--n-networks", "0"], "n_networks=0"),
+    (["simulate", "--spec", "tiny", "--device", "abacus"], "device='abacus'"),
+    (["grid", "--spec", "tiny", "--axis", "n_layers=1,2"], "n_layers"),
+    (["grid", "--spec", "tiny", "--axis", "densty=1,0.5"], "densty"),
+    (["train", "--spec", "tiny", "--config", "n_step=3"], "config='n_step' is an unknown field"),
+    (["train", "--spec", "tiny", "--config", "n_steps=0"], "n_steps=0"),
+    (["train", "--spec", "tiny", "--config", "learning_rate=-1"], "learning_rate=-1"),
+    (["compare", "missing.nc", "missing.nc"], "file='missing.nc' is missing"),
+    (["compare", "truncated.nc", "truncated.nc"], "file='truncated.nc' is truncated or no netCDF-4 file"),
+    (["compare", "binary.json", "p.nc"], "file='binary.json' is truncated or no netCDF-4 file"),
+    (["compare", "p.nc", "nan.nc"], "is nan at"),
+    (["compare", "p.nc", "other.nc"], "spec"),
+    (["compare", "s.nc", "p.nc"], "source"),
+    (["report", "truncated.nc"], "file='truncated.nc' is truncated"),
+    (["report", "p.nc", "--out", "no/such/folder/r.html"], "cannot be written"),
+    (["presets", "tinny"], "preset='tinny' is unknown"),
+    (["predikt"], "invalid choice: 'predikt'"),
+    ([], "required: COMMAND"),
+    (["predict"], "required: --spec"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good prediction and simulation beside broken files of every kind."""
+    folder = tmp_path_factory.mktemp("bad")
+    tokens = ["--n-tokens", "8"]
+    assert main(["predict", *SMALL, *tokens, "--out", str(folder / "p.nc")]) == 0
+    for name, extra in (("s.nc", []), ("other.nc", ["--set", "d_ff=64"])):
+        assert main(["simulate", *SMALL, *extra, *tokens, "--n-networks", "8", "--out", str(folder / name)]) == 0
+    whole = (folder / "p.nc").read_bytes()
+    (folder / "truncated.nc").write_bytes(whole[: len(whole) // 2])
+    (folder / "broken.json").write_text('{"d_model": 32,')
+    (folder / "binary.json").write_bytes(bytes(range(128, 256)))
+    poisoned = results.load(folder / "s.nc")
+    poisoned.second_moment[3, 1, 2] = np.nan
+    poisoned.to_netcdf(folder / "nan.nc", engine="h5netcdf")
+    return folder
+
+
+@pytest.mark.parametrize("arguments,message", BAD, ids=[" ".join(a)[-48:] or "nothing" for a, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    bad_files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(bad_files)
+    before = {p: p.read_bytes() for p in bad_files.rglob("*") if p.is_file()}
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("varprop: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert {p: p.read_bytes() for p in bad_files.rglob("*") if p.is_file()} == before
+
+
+def test_the_installed_program_exits_with_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "varprop", "predict", "--spec", "tinny"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "varprop: preset='tinny' is unknown; expected 'tiny'?\n"

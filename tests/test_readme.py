@@ -1,0 +1,45 @@
+"""Every block of the README runs: shell blocks command by command, Python blocks as they stand, in reading order."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from varprop.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_has_the_blocks_it_promises() -> None:
+    kinds = {kind for kind, _ in BLOCKS}
+    assert {"console", "bash", "python", "bibtex"} <= kinds
+
+
+def test_set_up_commands_are_the_targets_of_the_makefile() -> None:
+    commands = [line for kind, body in BLOCKS if kind == "console" for line in body.splitlines()]
+    assert commands
+    for line in commands:
+        target = line.split("#")[0].split()
+        assert target[0] == "make"
+        subprocess.run(["make", "-n", *target[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One folder and one Python session for the whole tour, as a reader would have."""
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, object] = {}
+    for kind, body in BLOCKS:
+        if kind == "bash":
+            for line in body.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    assert words[0] == "varprop", line
+                    assert main(words[1:]) == 0, line
+        elif kind == "python":
+            exec(compile(body, "README.md", "exec"), session)
+    assert (tmp_path / "report.html").is_file()

@@ -1,0 +1,24 @@
+"""Entry point of `varprop` and `python -m varprop`: bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+from varprop import cli
+from varprop.errors import VarpropError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 done, 1 a comparison that does not agree, 2 bad input."""
+    try:
+        return cli.run(sys.argv[1:] if arguments is None else arguments)
+    except VarpropError as error:
+        print(f"varprop: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("varprop: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The command line: thin, each command reads a spec or result files and writes one result file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import xarray as xr
+
+from varprop import compare, demo, files, presets, report, results, simulate, theory
+from varprop._version import __version__
+from varprop.errors import ArgumentError
+from varprop.spec import ModelSpec
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments are one line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"{message} (see '{self.prog} --help')")
+
+
+# Arguments shared by commands -----------------------------------------------------------------------------------------
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON, else the string itself: 0.5, null, [1,2], {"n_experts":8} or causal."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ArgumentError(f"{option}={text!r} is not an assignment; expected field=value")
+        pairs[name.strip()] = _value(value.strip())
+    return pairs
+
+
+def _spec(arguments: argparse.Namespace) -> ModelSpec:
+    """The spec that --spec names (a JSON file or a preset) with the --set changes applied."""
+    path = Path(arguments.spec)
+    if path.suffix == ".json" or path.is_file():
+        try:
+            spec = ModelSpec.from_json(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise ArgumentError(f"spec={arguments.spec!r} cannot be read ({reason}); expected a JSON file") from None
+    else:
+        spec = presets.get(arguments.spec)
+    return spec.with_fields(_assignments(arguments.set, "--set"))
+
+
+def _writable(path: str) -> Path:
+    """The output path, checked before any work is done."""
+    target = Path(path)
+    if target.is_dir():
+        raise ArgumentError(f"out={path!r} is a directory; expected a file")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ArgumentError(f"out={path!r} cannot be written; expected a path in a writable folder")
+    return target
+
+
+def _add_spec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--spec", required=True, metavar="PRESET-or-FILE", help="a preset name or a spec JSON file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="field=value", help="change a field (repeatable): n_kv_heads=2"
+    )
+
+
+def _add_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n-tokens", type=int, default=64, help="sequence length (default %(default)s)")
+    parser.add_argument(
+        "--token-correlation", type=float, default=0.0, help="of the input tokens (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _profile(dataset: xr.Dataset, variable: str = "second_moment") -> str:
+    """The stream's second moment by layer in a few lines of text."""
+    values = dataset[variable].sel(site="resid_post")
+    values = values.mean([d for d in values.dims if d != "layer"])
+    layers = sorted(
+        {0, 1, *range(0, values.sizes["layer"], max(1, values.sizes["layer"] // 8)), values.sizes["layer"] - 1}
+    )
+    cells = "  ".join(f"{layer}: {values.values[layer]:.4g}" for layer in layers)
+    return f"second moment of the stream by layer   {cells}"
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    out = _writable(arguments.out)
+    dataset = theory.predict(
+        _spec(arguments),
+        n_tokens=arguments.n_tokens,
+        token_correlation=arguments.token_correlation,
+        seed=arguments.seed,
+    )
+    results.save(dataset, out)
+    print(f"{_profile(dataset)}\nwrote {out}")
+    return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    out = _writable(arguments.out)
+    dataset = simulate.sample(
+        _spec(arguments),
+        n_networks=arguments.n_networks,
+        n_tokens=arguments.n_tokens,
+        token_correlation=arguments.token_correlation,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    results.save(dataset, out)
+    print(f"{_profile(dataset)}\nwrote {out}")
+    return 0
+
+
+def _grid(arguments: argparse.Namespace) -> int:
+    out = _writable(arguments.out)
+    axes: dict[str, list[Any]] = {}
+    for name, values in _assignments(arguments.axis, "--axis").items():
+        items = values if isinstance(values, (list, str)) else [values]
+        axes[name] = [_value(item) for item in items.split(",")] if isinstance(items, str) else items
+    dataset = simulate.grid(
+        _spec(arguments),
+        axes,
+        directory=arguments.directory,
+        n_networks=arguments.n_networks,
+        n_tokens=arguments.n_tokens,
+        token_correlation=arguments.token_correlation,
+        seed=arguments.seed,
+        n_workers=arguments.n_workers,
+        device=arguments.device,
+    )
+    results.save(dataset, out)
+    print(f"grid {dict(dataset.sizes)}\nwrote {out}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from varprop import train  # brings the tokenizer library in
+
+    out = _writable(arguments.out)
+    options = _assignments(arguments.config, "--config")
+    known = [f.name for f in dataclasses.fields(train.TrainConfig)]
+    for name in options:
+        if name not in known:
+            raise ArgumentError(f"config={name!r} is an unknown field; expected one of {', '.join(known)}")
+    dataset = train.fit(
+        _spec(arguments), train.TrainConfig(**options), run_dir=arguments.run_dir, corpus_dir=arguments.corpus
+    )
+    results.save(dataset, out)
+    last = dataset.isel(step=-1)
+    print(f"{_profile(last)}\nvalidation loss {last.validation_loss.item():.4f} nats per token\nwrote {out}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    out = _writable(arguments.out)
+    predicted = results.load(arguments.predicted)
+    parts = [results.load(path) for path in arguments.measured]
+    if "step" in parts[0].dims:
+        steps = parts[0].step.values
+        step = steps[-1] if arguments.step is None else arguments.step
+        if step not in steps:
+            raise ArgumentError(f"step={step} was not logged; expected one of {', '.join(map(str, steps))}")
+        parts = [part.sel(step=step) for part in parts]
+    replicate = "seed" if parts[0].attrs["source"] == "training" else "network"
+    measured = parts[0] if len(parts) == 1 else results.merge(parts, replicate)
+    check = compare.check(
+        predicted,
+        measured,
+        false_fail_rate=arguments.false_fail_rate,
+        resolution=arguments.resolution,
+        variable=arguments.variable,
+    )
+    results.save(check.dataset, out)
+    print(f"{check}\nwrote {out}")
+    return 0 if check.verdict == "agrees" else 1
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    out = _writable(arguments.out)
+    datasets = {Path(path).stem: results.load(path) for path in arguments.files}
+    report.write_report(out, arguments.title, report.report_for(datasets))
+    print(f"wrote {out}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    print(demo.run(arguments.out, n_steps=arguments.n_steps, n_networks=arguments.n_networks))
+    return 0
+
+
+def _presets(arguments: argparse.Namespace) -> int:
+    if arguments.name is None:
+        width = max(map(len, presets.names()))
+        for name in presets.names():
+            print(f"{name:<{width}}  {presets.summary(name)}")
+        return 0
+    spec = presets.get(arguments.name).with_fields(_assignments(arguments.set, "--set"))
+    if arguments.out is None:
+        print(spec.describe())
+    else:
+        files.write_text(_writable(arguments.out), json.dumps(spec.to_dict(), indent=2, sort_keys=True) + "\n")
+        print(f"wrote {arguments.out}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser with every command."""
+    top = _Parser(prog="varprop", description="Variance propagation in Pre-LN transformers.")
+    top.add_argument("--version", action="version", version=f"varprop {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, action: Any, text: str, out: str | None) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(action=action)
+        if out is not None:
+            added.add_argument("--out", default=out, metavar="FILE", help="result file (default %(default)s)")
+        return added
+
+    predict = command("predict", _predict, "Closed-form variance profile of a spec.", "prediction.nc")
+    _add_spec(predict)
+    _add_tokens(predict)
+
+    sample = command("simulate", _simulate, "Random networks of a spec, one entry per network.", "simulation.nc")
+    grid = command("grid", _grid, "Simulate every combination of field values; resumes after a kill.", "grid.nc")
+    for one in (sample, grid):
+        _add_spec(one)
+        _add_tokens(one)
+        one.add_argument("--n-networks", type=int, default=32, help="independent networks (default %(default)s)")
+        one.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    grid.add_argument("--axis", action="append", required=True, metavar="field=a,b,c", help="one axis (repeatable)")
+    grid.add_argument("--directory", default="grid", help="folder of the finished tasks (default %(default)s)")
+    grid.add_argument("--n-workers", type=int, default=1, help="processes (default %(default)s)")
+
+    train = command("train", _train, "Train a model of a spec and record every layer.", "training.nc")
+    _add_spec(train)
+    train.add_argument(
+        "--config", action="append", default=[], metavar="field=value", help="TrainConfig field (repeatable)"
+    )
+    train.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
+    train.add_argument("--corpus", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+
+    comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")
+    comparison.add_argument("predicted", help="a result file of predict")
+    comparison.add_argument("measured", nargs="+", help="result files of simulate or train, joined as replicates")
+    comparison.add_argument("--step", type=int, default=None, help="training step (default the last)")
+    comparison.add_argument("--variable", default="second_moment", help="second_moment or token_correlation")
+    comparison.add_argument("--false-fail-rate", type=float, default=0.01)
+    comparison.add_argument("--resolution", type=float, default=0.05, help="error beyond theory_error to resolve")
+
+    reporting = command("report", _report, "One self-contained HTML report of result files.", "report.html")
+    reporting.add_argument("files", nargs="+", help="result files")
+    reporting.add_argument("--title", default="varprop report")
+
+    showing = command("demo", _demo, "The main job on the embedded text: report.html and its Datasets.", None)
+    showing.add_argument("--out", default="demo", metavar="FOLDER", help="output folder (default %(default)s)")
+    showing.add_argument("--n-steps", type=int, default=demo.N_STEPS, help="training steps (default %(default)s)")
+    showing.add_argument(
+        "--n-networks", type=int, default=demo.N_NETWORKS, help="networks a variant (default %(default)s)"
+    )
+
+    listing = command("presets", _presets, "List the presets, describe one, or write it as a spec file.", None)
+    listing.add_argument("name", nargs="?", help="a preset to describe")
+    listing.add_argument(
+        "--set", action="append", default=[], metavar="field=value", help="change a field (repeatable)"
+    )
+    listing.add_argument("--out", default=None, metavar="FILE", help="write the spec as JSON")
+    return top
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse and run one command; return its exit code. Bad input raises a `VarpropError`."""
+    parsed = parser().parse_args(arguments)
+    return parsed.action(parsed)
