@@ -79,5 +79,7 @@ def read_inputs(spec: ModelSpec, n_tokens: int | None, token_correlation: float,
 def positive_integer(name: str, value: Any, minimum: int = 1) -> int:
     """`value` as an int, or `ArgumentError` unless it is an integer >= minimum."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    require(whole and value >= minimum, ArgumentError, name, value, "outside the domain", f"an integer >= {minimum}")
+    require(
+        whole and int(value) >= minimum, ArgumentError, name, value, "outside the domain", f"an integer >= {minimum}"
+    )
     return int(value)
