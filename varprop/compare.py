@@ -1,0 +1,333 @@
+"""Join a prediction and a measurement by label; a verdict with an error bar per layer and site, and for the whole.
+
+Errors are |log(measured / predicted)|, which is the relative error where it is small; for quantities on a fixed scale
+(`ABSOLUTE`) they are plain differences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike, NDArray
+
+from varprop import results, stats
+from varprop.errors import ArgumentError, SchemaError, require
+
+ABSOLUTE = ("token_correlation",)
+"""Variables compared by their difference: they lie in [-1, 1] and may be 0."""
+REPLICATES = ("network", "seed")
+VERDICTS = ("disagrees", "underpowered", "agrees", "absent")
+LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
+"""Stands for an infinite log ratio (one side exactly 0), since a result holds finite numbers only."""
+SHOWN_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of `check`. `dataset` holds all of it, so that `Check(results.load(path))` is the saved outcome."""
+
+    dataset: xr.Dataset
+
+    @property
+    def verdict(self) -> str:
+        """`disagrees` if any cell does, else `underpowered` if any cell is, else `agrees`."""
+        return str(self.dataset.attrs["verdict"])
+
+    @property
+    def detectable(self) -> float:
+        """The error that every cell would have shown with probability 0.9: the largest over the cells."""
+        return float(self.dataset.attrs["detectable"])
+
+    @property
+    def false_fail_rate(self) -> float:
+        """The chance that a correct prediction gets the verdict `disagrees`."""
+        return float(self.dataset.attrs["false_fail_rate"])
+
+    @property
+    def resolution(self) -> float:
+        """The error beyond the claimed one that the check was asked to resolve."""
+        return float(self.dataset.attrs["resolution"])
+
+    @property
+    def n_networks(self) -> int:
+        """Independent networks (or trainings) measured."""
+        return int(self.dataset.attrs["n_networks"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per cell that exists: layer, site and every variable of `dataset`."""
+        names = [str(name) for name in self.dataset.data_vars]
+        columns = {name: self.dataset[name].transpose("layer", "site").values for name in names}
+        layers, sites = self.dataset.layer.values, self.dataset.site.values
+        return [
+            {"layer": int(layers[i]), "site": str(sites[j]), **{name: columns[name][i, j] for name in names}}
+            for i, j in np.argwhere(columns["verdict"] != "absent")
+        ]
+
+    def headline(self) -> str:
+        """The verdict, with what it rests on, in one line."""
+        counts = [str(row["verdict"]) for row in self.rows()]
+        parts = ", ".join(f"{counts.count(name)} {name}" for name in VERDICTS if name in counts)
+        return (
+            f"{self.dataset.attrs['variable']}: {self.verdict} ({parts}; {self.n_networks} networks, false-fail rate"
+            f" {self.false_fail_rate:.3g}, would see an error of {_percent(self.detectable)} everywhere,"
+            f" asked for {_percent(self.resolution)} beyond the claimed error)"
+        )
+
+    def table(self) -> str:
+        """Every cell as a text table."""
+        return "\n".join(_lines(self.rows()))
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        shown = sorted(sorted(rows, key=_urgency)[:SHOWN_ROWS], key=lambda row: row["layer"])
+        lines = [self.headline(), *_lines(shown)]
+        if len(rows) > len(shown):
+            lines.append(f"... and {len(rows) - len(shown)} cells less telling than these; table() has all")
+        return "\n".join(lines)
+
+
+def _urgency(row: dict[str, Any]) -> tuple[int, float]:
+    """Disagreeing cells first by p-value, then underpowered ones by what they would miss, then the smallest p-value."""
+    verdict = row["verdict"]
+    return VERDICTS.index(verdict), -row["detectable"] if verdict == "underpowered" else row["p_value"]
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2g} %" if error < 1 else f"{100 * error:.3g} %"
+
+
+def _lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Aligned columns; ratio where there is one, else the difference."""
+    head = f"{'layer':>5} {'site':<10} {'prediction':>11} {'estimate':>11} {'stderr':>9} "
+    head += f"{'ratio' if rows and 'ratio' in rows[0] else 'difference':>10} {'claimed':>8} {'p-value':>8} "
+    lines = [head + f"{'detectable':>10}  verdict"]
+    for row in rows:
+        compared = row["ratio"] if "ratio" in row else row["deviation"]
+        line = f"{row['layer']:>5} {row['site']:<10} {row['prediction']:>11.5g} {row['estimate']:>11.5g} "
+        line += f"{row['stderr']:>9.2g} {compared:>10.4g} {_percent(row['theory_error']):>8} {row['p_value']:>8.2g} "
+        lines.append(line + f"{_percent(row['detectable']):>10}  {row['verdict']}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison over its cells, which are NaN where they do not exist; build it with `side_of`."""
+
+    mean: NDArray[np.float64]
+    centre: NDArray[np.float64]  # the mean on the scale of the comparison: its logarithm, or itself
+    stderr: NDArray[np.float64]  # of the mean
+    centre_stderr: NDArray[np.float64]
+    replicates: int  # 0 = a closed form
+
+
+def side_of(values: NDArray[np.float64], *, log_scale: bool, stderr: ArrayLike = 0.0, replicated: bool = True) -> Side:
+    """Means and standard errors of `values` (replicate, ...cells), or of known means (cells) with their `stderr`."""
+    present = ~(np.isnan(values).any(axis=0) if replicated else np.isnan(values))
+    filled = np.where(present, values, 0.0)
+    if replicated and len(values) > 1:
+        mean, mean_stderr = stats.mean_and_stderr(filled)
+        centre, centre_stderr = stats.log_mean_and_stderr(filled) if log_scale else (mean, mean_stderr)
+    else:
+        mean = filled[0] if replicated else filled
+        centre = mean
+        centre_stderr = mean_stderr = np.where(present, stderr, 0.0)
+        if log_scale:
+            centre = np.log(mean, out=np.full(mean.shape, -np.inf), where=mean > 0)
+            centre_stderr = np.divide(mean_stderr, mean, out=np.zeros_like(mean), where=mean > 0)
+    return Side(np.where(present, mean, np.nan), centre, mean_stderr, centre_stderr, len(values) if replicated else 0)
+
+
+def judge(
+    prediction: Side,
+    estimate: Side,
+    claimed: NDArray[np.float64],
+    *,
+    rounding: float,
+    false_fail_rate: float,
+    resolution: float,
+    log_scale: bool,
+) -> dict[str, NDArray[Any]]:
+    """The arithmetic of `check` on arrays over cells: every variable of its Dataset by name."""
+    absent = np.isnan(estimate.mean) | np.isnan(prediction.mean)
+    both_zero = (estimate.mean == 0) & (prediction.mean == 0)
+    with np.errstate(invalid="ignore"):
+        deviation = np.where(both_zero | absent, 0.0, estimate.centre - prediction.centre)
+    deviation = np.clip(deviation, -LARGEST_LOG, LARGEST_LOG)
+    stderr = np.hypot(estimate.centre_stderr, prediction.centre_stderr)
+    stderr = np.where(np.abs(deviation) < LARGEST_LOG, stderr, 0.0)
+    dof = _degrees_of_freedom(prediction, estimate)
+    band = claimed + rounding
+    p_value = stats.band_p_value(deviation, stderr, band, dof, log_scale=log_scale)
+    tested = ~absent & (stderr > 0)
+    rejected, adjusted = p_value == 0, p_value.copy()  # known without error: p is 0 or 1
+    rejected[tested], adjusted[tested] = stats.holm(p_value[tested], false_fail_rate)
+    level = false_fail_rate / max(1, int(tested.sum()))
+    detectable = stats.detectable_error(stderr, band, dof, level, log_scale=log_scale)
+    powerless = detectable > claimed + resolution
+    verdict = np.select([absent, rejected, powerless], ["absent", "disagrees", "underpowered"], "agrees")
+    cells: dict[str, NDArray[Any]] = {
+        "prediction": prediction.mean,
+        "theory_error": claimed,
+        "estimate": estimate.mean,
+        "stderr": estimate.stderr,
+        "deviation": deviation,
+        "deviation_stderr": stderr,
+        "p_value": p_value,
+        "p_adjusted": adjusted,
+        "detectable": detectable,
+    }
+    if log_scale:
+        cells["ratio"] = np.where((estimate.mean == 0) & ~both_zero, 0.0, np.exp(deviation))
+    return {**{name: np.where(absent, np.nan, values) for name, values in cells.items()}, "verdict": verdict}
+
+
+def _degrees_of_freedom(prediction: Side, estimate: Side) -> int:
+    """Of the smaller ensemble, which is the careful choice."""
+    return min(side.replicates for side in (prediction, estimate) if side.replicates) - 1
+
+
+def check(
+    predicted: xr.Dataset,
+    measured: xr.Dataset,
+    *,
+    false_fail_rate: float = 0.01,
+    resolution: float = 0.05,
+    variable: str = "second_moment",
+    allow_other_spec: bool = False,
+) -> Check:
+    """Whether `measured` lies within the error that `predicted` claims, per layer and site and for the whole.
+
+    Per cell, with L = log(mean over networks / prediction) (`token_correlation`: the difference) and e the claimed
+    error: the hypothesis |true L| <= e is tested by `stats.band_p_value` with n - 1 degrees of freedom, over all m
+    cells together by Holm's procedure. `disagrees`: rejected. Otherwise `underpowered`: the smallest error that would
+    have been rejected with probability 0.9 at level false_fail_rate / m exceeds e + resolution. Otherwise `agrees`.
+    Cells known without error on both sides are decided exactly (to rounding) and stay outside Holm's count.
+
+    predicted: `variable(layer, site)`; `theory_error` (for other variables than moments `<variable>_error`) and
+    `<variable>_stderr`, the prediction's own sampling error, are 0 where absent. With a `network` or `seed` dimension
+    it is a reference ensemble, whose mean and standard error are used (and the smaller n gives the degrees of freedom).
+    measured: `variable(network or seed, layer, site)`, at least 2 replicates, finite.
+    false_fail_rate: chance that a correct prediction fails, over all cells of this call. resolution: error beyond the
+    claimed one that the check has to resolve, as a log ratio (absolute for `token_correlation`).
+    allow_other_spec: compare results of different spec or number of tokens.
+
+    Exactness: the rate holds for log-normal and gamma replicates with spread up to 0.6 of the mean (measured); a rare
+    large value that most samples miss is beyond any test on few networks.
+    Raises `ArgumentError` for results that cannot be compared, `SchemaError` for damaged ones (NaN included).
+    Checked by: tests/statistical/test_check_calibration.py, experiments/benchmarks/calibration_small.py.
+
+    >>> cells = np.array([[np.nan] * 4 + [1.0], [1.0, 0.5, 1.5, 0.5, 2.0]])
+    >>> about = {"spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
+    >>> theory = results.new({"second_moment": (("layer", "site"), cells)}, source="theory", **about)
+    >>> networks = cells * np.exp(0.01 * np.random.default_rng(0).standard_normal((64, 2, 5)))
+    >>> drawn = results.new({"second_moment": (("network", "layer", "site"), networks)}, source="simulation", **about)
+    >>> check(theory, drawn).verdict, check(theory.assign(second_moment=1.2 * theory.second_moment), drawn).verdict
+    ('agrees', 'disagrees')
+    """
+    rate = "a number in (0, 1)"
+    require(0 < false_fail_rate < 1, ArgumentError, "false_fail_rate", false_fail_rate, "outside the domain", rate)
+    require(resolution > 0, ArgumentError, "resolution", resolution, "outside the domain", "a number > 0")
+    log_scale = variable not in ABSOLUTE
+    measured = _matched(predicted, measured, variable, allow_other_spec)
+    prediction = _side(predicted, variable, log_scale, "predicted")
+    estimate = _side(measured, variable, log_scale, "measured")
+    for side, fewest in ((estimate, 2), (prediction, 0)):
+        enough = side.replicates >= fewest and side.replicates != 1
+        require(enough, ArgumentError, "n_networks", max(1, side.replicates), "too few", "at least 2 networks or seeds")
+    cells = judge(
+        prediction,
+        estimate,
+        _claimed_error(predicted, variable),
+        rounding=_rounding(measured),
+        false_fail_rate=false_fail_rate,
+        resolution=resolution,
+        log_scale=log_scale,
+    )
+    verdict = cells["verdict"]
+    attributes = {
+        "variable": variable,
+        "verdict": next((name for name in VERDICTS if (verdict == name).any()), "absent"),
+        "detectable": float(np.nanmax(cells["detectable"])),
+        "false_fail_rate": float(false_fail_rate),
+        "resolution": float(resolution),
+        "n_networks": estimate.replicates,
+        "degrees_of_freedom": _degrees_of_freedom(prediction, estimate),
+        "predicted_source": predicted.attrs["source"],
+        "measured_source": measured.attrs["source"],
+        "measured_spec_id": measured.attrs["spec_id"],
+    }
+    dataset = results.new(
+        {name: (("layer", "site"), values) for name, values in cells.items()},
+        source="comparison",
+        spec_json=predicted.attrs["spec"],
+        spec_id=predicted.attrs["spec_id"],
+        n_tokens=measured.attrs["n_tokens"],
+        coords={"layer": predicted.layer.values},
+        seed_entropy=measured.attrs["seed_entropy"],
+        dtype=measured.attrs["dtype"],
+        device=measured.attrs["device"],
+        attributes=attributes,
+    )
+    return Check(dataset)
+
+
+def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_other_spec: bool) -> xr.Dataset:
+    """`measured` in the layer order of `predicted`; raises where the two cannot be compared."""
+    for where, dataset in (("predicted", predicted), ("measured", measured)):
+        results.validate(dataset, where=where)
+        if variable not in dataset:
+            raise SchemaError(f"{where}: variable {variable!r} is missing; expected one of {list(dataset.data_vars)}")
+        dims = dataset[variable].dims
+        for dim in dims:
+            require(
+                dim in (*REPLICATES, "layer", "site"),
+                ArgumentError,
+                f"{where} {variable} dimensions",
+                dims,
+                f"one too many by {dim!r}",
+                f"one {dim}; select it first, as with .isel({dim}=-1)",
+            )
+        if not {"layer", "site"} <= set(dims) or set(REPLICATES) <= set(dims):
+            expected = "layer, site and one of network, seed"
+            raise ArgumentError(f"{where} {variable} dimensions={dims} is wrong; expected {expected}")
+    for name in () if allow_other_spec else ("spec_id", "n_tokens"):
+        ours, theirs = predicted.attrs[name], measured.attrs[name]
+        expected = f"{ours!r}, that of the prediction"
+        require(ours == theirs, ArgumentError, f"measured {name}", theirs, "another", expected)
+    layers, wanted = measured.layer.values.tolist(), predicted.layer.values.tolist()
+    require(sorted(layers) == sorted(wanted), ArgumentError, "measured layers", layers, "different", str(wanted))
+    return measured.sel(layer=predicted.layer.values)
+
+
+def _side(dataset: xr.Dataset, variable: str, log_scale: bool, where: str) -> Side:
+    values = dataset[variable].transpose(..., "layer", "site").values.astype(np.float64)
+    if log_scale and bool((values < 0).any()):
+        raise SchemaError(f"{where}: {variable}={np.nanmin(values)} is negative; expected numbers >= 0")
+    name = f"{variable}_stderr"
+    stderr = dataset[name].transpose("layer", "site").values if name in dataset else 0.0
+    return side_of(values, log_scale=log_scale, stderr=stderr, replicated=values.ndim == 3)
+
+
+def _claimed_error(predicted: xr.Dataset, variable: str) -> NDArray[np.float64]:
+    """The error that the prediction claims: `theory_error` is relative and belongs to the moments only."""
+    moments = ("second_moment", "variance")
+    name = "theory_error" if variable in moments else f"{variable}_error"
+    shape = (predicted.sizes["layer"], predicted.sizes["site"])
+    if name not in predicted:
+        return np.zeros(shape)
+    claimed = np.nan_to_num(predicted[name].transpose("layer", "site").values.astype(np.float64))
+    lowest = float(claimed.min())
+    require(lowest >= 0, SchemaError, f"predicted: {name}", lowest, "negative", "numbers >= 0")
+    return claimed
+
+
+def _rounding(measured: xr.Dataset) -> float:
+    """Relative rounding of a sum of squares: 16 units, as pairwise summation errs by log2(d_model) units at most.
+
+    Formats shorter than float32 are summed in float32; their own rounding averages out over the entries.
+    """
+    precise = measured.attrs["dtype"] in ("float64", "torch.float64")
+    return 16 * float(np.finfo(np.float64 if precise else np.float32).eps)
