@@ -62,4 +62,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise ArgumentError(f"file={str(path)!r} cannot be written ({error.strerror}); expected a writable path") from None
+        raise ArgumentError(
+            f"file={str(path)!r} cannot be written ({error.strerror}); expected a writable path"
+        ) from None

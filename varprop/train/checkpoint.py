@@ -93,7 +93,9 @@ def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Trans
     """The trained network of a finished run; `ArgumentError` if `run_dir` has none."""
     path = Path(run_dir) / "model.safetensors"
     if not path.is_file():
-        raise ArgumentError(f"run_dir={str(run_dir)!r} has no model.safetensors; expected the directory of a finished run")
+        raise ArgumentError(
+            f"run_dir={str(run_dir)!r} has no model.safetensors; expected the directory of a finished run"
+        )
     metadata, tensors = _load(path)
     model = Transformer(ModelSpec.from_dict(metadata["spec"]), device=device)
     model.load_state_dict(tensors)

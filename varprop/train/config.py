@@ -26,8 +26,7 @@ class TrainConfig:
     are always recorded. n_validation_batches: batches of each validation loss. checkpoint_every: steps between
     checkpoints, where a run directory is given. corpus: see `load_corpus`. precision: of the matrix products;
     weights, gradients and optimiser are float32; auto = bfloat16 on CUDA, else float32. device: a torch device, auto =
-    CUDA where there is one, else the CPU. compile: torch.compile for the steps without a record. loss_chunk_tokens:
-    tokens whose logits are held at a time.
+    CUDA where there is one, else the CPU. compile: torch.compile for the steps without a record.
 
     A field outside its domain raises `ArgumentError`.
 
@@ -56,7 +55,6 @@ class TrainConfig:
     precision: Precision = "auto"
     device: str = "auto"
     compile: bool = False
-    loss_chunk_tokens: int = 8192
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainConfig)
@@ -84,7 +82,9 @@ class TrainConfig:
         for name in ("corpus", "device"):
             text = isinstance(getattr(self, name), str) and getattr(self, name) != ""
             require(text, ArgumentError, name, getattr(self, name), "not a name", "a non-empty string")
-        require(isinstance(self.compile, bool), ArgumentError, "compile", self.compile, "not a boolean", "true or false")
+        require(
+            isinstance(self.compile, bool), ArgumentError, "compile", self.compile, "not a boolean", "true or false"
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -113,7 +113,6 @@ _MINIMUM = {
     "log_every": 1,
     "n_validation_batches": 1,
     "checkpoint_every": 1,
-    "loss_chunk_tokens": 1,
 }
 _POSITIVE = (5e-324, 1.7e308, "a finite number > 0")
 _INTERVALS = {

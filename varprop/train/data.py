@@ -41,8 +41,8 @@ class Corpus:
     two hexadecimal hashes of the training and validation token bytes, joined.
     """
 
-    train: np.memmap
-    validation: np.memmap
+    train: np.ndarray
+    validation: np.ndarray
     vocab_size: int
     bytes_per_token: float | None
     name: str
@@ -237,4 +237,5 @@ def _token_bytes() -> np.ndarray:
     tokenizer = _tokenizer()
     special = tokenizer.get_added_tokens_decoder()
     # A byte-level token is written with one printable character per byte.
-    return np.array([0 if i in special else len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
+    words = (tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size()))
+    return np.array([0 if i in special else len(word) for i, word in enumerate(words)])

@@ -6,6 +6,7 @@ batch's update; the last state is recorded on batch n_steps, which makes no upda
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from varprop.train import optim
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.config import TrainConfig
 from varprop.train.data import Corpus, batch, load_corpus, validation_batches
-from varprop.train.loss import chunked_cross_entropy
+from varprop.train.loss import chunk_size, chunked_mean_loss, sum_of_losses
 from varprop.train.track import History, Tracker, dataset
 
 
@@ -47,8 +48,9 @@ def fit(
     """
     config = config or TrainConfig()
     corpus = load_corpus(config.corpus, corpus_dir)
-    wrong = f"too large for vocab_size={spec.vocab_size}"
-    require(corpus.vocab_size <= spec.vocab_size, ArgumentError, "corpus.vocab_size", corpus.vocab_size, wrong, "a spec with every token id")
+    fits = corpus.vocab_size <= spec.vocab_size
+    expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
+    require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
     trainer = Trainer(spec, config, corpus)
     run = None if run_dir is None else RunDirectory(run_dir, spec, config, corpus)
     start, history = (0, History()) if run is None else run.restore(trainer.model, trainer.optimizer)
@@ -83,7 +85,13 @@ class Trainer:
         self._validation = validation_batches(
             corpus, config.n_validation_batches, config.batch_size, config.n_tokens, self.device
         )
-        self._hidden = torch.compile(self.model.hidden, dynamic=False) if config.compile else self.model.hidden
+        self._table = dict(self.model.named_parameters())["embed" if spec.tied_embeddings else "unembed"]
+        self._chunk = chunk_size(self.device.type, spec.vocab_size)
+        self._hidden = self.model.hidden
+        self._sum_of_losses = functools.partial(sum_of_losses, self.model.unembed)
+        if config.compile:
+            self._hidden = torch.compile(self._hidden, dynamic=False)
+            self._sum_of_losses = torch.compile(self._sum_of_losses)
         # Step of the first loss or gradient that is not finite, -1 if none: kept on the device, read at records.
         self._first_bad = torch.full((), -1, device=self.device)
 
@@ -129,15 +137,7 @@ class Trainer:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             hidden = self._hidden(inputs) if tracker is None else self.model.hidden(inputs, tracker)
-            weights = _unembedding_weights(self.model, self._spec)
-            return chunked_cross_entropy(self.model.unembed, weights, hidden, targets, self._config.loss_chunk_tokens)
-
-
-def _unembedding_weights(model: Transformer, spec: ModelSpec) -> list[torch.nn.Parameter]:
-    """The parameters that turn the hidden stream into logits: the final norm's and the (tied) unembedding."""
-    matrix = "embed" if spec.tied_embeddings else "unembed"
-    names = (matrix, "final_norm.gain", "final_norm.bias")
-    return [parameter for name, parameter in model.named_parameters() if name in names]
+            return chunked_mean_loss(self._sum_of_losses, [self._table], hidden, targets, self._chunk)
 
 
 def resolve_device(name: str) -> torch.device:

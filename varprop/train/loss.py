@@ -9,17 +9,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
-Unembed = Callable[[torch.Tensor], torch.Tensor]
+SumOfLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Hidden states (n, D) and targets (n) to the sum of their losses."""
+LOGITS_HELD = {"cpu": 2**21, "cuda": 2**27}
+"""Logits that are held at a time, by device: 8 MiB in float32 stay in the caches of a CPU, 512 MiB keep a GPU busy."""
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy whose gradients are formed chunk by chunk in the forward pass, so nothing is computed twice."""
+    """Mean loss whose gradients are formed chunk by chunk in the forward pass, so nothing is computed twice."""
 
     @staticmethod
     def forward(
-        ctx: Any, unembed: Unembed, chunk: int, targets: torch.Tensor, hidden: torch.Tensor, *weights: torch.Tensor
+        ctx: Any,
+        sum_of_losses: SumOfLosses,
+        chunk: int,
+        targets: torch.Tensor,
+        hidden: torch.Tensor,
+        *weights: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         hidden_gradients: list[torch.Tensor] = []
@@ -27,14 +35,13 @@ class _ChunkedLoss(torch.autograd.Function):
         for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                loss = _sum_of_losses(unembed, leaf, labels) / len(targets)
+                loss = sum_of_losses(leaf, labels) / len(targets)
                 of_leaf, *of_weights = torch.autograd.grad(loss, (leaf, *weights))
             total += loss.detach()
             hidden_gradients.append(of_leaf)
-            if weight_gradients:
-                torch._foreach_add_(weight_gradients, of_weights)
-            else:
-                weight_gradients = of_weights
+            for held, new in zip(weight_gradients, of_weights, strict=False):  # none are held at the first chunk
+                held += new
+            weight_gradients = weight_gradients or list(of_weights)
         ctx.save_for_backward(torch.cat(hidden_gradients), *weight_gradients)
         return total
 
@@ -43,25 +50,36 @@ class _ChunkedLoss(torch.autograd.Function):
         return (None, None, None, *(outputs[0] * gradient for gradient in ctx.saved_tensors))
 
 
-def _sum_of_losses(unembed: Unembed, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(unembed(rows[None])[0].float(), labels, reduction="sum")
+def sum_of_losses(
+    unembed: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over tokens of -log softmax(unembed(rows))[target], in float32. rows: (n, D); `unembed` takes (1, n, D)."""
+    return functional.cross_entropy(unembed(rows[None]).squeeze(0).float(), targets, reduction="sum")
 
 
-def chunked_cross_entropy(
-    unembed: Unembed,
+def chunk_size(device: str, vocab_size: int) -> int:
+    """Tokens whose logits are held at a time on a type of device.
+
+    >>> chunk_size("cpu", 8192)
+    256
+    """
+    return max(1, LOGITS_HELD.get(device, LOGITS_HELD["cpu"]) // vocab_size)
+
+
+def chunked_mean_loss(
+    sum_of_losses: SumOfLosses,
     weights: Sequence[torch.Tensor],
     hidden: torch.Tensor,
     targets: torch.Tensor,
     chunk: int,
 ) -> torch.Tensor:
-    """Mean over tokens of -log softmax(unembed(hidden))[target], in nats.
+    """Mean over all tokens of a loss that is given for a few of them, float32.
 
-    unembed: (1, n, D) -> logits (1, n, V). weights: the parameters that `unembed` uses, all of which get gradients.
-    hidden: (..., D); targets: (...), int64; chunk: tokens whose float32 logits are held at a time. The value and the
-    gradients are those of one cross-entropy over all tokens, up to the order of the sums.
+    weights: the parameters that `sum_of_losses` uses, all of which get gradients. hidden: (..., D); targets: (...);
+    chunk: tokens in a call of `sum_of_losses`. Value and gradients are those of one call, up to the order of the sums.
     """
     rows, labels = hidden.flatten(0, -2), targets.flatten()
     if torch.is_grad_enabled():
-        return _ChunkedLoss.apply(unembed, chunk, labels, rows, *weights)  # type: ignore[return-value]
+        return _ChunkedLoss.apply(sum_of_losses, chunk, labels, rows, *weights)  # type: ignore[return-value]
     pairs = zip(rows.split(chunk), labels.split(chunk), strict=True)
-    return torch.stack([_sum_of_losses(unembed, r, t) for r, t in pairs]).sum() / len(labels)
+    return torch.stack([sum_of_losses(r, t) for r, t in pairs]).sum() / len(labels)

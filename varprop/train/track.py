@@ -86,6 +86,10 @@ class History:
         for (name, value), row in zip(record.items(), np.split(flat, ends), strict=True):
             self._rows.setdefault(name, []).append(row.reshape(value.shape))
 
+    def last(self, name: str) -> float:
+        """The latest value of a scalar variable."""
+        return float(self._rows[name][-1])
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Every variable with its steps as first axis, and `step` itself."""
         return {"step": np.array(self.steps, np.int64), **{name: np.stack(rows) for name, rows in self._rows.items()}}
