@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch.nn import functional
 from torch import Tensor
+from torch.nn import functional
 
 
 def _relu2(x: Tensor) -> Tensor:

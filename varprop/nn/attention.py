@@ -8,8 +8,8 @@ logit, a key mask after the softmax) on the explicit softmax; `explicit` forces 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 from torch import Tensor
+from torch.nn import functional
 
 from varprop.nn.linear import Weights, linear
 from varprop.nn.norm import rms_norm

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 from torch import Tensor
+from torch.nn import functional
 
 from varprop.nn.linear import Weights, per_token
 from varprop.spec import ModelSpec

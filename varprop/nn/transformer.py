@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 from torch import Tensor, nn
+from torch.nn import functional
 
 from varprop.nn.block import Block, Record
 from varprop.nn.init import draw_tensors, make_generator
