@@ -50,7 +50,7 @@ def check_record(ds: xr.Dataset, step: int, model: Transformer, tokens: torch.Te
     """Float64 sums over float32 activations of two identical forward passes: equal to 1e-12, 1e-9 after division."""
     for (name, layer, place), value in by_hand(model, tokens).items():
         along = "branch" if name == "branch_correlation" else "site"
-    XX
+        recorded = ds[name].sel(step=step, layer=layer, **{along: place}).item()
         assert recorded == pytest.approx(value, rel=1e-9, abs=1e-12), (name, layer, place)
 
 
