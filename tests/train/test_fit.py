@@ -1,0 +1,240 @@
+"""The training loop: what it records, that it learns, that it repeats, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch.nn import functional
+
+from varprop import results
+from varprop.errors import ArgumentError
+from varprop.nn import Transformer
+from varprop.spec import AttentionSpec, FeedForwardSpec, InitSpec, ModelSpec, MoESpec
+from varprop.train import TrainConfig, fit, load_corpus, load_model
+from varprop.train.data import batch, validation_batches
+
+CPU = TrainConfig(device="cpu")
+
+
+def by_hand(model: Transformer, tokens: torch.Tensor) -> dict[tuple[str, int, str], float]:
+    """The statistics of a forward pass, from their definitions, in numpy loops over sequences."""
+    seen: dict[tuple[int, str], np.ndarray] = {}
+    with torch.no_grad():
+        model.hidden(tokens, lambda layer, site, x: seen.update({(layer, site): x.double().numpy().copy()}))
+    values: dict[tuple[str, int, str], float] = {}
+    for (layer, site), x in seen.items():
+        values["variance", layer, site] = float(np.mean([row.var() for sequence in x for row in sequence]))
+        values["second_moment", layer, site] = float((x**2).mean())
+        correlations = []
+        for sequence in x:
+            products = sequence @ sequence.T
+            off_diagonal = products[~np.eye(len(products), dtype=bool)]
+            correlations.append(off_diagonal.mean() / np.diag(products).mean())
+        values["token_correlation", layer, site] = float(np.mean(correlations))
+    for (layer, site), x in seen.items():
+        if site in ("attn_out", "mlp_out"):
+            before = "resid_pre" if site == "attn_out" or model.spec.block == "parallel" else "resid_mid"
+            stream = seen[layer, before]
+            cosines = [(s * b).sum() / np.linalg.norm(s) / np.linalg.norm(b) for s, b in zip(stream, x, strict=True)]
+            values["branch_correlation", layer, site.removesuffix("_out")] = float(np.mean(cosines))
+    return values
+
+
+def check_record(ds: xr.Dataset, step: int, model: Transformer, tokens: torch.Tensor) -> None:
+    """Float64 sums over float32 activations of two identical forward passes: equal to 1e-12, 1e-9 after division."""
+    for (name, layer, place), value in by_hand(model, tokens).items():
+        along = "branch" if name == "branch_correlation" else "site"
+        recorded = ds[name].sel(step=step, layer=layer, **{along: place}).item()
+        assert recorded == pytest.approx(value, rel=1e-9, abs=1e-12), (name, layer, place)
+
+
+@pytest.mark.parametrize("changes", [{}, {"block": "parallel"}])
+def test_record_equals_a_computation_by_hand(
+    spec: ModelSpec, config: TrainConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    spec = spec.with_fields(changes)
+    ds = fit(spec, config, run_dir=tmp_path)
+    corpus = load_corpus(config.corpus)
+    model = Transformer(spec, seed=config.seed)
+    tokens = batch(corpus, config.seed, 0, config.batch_size, config.n_tokens)
+    check_record(ds, 0, model, tokens[:, :-1])
+    check_record(ds, 10, load_model(tmp_path), batch(corpus, config.seed, 10, 4, 16)[:, :-1])
+    loss = functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    norm = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    # float32 sums of 64 losses, and of some thousand squares
+    assert ds.train_loss.sel(step=0).item() == pytest.approx(float(loss), rel=1e-6)
+    assert ds.gradient_norm.sel(step=0).item() == pytest.approx(norm, rel=1e-5)
+    held_out = torch.cat(validation_batches(corpus, 2, 4, 16))
+    losses = functional.cross_entropy(model(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten())
+    assert ds.validation_loss.sel(step=0).item() == pytest.approx(float(losses), rel=1e-6)
+
+
+def test_labels_and_attributes(spec: ModelSpec, config: TrainConfig) -> None:
+    config = dataclasses.replace(config, seed=5)
+    ds = fit(spec, config)
+    results.validate(ds)
+    assert ds.step.values.tolist() == [0, 4, 8, 10]
+    assert ds.seed.values.tolist() == [5]
+    assert ds.tokens_seen.values.tolist() == [[0, 256, 512, 640]]
+    assert ds.variance.dims == ("seed", "step", "layer", "site")
+    assert ds.branch_correlation.dims == ("seed", "step", "layer", "branch")
+    assert "bits_per_byte" not in ds  # the tokeniser of a plain file is not known
+    assert ds.attrs["source"] == "training"
+    assert ModelSpec.from_json(ds.attrs["spec"]) == spec
+    assert TrainConfig.from_json(ds.attrs["config"]) == config
+    assert ds.attrs["corpus_sha256"] == load_corpus(config.corpus).sha256
+    assert (ds.attrs["seed_entropy"], ds.attrs["n_tokens"], ds.attrs["end_condition"]) == ("5", 16, "complete")
+
+
+def test_same_seed_same_result_and_another_seed_another(spec: ModelSpec, config: TrainConfig) -> None:
+    first = fit(spec, config)
+    assert results.identical(first, fit(spec, config))
+    other = fit(spec, dataclasses.replace(config, seed=1))
+    assert float(other.train_loss[0, 0]) != float(first.train_loss[0, 0])
+
+
+def test_recording_does_not_change_the_run(spec: ModelSpec, config: TrainConfig) -> None:
+    often = fit(spec, dataclasses.replace(config, log_every=1))
+    seldom = fit(spec, dataclasses.replace(config, log_every=5))
+    assert often.sel(step=[0, 5, 10]).equals(seldom)
+
+
+def test_overfits_one_batch(spec: ModelSpec, tmp_path: Path) -> None:
+    """A text that repeats 16 distinct tokens: each decides the next, which the network learns by heart."""
+    tokens = np.random.default_rng(0).permutation(32)[:16]
+    np.tile(tokens, 40).astype("<u2").tofile(tmp_path / "repeated.u16")
+    config = dataclasses.replace(CPU, n_steps=150, batch_size=1, n_tokens=16, learning_rate=1e-2, warmup_steps=5)
+    ds = fit(spec, dataclasses.replace(config, corpus=str(tmp_path / "repeated.u16")))
+    assert float(ds.train_loss[0, 0]) > np.log(16)
+    assert float(ds.train_loss[0, -1]) < 0.05
+
+
+def test_loss_falls_on_the_embedded_text() -> None:
+    spec = ModelSpec(
+        d_model=32,
+        n_layers=2,
+        attention=AttentionSpec(n_heads=2),
+        feed_forward=FeedForwardSpec(d_ff=64),
+        init=InitSpec(embedding_std=0.2),  # logits of order one: the first loss is near ln 8192 = 9.01
+    )
+    config = dataclasses.replace(CPU, n_steps=20, warmup_steps=2, learning_rate=1e-2, n_validation_batches=1)
+    ds = fit(spec, config)
+    # measured: 2.3 to 2.5 nats below, seeds 0 to 4
+    assert float(ds.validation_loss[0, -1]) < float(ds.validation_loss[0, 0]) - 1.0
+    bits = ds.validation_loss / np.log(2) / load_corpus().bytes_per_token
+    np.testing.assert_allclose(ds.bits_per_byte, bits, rtol=1e-12)
+
+
+MOE = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n_shared_experts=1)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        MOE,
+        {**MOE, "routing": "expert_choice", "router_bias": True},
+        {"n_kv_heads": 1},
+        {"density": 0.5},
+        {"norm.placement": "post"},
+        {"norm.placement": "peri", "norm.kind": "layer", "norm.bias": True},
+        {"residual.rule": "deepnorm", "norm.placement": "post"},
+        {"norm.final": False, "tied_embeddings": False},
+        {"attention": None},
+        {"feed_forward": None},
+        {"key_mask_density": 0.5},
+        {"sink_logit": True, "logit_softcap": 20.0},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_other_architectures_train(spec: ModelSpec, config: TrainConfig, changes: dict[str, Any]) -> None:
+    ds = fit(spec.with_fields(changes), dataclasses.replace(config, n_steps=6, log_every=3))
+    assert np.isfinite(ds.train_loss).all()
+    assert np.isfinite(ds.variance.sel(layer=slice(1, None))).all()
+    assert len(np.unique(ds.train_loss)) == 3
+
+
+def test_masked_entries_stay_without_effect(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+    spec = spec.with_fields(density=0.5)
+    fit(spec, dataclasses.replace(config, weight_decay=0.0), run_dir=tmp_path)
+    before, after = Transformer(spec, seed=0).state_dict(), load_model(tmp_path).state_dict()
+    masked = [name for name in before if name.endswith("_mask")]
+    assert masked
+    for name in masked:
+        weight = name.removesuffix("_mask")
+        assert torch.equal(before[name], after[name])
+        removed = ~before[name]
+        assert torch.equal(before[weight][removed], after[weight][removed])
+        assert not torch.equal(before[weight][~removed], after[weight][~removed])
+
+
+def test_bfloat16_is_near_float32(spec: ModelSpec, config: TrainConfig) -> None:
+    wide = fit(spec, dataclasses.replace(config, precision="float32"))
+    narrow = fit(spec, dataclasses.replace(config, precision="bfloat16"))
+    assert narrow.attrs["dtype"] == "bfloat16"
+    # before the first update; a product rounded to 8 bits is off by 2^-9 of itself, sums of them by less than 2 %
+    for name in ("train_loss", "variance"):
+        np.testing.assert_allclose(narrow[name][0, 0], wide[name][0, 0], rtol=0.02)
+    assert not narrow.equals(wide)
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_diverging_run_stops_with_one_line(
+    spec: ModelSpec, config: TrainConfig, tmp_path: Path, log_every: int
+) -> None:
+    config = dataclasses.replace(config, learning_rate=1e30, log_every=log_every, clip_norm=None)
+    with pytest.raises(ArgumentError, match=r"^loss or gradient at step \d is not finite; expected") as error:
+        fit(spec, config, run_dir=tmp_path)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_bad_input(spec: ModelSpec, config: TrainConfig) -> None:
+    with pytest.raises(ArgumentError, match="vocab_size=16 is too small; expected a vocab_size of at least 32"):
+        fit(spec.with_fields(vocab_size=16), config)
+    with pytest.raises(ArgumentError, match="device='cuda:77' is not available"):
+        fit(spec, dataclasses.replace(config, device="cuda:77"))
+    with pytest.raises(ArgumentError, match="device='tpuu' is not available"):
+        fit(spec, dataclasses.replace(config, device="tpuu"))
+    with pytest.raises(ArgumentError, match="n_tokens=250 is too long for a text of 200 tokens"):
+        fit(spec, dataclasses.replace(config, n_tokens=250))
+    with pytest.raises(ArgumentError, match="corpus='nope' is unknown"):
+        fit(spec, dataclasses.replace(config, corpus="nope"))
+
+
+def test_progress_bar_only_on_a_terminal(
+    spec: ModelSpec, config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(spec, config)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    fit(spec, config, progress=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    fit(spec, config, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "validation loss" in captured.err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_agrees_with_cpu(spec: ModelSpec, config: TrainConfig, tmp_path: Path, compiled: bool) -> None:
+    cpu = fit(spec, config)
+    cuda = fit(
+        spec, dataclasses.replace(config, device="cuda", precision="float32", compile=compiled), run_dir=tmp_path
+    )
+    # ten updates of a float32 network: sums in another order, amplified by training
+    np.testing.assert_allclose(cuda.train_loss, cpu.train_loss, rtol=1e-3)
+    np.testing.assert_allclose(cuda.variance[:, 0, 1:], cpu.variance[:, 0, 1:], rtol=1e-4)
+    auto = fit(spec, dataclasses.replace(config, device="auto"))
+    assert (auto.attrs["device"], auto.attrs["dtype"]) == ("cuda", "bfloat16")
+    np.testing.assert_allclose(auto.train_loss[:, 0], cpu.train_loss[:, 0], rtol=0.02)

@@ -1,0 +1,8 @@
+"""Training: `fit` runs a network of a spec on real text and records its variance profile on the way."""
+
+from varprop.train.checkpoint import load_model
+from varprop.train.config import TrainConfig
+from varprop.train.data import load_corpus
+from varprop.train.loop import fit
+
+__all__ = ["TrainConfig", "fit", "load_corpus", "load_model"]

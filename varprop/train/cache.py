@@ -1,0 +1,67 @@
+"""Files that are built once per user: unpacked and tokenised corpora, checked by hash each time they are opened."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from varprop.errors import ArgumentError
+
+
+def cache_directory() -> Path:
+    """A writable folder: `$XDG_CACHE_HOME/varprop`, `~/.cache/varprop`, else one below the temporary directory."""
+    candidates = []
+    if os.environ.get("XDG_CACHE_HOME"):
+        candidates.append(Path(os.environ["XDG_CACHE_HOME"], "varprop"))
+    else:
+        with contextlib.suppress(RuntimeError):  # no home directory
+            candidates.append(Path.home() / ".cache" / "varprop")
+    candidates.append(Path(tempfile.gettempdir(), f"varprop-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"))
+    for folder in candidates:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    raise ArgumentError(f"XDG_CACHE_HOME={str(candidates[0])!r} is not writable; expected a writable cache directory")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cached(name: str, sha256: str, build: Callable[[], bytes]) -> Path:
+    """Path of a cached file whose bytes have the given hash; `build` makes them where the cache has not got them.
+
+    A damaged or half-written file is built anew. `ArgumentError` if what `build` returns has another hash.
+    """
+    path = cache_directory() / f"{sha256[:16]}-{name}"
+    if path.is_file() and sha256_of_file(path) == sha256:
+        return path
+    content = build()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ArgumentError(f"corpus={name!r} is damaged (sha256 {found[:16]}); expected sha256 {sha256[:16]}")
+    write_atomically(path, content)
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name in its folder and rename it; `ArgumentError` if it cannot be written."""
+    temporary = ""
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise ArgumentError(
+            f"file={str(path)!r} cannot be written ({error.strerror}); expected a writable path"
+        ) from None
