@@ -1,0 +1,120 @@
+"""Multi-head softmax attention with grouped keys and values.
+
+Shape suffixes: `T` tokens, `D` d_model, `N` query heads, `G` key/value heads, `H` head_dim. Query head h reads the
+key/value head h // kv_group_size. The spec's plain cases run on torch's fused attention, the others (soft-cap, sink
+logit, a key mask after the softmax) on the explicit softmax; `explicit` forces the latter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from varprop.nn.linear import Weights, linear
+from varprop.nn.norm import rms_norm
+from varprop.spec import ModelSpec
+
+
+def attention(
+    x: Tensor,
+    weights: Weights,
+    spec: ModelSpec,
+    layer: int,
+    generator: torch.Generator | None = None,
+    *,
+    explicit: bool = False,
+) -> Tensor:
+    """Output of the attention of a layer, (*lead, T, D). The generator draws the key mask, where the spec has one."""
+    part = spec._attention()
+    q, k, v = (_heads(x, weights, spec, name) for name in ("q", "k", "v"))  # (*lead, N, T, H)
+    scale = part.logit_scale or spec.head_dim**-0.5
+    allowed = allowed_keys(spec, layer, x.shape[-2], x.device)
+    kept = draw_kept_keys(q, part.key_mask_density, generator) if part.key_mask_density < 1 else None
+    after_softmax = part.key_mask_place == "after_softmax"
+    if kept is not None and not after_softmax:
+        allowed = kept if allowed is None else kept & allowed
+    if explicit or part.logit_softcap or part.sink_logit or (kept is not None and after_softmax):
+        sink = weights["attention.sink"] if part.sink_logit else None
+        probabilities = attention_probabilities(q, k, allowed, scale, part.logit_softcap, sink).to(v.dtype)
+        if kept is not None and after_softmax:
+            probabilities = probabilities * kept
+        mixed = probabilities @ v
+    elif kept is None and part.pattern != "full" and spec.window(layer) is None:
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    return linear(mixed.transpose(-3, -2).flatten(-2), weights, "attention.o")
+
+
+def _heads(x: Tensor, weights: Weights, spec: ModelSpec, name: str) -> Tensor:
+    """Queries, keys or values, (*lead, N, T, H): projected, normalised, rotated, repeated for the group."""
+    part = spec._attention()
+    y = linear(x, weights, f"attention.{name}")
+    normalised = part.qk_norm if name != "v" else "none"
+    if normalised == "projection":
+        y = rms_norm(y, weights[f"attention.{name}_norm.gain"].unsqueeze(-2), spec.norm.eps)
+    y = y.unflatten(-1, (-1, spec.head_dim))
+    if normalised == "head":
+        y = rms_norm(y, weights[f"attention.{name}_norm.gain"].unsqueeze(-2).unsqueeze(-2), spec.norm.eps)
+    y = y.transpose(-3, -2)
+    if name != "v" and part.rope_theta is not None:
+        y = rotate(y, part.rope_theta, round(part.rope_fraction * spec.head_dim))
+    return y if name == "q" else y.repeat_interleave(spec.kv_group_size, dim=-3)
+
+
+def rotate(y: Tensor, theta: float, n_rotated: int) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the first `n_rotated` dimensions, pairs being half of them apart.
+
+    Dimension i and i + n_rotated/2 of position t turn by the angle t theta^(-2 i / n_rotated).
+    """
+    half = n_rotated // 2
+    frequencies = theta ** (-torch.arange(half, device=y.device, dtype=torch.float64) / half)
+    angles = torch.arange(y.shape[-2], device=y.device, dtype=torch.float64)[:, None] * frequencies
+    wide = torch.promote_types(y.dtype, torch.float32)
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    first, second, rest = y.split((half, half, y.shape[-1] - n_rotated), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*(part.to(y.dtype) for part in turned), rest), dim=-1)
+
+
+def allowed_keys(spec: ModelSpec, layer: int, n_tokens: int, device: torch.device) -> Tensor | None:
+    """(T, T) boolean, query by key: what a query may see; None where it sees everything."""
+    part = spec._attention()
+    if part.pattern == "full":
+        return None
+    position = torch.arange(n_tokens, device=device)
+    distance = position[:, None] - position
+    allowed = distance >= 0
+    window = spec.window(layer)
+    if window is not None:
+        allowed &= (distance < window) | (position < part.n_sink_tokens)
+    return allowed
+
+
+def draw_kept_keys(q: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
+    """(*lead, N, T, T) boolean: each key kept with probability `density` for each query and head, its own always."""
+    n_tokens = q.shape[-2]
+    device = q.device if generator is None else generator.device
+    uniform = torch.rand((*q.shape[:-1], n_tokens), generator=generator, device=device).to(q.device)
+    return (uniform < density) | torch.eye(n_tokens, dtype=torch.bool, device=q.device)
+
+
+def attention_probabilities(
+    q: Tensor, k: Tensor, allowed: Tensor | None, scale: float, softcap: float | None = None, sink: Tensor | None = None
+) -> Tensor:
+    """Softmax over the keys of cap(scale q k^T), (*lead, N, T, T), in float32 or better.
+
+    allowed: boolean, broadcast to the logits. softcap: cap(z) = softcap tanh(z / softcap). sink: (N) or (*lead, N), one
+    more logit in the denominator, which leaves the rows below a sum of one.
+    """
+    logits = (q @ k.mT) * scale
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    if sink is None:
+        return logits.softmax(dim=-1)
+    extra = sink[..., None, None].to(logits.dtype).expand(*logits.shape[:-1], 1)
+    return torch.cat((logits, extra), dim=-1).softmax(dim=-1)[..., :-1]

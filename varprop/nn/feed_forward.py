@@ -1,0 +1,24 @@
+"""The feed-forward part: `down(phi(up x))`, or gated `down(phi(gate x) * up x)`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from varprop.nn.activation import ACTIVATIONS
+from varprop.nn.linear import Weights, linear
+from varprop.spec import ModelSpec
+
+
+def feed_forward(x: Tensor, weights: Weights, spec: ModelSpec, layer: int) -> Tensor:
+    """Output of the dense feed-forward of a layer, (*lead, T, D)."""
+    assert spec.feed_forward is not None
+    return two_layers(x, weights, "mlp", spec.feed_forward.activation)
+
+
+def two_layers(x: Tensor, weights: Weights, prefix: str, activation: str) -> Tensor:
+    """The feed-forward whose weights are `<prefix>.up`, `<prefix>.down` and, where present, `<prefix>.gate`."""
+    phi = ACTIVATIONS[activation]
+    up = linear(x, weights, f"{prefix}.up")
+    gated = f"{prefix}.gate" in weights
+    inner = phi(linear(x, weights, f"{prefix}.gate")) * up if gated else phi(up)
+    return linear(inner, weights, f"{prefix}.down")

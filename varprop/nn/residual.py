@@ -1,0 +1,36 @@
+"""The residual sum around a branch, for every norm placement of `NormSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from varprop.nn.linear import Weights
+from varprop.nn.norm import norm
+from varprop.spec import ModelSpec
+
+
+def added(
+    x: Tensor, weights: Weights, spec: ModelSpec, layer: int, name: str, branch: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What a branch adds to the stream x: norms inside the branch and the branch multiplier included.
+
+    name: `attention` or `mlp`; its norms are `<name>_norm` and, for `peri`, `<name>_out_norm`.
+    """
+    placement = spec.norm_placement(layer)
+    if placement in ("pre", "peri", "lns"):
+        y = norm(x, weights, spec, f"{name}_norm")
+        y = branch(y * layer**-0.5 if placement == "lns" else y)
+    else:
+        y = branch(x)
+    if placement == "peri":
+        y = norm(y, weights, spec, f"{name}_out_norm")
+    if placement == "reordered":
+        y = norm(y, weights, spec, f"{name}_norm")
+    return spec.branch_scale * y
+
+
+def close(total: Tensor, weights: Weights, spec: ModelSpec, layer: int, name: str) -> Tensor:
+    """The stream after a residual sum: the sum itself, or its norm where the placement is `post`."""
+    return norm(total, weights, spec, f"{name}_norm") if spec.norm_placement(layer) == "post" else total
