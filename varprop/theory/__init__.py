@@ -1,0 +1,3 @@
+from varprop.theory.depth import predict
+
+__all__ = ["predict"]

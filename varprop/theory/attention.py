@@ -1,0 +1,243 @@
+"""Attention at initialisation: E out_t.out_s / d = sigma_OV^2 E[p_t' C p_s], with C the Gram of the normalised tokens.
+
+The identity is exact at any width, given the attention rows p and C, because W_V and W_O are independent of both
+(gains of V and O after masks: sigma_OV^2 = g_V g_O). Grouped key/value heads leave it unchanged. Two ways to the
+average over p:
+
+- `exchangeable_attention`: full attention over exchangeable tokens, by quadrature (`softmax.py`);
+- `sampled_attention`: everything else. Given C the rows of queries and keys are exactly Gaussian with covariance
+  g_Q C and g_K C, so whole heads are drawn without weight matrices.
+
+Finite width: values correlate with the keys that weight them. C fluctuates around its mean like a Wishart matrix,
+Cov(C_ab, C_cd) = (C_ac C_bd + C_ad C_bc) / d, and keys k_t tell about it: by Bayes to first order
+
+    E[C | keys] = C + (S - head_dim C) / d,    S_ab = k_a.k_b / g_K,
+
+with the diagonal held at |u|^2 / d by the norm, which takes away C_ab (r_a + r_b) / 2, r_a = (S_aa / C_aa -
+head_dim) / d. For one query and i.i.d. tokens this is E[(sum p g)^2 - sum p^2 g^2] / (s^2 d), g the logits.
+Source of the formulas: derived in proofs/prove_attention.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from varprop.errors import AssumptionError
+from varprop.spec import ModelSpec, layer_table
+from varprop.theory.linear import effective_gain
+from varprop.theory.moments import Moments
+from varprop.theory.quadrature import gram_root
+from varprop.theory.softmax import softmax_moments, softmax_overlap
+
+CHUNK_ELEMENTS = 2_000_000
+"""Attention matrices are built for at most this many entries at a time."""
+
+
+@dataclass(frozen=True)
+class AttentionGains:
+    """Gains after masks: queries, keys, and the product of values and outputs (sigma_OV^2)."""
+
+    query: float
+    key: float
+    value_output: float
+
+
+def attention_gains(spec: ModelSpec, layer: int) -> AttentionGains:
+    """The gains of one layer, read from the tensor table."""
+    rows = layer_table(spec, layer)
+    q, k, v, o = (effective_gain(rows[f"attention.{name}"]) for name in "qkvo")
+    return AttentionGains(q, k, v * o)
+
+
+def incoherent_average(correlation, overlap):
+    """p' C p' for weights that sum to 1 over tokens of one correlation c: c + (1 - c) * overlap.
+
+    overlap: sum_j p_j p'_j. Exact. Source: derived in proofs/prove_attention.py.
+
+    >>> incoherent_average(0.5, 0.25)
+    0.625
+    """
+    return correlation + (1 - correlation) * overlap
+
+
+def value_key_coupling(correlation, pair, diagonal, d_model):
+    """Finite-width term of p' C p: (1 - c)(pair - c * diagonal) / d, with the averages of `SoftmaxMoments`.
+
+    Leading order in 1/d. Source: derived in proofs/prove_attention.py.
+
+    >>> value_key_coupling(0.0, 1.0, 0.5, 100)
+    0.01
+    """
+    return (1 - correlation) * (pair - correlation * diagonal) / d_model
+
+
+def attention_logit_std(spec: ModelSpec, gains: AttentionGains, second_moment: float) -> float:
+    """Standard deviation of q.k * logit_scale for uncorrelated tokens of this second moment after the norm."""
+    assert spec.attention is not None
+    scale = spec.attention.logit_scale or spec.head_dim**-0.5
+    return scale * second_moment * (spec.head_dim * gains.query * gains.key) ** 0.5
+
+
+def is_exchangeable(spec: ModelSpec) -> bool:
+    """Whether attention treats all tokens alike and has i.i.d. logits: full, no positions, plain softmax."""
+    part = spec.attention
+    return part is None or (
+        part.pattern == "full"
+        and part.rope_theta is None
+        and part.qk_norm == "none"
+        and part.logit_softcap is None
+        and not part.sink_logit
+        and part.key_mask_density == 1
+    )
+
+
+def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.ndarray:
+    """Gram matrices of the attention output, (n_recursions, P, P), for exchangeable tokens after the norm.
+
+    Second moment g (c + (1 - c) Y + coupling), covariance g (c + (1 - c) X), g = sigma_OV^2 * second moment.
+    Quadrature for the softmax averages, leading order in 1/d for the coupling; its part in the covariance, of relative
+    order s^2 / (T d), is left out. Raises `AssumptionError` unless tokens and spec are exchangeable.
+    """
+    tokens.require("exchangeable", "exchangeable_attention")
+    if not is_exchangeable(spec):
+        raise AssumptionError(f"attention={spec.attention!r} is not exchangeable; expected full attention, no positions")
+    gains = attention_gains(spec, layer)
+    out = np.empty_like(tokens.gram)
+    for index, (second_moment, correlation) in enumerate(
+        zip(tokens.second_moment, tokens.token_correlation, strict=True)
+    ):
+        correlation = float(np.clip(correlation, 0.0, 1.0))
+        std = attention_logit_std(spec, gains, float(second_moment)) * (1 - correlation) ** 0.5
+        softmax = softmax_moments(tokens.n_tokens, std, spec.head_dim)
+        overlap = softmax_overlap(tokens.n_tokens, std, correlation, spec.head_dim)
+        coupling = value_key_coupling(correlation, softmax.pair, softmax.diagonal, spec.d_model)
+        out[index] = incoherent_average(correlation, overlap)
+        np.fill_diagonal(out[index], incoherent_average(correlation, softmax.participation) + coupling)
+        out[index] *= gains.value_output * second_moment
+    return out
+
+
+def sampled_attention(
+    spec: ModelSpec, layer: int, tokens: Moments, n_heads: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Gram matrices of the attention output, (n_recursions, T, T), from `n_heads` drawn heads per recursion.
+
+    tokens: after the norm, one position each. Heads of a recursion share keys as far as the spec's do. The mean over
+    draws is exact up to O(1/d) terms other than the coupling; the draws' spread is left to the caller.
+    Raises `AssumptionError` where the Gram matrix does not resolve every position.
+    """
+    n_recursions, n_tokens, _ = tokens.gram.shape
+    if n_tokens != tokens.n_tokens:
+        raise AssumptionError(f"gram={tokens.gram.shape!r} holds fewer than {tokens.n_tokens} positions; expected all")
+    gains = attention_gains(spec, layer)
+    allowed = allowed_keys(spec, layer, n_tokens)
+    out = np.empty_like(tokens.gram)
+    chunk = max(1, CHUNK_ELEMENTS // (n_heads * n_tokens**2))
+    for start in range(0, n_recursions, chunk):
+        gram = tokens.gram[start : start + chunk]
+        out[start : start + chunk] = _average_heads(spec, gains, gram, allowed, n_heads, rng)
+    return gains.value_output * out
+
+
+def allowed_keys(spec: ModelSpec, layer: int, n_tokens: int) -> np.ndarray:
+    """(T, T) booleans: whether query t (row) sees key s, by pattern, window and sink tokens."""
+    assert spec.attention is not None
+    t, s = np.arange(n_tokens)[:, None], np.arange(n_tokens)
+    if spec.attention.pattern == "full":
+        return np.ones((n_tokens, n_tokens), dtype=bool)
+    window = spec.window(layer)
+    near = t - s < window if window is not None else np.ones((n_tokens, n_tokens), dtype=bool)
+    return (s <= t) & (near | (s < spec.attention.n_sink_tokens))
+
+
+def _average_heads(
+    spec: ModelSpec,
+    gains: AttentionGains,
+    gram: np.ndarray,
+    allowed: np.ndarray,
+    n_heads: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Mean over drawn heads of P E[C | keys] P', for a stack of Gram matrices (R, T, T)."""
+    n_recursions, n_tokens, _ = gram.shape
+    head_dim, d_model = spec.head_dim, spec.d_model
+    n_keys = max(1, n_heads // spec.kv_group_size)
+    root = gram_root(gram)[:, None]
+    shape = (n_recursions, n_heads, n_tokens, head_dim)
+    queries = gains.query**0.5 * (root @ rng.standard_normal(shape))
+    unit_keys = root @ rng.standard_normal((n_recursions, n_keys, n_tokens, head_dim))
+    unit_keys = np.repeat(unit_keys, -(-n_heads // n_keys), axis=1)[:, :n_heads]
+    weights = attention_weights(spec, queries, gains.key**0.5 * unit_keys, gains, gram, allowed, rng)
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)[:, None]
+    excess = (np.sum(unit_keys**2, axis=-1) / diagonal - head_dim) / d_model
+    shrink = 1 - head_dim / d_model - (excess[..., :, None] + excess[..., None, :]) / 2
+    averaged = weights @ (gram[:, None] * shrink) @ weights.swapaxes(-1, -2)
+    mixed_keys = weights @ unit_keys
+    averaged += mixed_keys @ mixed_keys.swapaxes(-1, -2) / d_model
+    return averaged.mean(axis=1)
+
+
+def attention_weights(
+    spec: ModelSpec,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    gains: AttentionGains,
+    gram: np.ndarray,
+    allowed: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Attention rows P (R, H, T, T) of drawn queries and keys (R, H, T, head_dim).
+
+    QK-norm, rotary positions, scale, soft cap, visibility, key masks and the sink logit, in this order.
+    """
+    part = spec.attention
+    assert part is not None
+    if part.qk_norm != "none":
+        second_moment = np.diagonal(gram, axis1=-2, axis2=-1)
+        queries = _unit_rms(spec, queries, gains.query * second_moment, spec.n_heads)
+        keys = _unit_rms(spec, keys, gains.key * second_moment, spec.n_kv_heads)
+    if part.rope_theta is not None:
+        queries, keys = (rotate(x, part.rope_theta, part.rope_fraction) for x in (queries, keys))
+    logits = (part.logit_scale or spec.head_dim**-0.5) * (queries @ keys.swapaxes(-1, -2))
+    if part.logit_softcap is not None:
+        logits = part.logit_softcap * np.tanh(logits / part.logit_softcap)
+    visible = np.broadcast_to(allowed, logits.shape)
+    kept = np.ones_like(visible)
+    if part.key_mask_density < 1:
+        kept = (rng.random(logits.shape) < part.key_mask_density) | np.eye(logits.shape[-1], dtype=bool)
+        if part.key_mask_place == "before_softmax":
+            visible = visible & kept
+    logits = np.where(visible, logits, -np.inf)
+    top = logits.max(axis=-1, keepdims=True)
+    if part.sink_logit:
+        top = np.maximum(top, 0.0)
+    unnormalised = np.exp(logits - top)
+    total = unnormalised.sum(axis=-1, keepdims=True) + (np.exp(-top) if part.sink_logit else 0.0)
+    return unnormalised / total * (kept if part.key_mask_place == "after_softmax" else 1.0)
+
+
+def _unit_rms(spec: ModelSpec, x: np.ndarray, expected: np.ndarray, n_heads: int) -> np.ndarray:
+    """RMS norm of drawn queries or keys over a head, or over the whole projection.
+
+    For a projection, heads that were not drawn enter with their expected power (relative error O(1/(heads head_dim))).
+    """
+    assert spec.attention is not None
+    power = np.mean(x**2, axis=-1)
+    if spec.attention.qk_norm == "projection":
+        share = min(1.0, x.shape[1] / n_heads)
+        power = share * power.mean(axis=1, keepdims=True) + (1 - share) * expected[:, None]
+    return x / np.sqrt(power + spec.norm.eps)[..., None]
+
+
+def rotate(x: np.ndarray, theta: float, fraction: float) -> np.ndarray:
+    """Rotary embedding of (..., T, head_dim): pairs (i, i + n/2) of the first n = fraction * head_dim dimensions."""
+    n_rotated = round(fraction * x.shape[-1])
+    half = n_rotated // 2
+    angle = np.arange(x.shape[-2])[:, None] * theta ** (-np.arange(half) / half)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    first, second = x[..., :half], x[..., half:n_rotated]
+    return np.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine, x[..., n_rotated:]], axis=-1
+    )
