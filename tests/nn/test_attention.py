@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from varprop.errors import ArgumentError
 from varprop.nn import Transformer, draw_layer
 from varprop.nn.attention import attention, draw_kept_keys, rotate
 from varprop.nn.init import make_generator
@@ -81,6 +82,12 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     for distance in range(-9, 10):
         values = products.diagonal(distance)
         torch.testing.assert_close(values, values[:1].expand_as(values), rtol=0, atol=1e-12)
+
+
+def test_key_mask_needs_a_generator() -> None:
+    spec = SPECS["key_mask_before"]
+    with pytest.raises(ArgumentError, match="generator=None is missing"):
+        attention(torch.ones(1, 3, 16), draw_layer(spec, 1, make_generator(1)), spec, 1)
 
 
 def test_kept_keys_have_the_density_and_always_the_own() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from varprop.errors import SpecError
-from varprop.nn import draw_layer
+from varprop.nn import Block, draw_layer
 from varprop.nn.init import draw_mask, draw_tensor, make_generator
 from varprop.spec import MaskSpec, layer_table
 
@@ -57,6 +57,16 @@ def test_density_one_is_dense(kind: str, rescale: str) -> None:
     assert torch.equal(weight, dense)
     effective = draw_layer(masked, 1, make_generator(3))
     assert torch.equal(effective["attention.q"], dense)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_simulated_weights_are_those_of_the_network(name: str) -> None:
+    """Masks and their factors are applied alike to the weights of a simulation and in the forward of the network."""
+    spec = SPECS[name]
+    drawn, effective = draw_layer(spec, 1, make_generator(6, 1)), Block(spec, 1, seed=6).weights()
+    assert drawn.keys() == effective.keys()
+    for key, value in drawn.items():
+        assert torch.equal(value, effective[key])
 
 
 def test_magnitude_keeps_the_largest_of_each_network_and_expert() -> None:

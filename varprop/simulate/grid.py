@@ -43,10 +43,11 @@ def grid(
     """`sample` at every combination of `axes`, as one Dataset with the axes as its first dimensions.
 
     axes: names that `ModelSpec.with_fields` takes, or `n_tokens` and `token_correlation` (as dimension
-    `input_token_correlation`), each with its distinct values; values that are not all numbers or all text are labelled
-    by their JSON. directory: each point is saved there as `<id>.nc`, the id being the hash of its spec and arguments;
-    valid files are reused, damaged ones redone. n_workers: processes. A point is bitwise the same in any grid, on any
-    number of workers, and from `sample` alone. Raises `ArgumentError` or `SpecError` before anything runs.
+    `input_token_correlation`; they then replace the argument), each with its distinct values; values that are not all
+    numbers or all text are labelled by their JSON. directory: each point is saved there as `<id>.nc`, the id being
+    the hash of its spec and arguments; valid files are reused, damaged ones redone. n_workers: processes. A point is
+    bitwise the same in any grid, on any number of workers, and from `sample` alone. Raises `ArgumentError` or
+    `SpecError` before anything runs.
     """
     points = _points(spec, axes, n_tokens, token_correlation)
     n_workers = positive_integer("n_workers", n_workers)
@@ -113,8 +114,6 @@ def _points(
         texts = {json.dumps(_plain(value)) for value in values}
         distinct = 0 < len(texts) == len(values)
         require(distinct, ArgumentError, f"axes.{name}", list(values), "empty or repeats a value", domain)
-    given_once = "n_tokens" not in axes or n_tokens is None
-    require(given_once, ArgumentError, "n_tokens", n_tokens, "also an axis", "an argument or an axis")
     points = []
     for combination in itertools.product(*axes.values()):
         fields = {name: _plain(value) for name, value in zip(axes, combination, strict=True)}
