@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 
-from varprop import compare, plot, presets, report, results, simulate, theory, train
+from varprop import compare, presets, report, results, simulate, theory, train
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
 

@@ -65,15 +65,14 @@ def test_absent_part_records_zeros() -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_every_parameter_learns_and_masked_entries_do_not(name: str) -> None:
-    """Except the router bias, which only selects, and the attention norm that a parallel post block does not use."""
+    """Except the router bias, which only selects."""
     spec = SPECS[name]
     model = Transformer(spec, dtype=torch.float64)
     logits = model(some_tokens(spec.vocab_size))
     (logits * torch.randn(logits.shape, generator=make_generator(1), dtype=torch.float64)).sum().backward()
     masks = {name: mask for name, mask in model.named_buffers() if name.endswith("_mask")}
     for parameter_name, parameter in model.named_parameters():
-        unused = name == "parallel_post" and "attention_norm" in parameter_name
-        if unused or parameter_name.endswith("router_bias"):
+        if parameter_name.endswith("router_bias"):
             assert parameter.grad is None
             continue
         assert parameter.grad is not None, parameter_name

@@ -75,8 +75,6 @@ def block(
         attn_out, mlp_out = branch(x, "attention"), branch(x, "mlp")
         middle = skip * x + attn_out
         after = skip * x + attn_out + mlp_out
-        if placement == "post":
-            after = norm_rows(after, weights, spec, "mlp_norm")
     else:
         attn_out = mlp_out = zeros
         middle = x

@@ -34,7 +34,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "feed_forward_only": {"attention": None},
     "parallel": {"block": "parallel", "skip_multiplier": 0.9, "branch_multiplier": 0.7},
     "parallel_attention_only": {"block": "parallel", "feed_forward": None},
-    "parallel_post": {"block": "parallel", "placement": "post"},
     "gqa": {"n_kv_heads": 2, "head_dim": 6},
     "mqa": {"n_kv_heads": 1, "rope_theta": None},
     "rope_fraction": {"rope_fraction": 0.5, "rope_theta": 100.0},

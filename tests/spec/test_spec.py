@@ -107,6 +107,11 @@ def test_tensor_table_is_consistent(spec: ModelSpec) -> None:
         ({"feed_forward": None, "moe": {"n_experts": 4, "top_k": 5, "d_expert": 8}}, "top_k=5 is larger"),
         ({"feed_forward": None, "moe": {"n_experts": 4, "top_k": 5}}, "moe.d_expert is missing"),
         ({"attention": None, "feed_forward": None}, "a block with no part"),
+        ({"block": "parallel", "norm.placement": "post"}, "block='parallel' is given with norm.placement='post'"),
+        (
+            {"masks.q": {"kind": "n_of_m", "density": 0.4, "group": 5}},
+            "masks.q.group=5 is not a divisor of the 64 inputs",
+        ),
         ({"init.overrides": {"qq": 0.1}}, "overrides='qq' is an unknown matrix"),
     ],
 )

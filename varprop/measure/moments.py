@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BRANCH_STREAM = {"attn_out": "resid_pre", "mlp_out": "resid_mid"}
+"""Site of the stream that a branch is added to, in parallel blocks too: with r its correlation with the branch,
+q_after = q + v + 2 r sqrt(q v) whatever the block (skip multiplier 1, no norm on the sum)."""
+
 
 def second_moment(x: Tensor) -> Tensor:
     """Mean of x^2 over tokens and neurons, shape (*lead), float64; exact to rounding.

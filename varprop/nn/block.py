@@ -48,8 +48,7 @@ def block_forward(
     middle = x
     if has_attention:
         attn_out = added(x, weights, spec, layer, "attention", attend)
-        middle = spec.skip_scale * x + attn_out
-        middle = middle if parallel else close(middle, weights, spec, layer, "attention")
+        middle = close(spec.skip_scale * x + attn_out, weights, spec, layer, "attention")
     after = middle
     if has_feed_forward:
         mlp_out = added(x if parallel else middle, weights, spec, layer, "mlp", feed)

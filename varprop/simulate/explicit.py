@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varprop.measure import branch_correlation, second_moment, token_correlation, variance
+from varprop.measure import BRANCH_STREAM, branch_correlation, second_moment, token_correlation, variance
 from varprop.nn.block import block_forward
 from varprop.nn.init import draw_layer, make_generator
 from varprop.results import BRANCHES, SITES
@@ -20,8 +20,6 @@ from varprop.simulate.inputs import Inputs
 from varprop.spec import ModelSpec, layer_table
 
 SITE_STATISTICS = {"second_moment": second_moment, "variance": variance, "token_correlation": token_correlation}
-STREAM_OF = {"attn_out": "resid_pre", "mlp_out": "resid_mid"}
-"""The stream that a branch is added to."""
 MAX_NETWORKS = 8
 BLOCK_NUMBERS = 2**26
 """Most float numbers of one layer's weights and attention matrices that a block holds, if it has several networks."""
@@ -48,9 +46,9 @@ class Recorder:
         x = x.double()
         for name, statistic in SITE_STATISTICS.items():
             self.arrays[name][:, layer, SITES.index(site)] = statistic(x).cpu()
-        if site in STREAM_OF:
-            value = branch_correlation(self._streams[STREAM_OF[site]], x)
-            self.arrays["branch_correlation"][:, layer, list(STREAM_OF).index(site)] = value.cpu()
+        if site in BRANCH_STREAM:
+            value = branch_correlation(self._streams[BRANCH_STREAM[site]], x)
+            self.arrays["branch_correlation"][:, layer, list(BRANCH_STREAM).index(site)] = value.cpu()
         else:
             self._streams[site] = x
 

@@ -67,6 +67,15 @@ class ModelSpec:
         _one_of("block", self.block, Block)
         self._check_attention()
         self._check_feed_forward()
+        self._check_masks()
+        require(
+            self.block == "sequential" or self.norm.placement not in ("post", "mix"),
+            SpecError,
+            "block",
+            self.block,
+            f"given with norm.placement={self.norm.placement!r}",
+            "block='sequential' where a norm follows the sum",
+        )
         require(
             self.residual.rule != "deepnorm" or self.norm.placement == "post",
             SpecError,
@@ -140,6 +149,18 @@ class ModelSpec:
             "a block with no part",
             "attention, feed_forward or moe",
         )
+
+    def _check_masks(self) -> None:
+        for row in self.tensor_table():
+            if row.mask is not None and row.mask.kind == "n_of_m":
+                require(
+                    row.fan_in % row.mask.group == 0,
+                    SpecError,
+                    f"masks.{row.matrix}.group",
+                    row.mask.group,
+                    f"not a divisor of the {row.fan_in} inputs of {row.name}",
+                    "a divisor of the inputs",
+                )
 
     # What the fields resolve to ------------------------------------------------------------------------------------
 

@@ -102,7 +102,9 @@ def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.n
     """
     tokens.require("exchangeable", "exchangeable_attention")
     if not is_exchangeable(spec):
-        raise AssumptionError(f"attention={spec.attention!r} is not exchangeable; expected full attention, no positions")
+        raise AssumptionError(
+            f"attention={spec.attention!r} is not exchangeable; expected full attention, no positions"
+        )
     gains = attention_gains(spec, layer)
     out = np.empty_like(tokens.gram)
     for index, (second_moment, correlation) in enumerate(
@@ -238,6 +240,4 @@ def rotate(x: np.ndarray, theta: float, fraction: float) -> np.ndarray:
     angle = np.arange(x.shape[-2])[:, None] * theta ** (-np.arange(half) / half)
     cosine, sine = np.cos(angle), np.sin(angle)
     first, second = x[..., :half], x[..., half:n_rotated]
-    return np.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine, x[..., n_rotated:]], axis=-1
-    )
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, x[..., n_rotated:]], axis=-1)

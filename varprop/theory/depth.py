@@ -104,9 +104,7 @@ def _check(spec: ModelSpec, n_tokens: int) -> None:
     require(placement == "pre", AssumptionError, "norm.placement", placement, "not covered by the theory", "'pre'")
 
 
-def _embedding(
-    spec: ModelSpec, n_tokens: int, token_correlation: float | np.ndarray
-) -> tuple[Moments, _Sampling]:
+def _embedding(spec: ModelSpec, n_tokens: int, token_correlation: float | np.ndarray) -> tuple[Moments, _Sampling]:
     """The embedding's moments in the smallest form that the spec's attention allows."""
     second_moment = (spec.tensor_table()[0].init_std * spec.embedding_scale) ** 2
     correlation = np.asarray(token_correlation, dtype=float)
@@ -146,9 +144,7 @@ def _normalised(spec: ModelSpec, tokens: Moments) -> Moments:
     return tokens.with_gram(norm_gram(tokens.gram, spec.norm.kind, spec.norm.eps, spec.d_model))
 
 
-def _attention(
-    spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling, rng: np.random.Generator
-) -> Moments:
+def _attention(spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling, rng: np.random.Generator) -> Moments:
     tokens = _normalised(spec, tokens)
     if "exchangeable" in tokens.assumptions and is_exchangeable(spec):
         return tokens.with_gram(exchangeable_attention(spec, layer, tokens))
@@ -181,7 +177,13 @@ class _Table:
 
     def __init__(self, n_layers: int) -> None:
         shape = (n_layers + 1, len(results.SITES))
-        names = ("second_moment", "token_correlation", "theory_error", "token_correlation_error", "second_moment_stderr")
+        names = (
+            "second_moment",
+            "token_correlation",
+            "theory_error",
+            "token_correlation_error",
+            "second_moment_stderr",
+        )
         self.numbers = {name: np.full(shape, np.nan) for name in names}
         self.exactness = np.full(shape, "", dtype="<U10")
 
