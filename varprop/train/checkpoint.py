@@ -60,7 +60,7 @@ class RunDirectory:
         return self.path / "checkpoint.safetensors"
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, history: History) -> None:
-        """Write the state after `step` updates in place of the last one."""
+        """Write the state from which a resumed run goes on with batch `step`, in place of the last one."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -70,7 +70,7 @@ class RunDirectory:
         _save(tensors, self.checkpoint, {"format": FORMAT, "step": step})
 
     def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, History]:
-        """Put the last saved state into `model` and `optimizer`; returns its step and history, (0, empty) if none."""
+        """Put the last saved state into `model` and `optimizer`; its step and history, (0, empty) if there is none."""
         if not self.checkpoint.exists():
             return 0, History()
         metadata, tensors = _load(self.checkpoint)
