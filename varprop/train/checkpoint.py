@@ -32,7 +32,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus) -> None:
         self.path = Path(path)
-        self._spec = spec
+        self._spec, self._seed = spec, config.seed
         wanted = {
             "format": FORMAT,
             "spec": spec.to_dict(),
@@ -86,7 +86,8 @@ class RunDirectory:
 
     def save_model(self, model: Transformer) -> None:
         """Write the final weights, which `load_model` reads."""
-        _save(model.state_dict(), self.path / "model.safetensors", {"format": FORMAT, "spec": self._spec.to_dict()})
+        metadata = {"format": FORMAT, "spec": self._spec.to_dict(), "seed": self._seed}
+        _save(model.state_dict(), self.path / "model.safetensors", metadata)
 
 
 def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Transformer:
@@ -97,7 +98,8 @@ def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Trans
             f"run_dir={str(run_dir)!r} has no model.safetensors; expected the directory of a finished run"
         )
     metadata, tensors = _load(path)
-    model = Transformer(ModelSpec.from_dict(metadata["spec"]), device=device)
+    # The seed is that of the key masks too, which are no tensors of the state.
+    model = Transformer(ModelSpec.from_dict(metadata["spec"]), seed=metadata["seed"], device=device)
     model.load_state_dict(tensors)
     return model
 
