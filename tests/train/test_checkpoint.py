@@ -18,6 +18,7 @@ from varprop import results
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
 from varprop.train import TrainConfig, checkpoint, fit, load_model
+from varprop.train.loop import Trainer
 
 CHILD = """
 import os, signal, sys
@@ -78,11 +79,15 @@ def test_many_kills_at_random_steps(spec: ModelSpec, config: TrainConfig, tmp_pa
     assert results.identical(fit(spec, config, run_dir=tmp_path / "run"), undisturbed)
 
 
-def test_a_finished_run_is_returned_again(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+def test_a_finished_run_is_returned_again(
+    spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = fit(spec, config, run_dir=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint.safetensors", "model.safetensors", "run.json"]
-    assert results.identical(fit(spec, config, run_dir=tmp_path), first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "forward_backward", lambda *_: pytest.fail("trained again"))
+        assert results.identical(fit(spec, config, run_dir=tmp_path), first)
     assert results.identical(fit(spec, config), first)
 
 
@@ -118,18 +123,22 @@ def test_damaged_run_directories(spec: ModelSpec, config: TrainConfig, tmp_path:
 def test_a_failed_write_leaves_the_last_checkpoint(
     spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(source: object, target: object) -> None:
-        raise OSError(28, os.strerror(28))
+    replace, targets = os.replace, []
 
-    fit(spec, dataclasses.replace(config), run_dir=tmp_path)
-    before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").unlink()
-    monkeypatch.setattr(checkpoint.os, "replace", full)
-    with pytest.raises(ArgumentError, match=r"model\.safetensors' cannot be written \(No space left on device\)"):
-        fit(spec, config, run_dir=tmp_path)
-    monkeypatch.undo()
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob(".*"))
+    def full_at_the_third(source: Path, target: Path) -> None:
+        targets.append(target)
+        if len(targets) == 3:  # checkpoints of steps 3, 6 and 9
+            raise OSError(28, os.strerror(28))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", full_at_the_third)
+        patch.setattr(checkpoint, "write_atomically", lambda path, content: path.write_bytes(content))
+        with pytest.raises(ArgumentError, match=r"checkpoint\.safetensors' cannot be written \(No space left"):
+            fit(spec, config, run_dir=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "run.json"]
+    assert checkpoint._load(tmp_path / "checkpoint.safetensors")[0]["step"] == 6
+    assert results.identical(fit(spec, config, run_dir=tmp_path), fit(spec, config))
 
 
 def test_no_pickle(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:

@@ -130,8 +130,10 @@ def test_sequences_do_not_depend_on_how_they_are_batched(token_file: Path) -> No
 
 def test_validation_windows_are_distinct_and_bounded(token_file: Path) -> None:
     corpus = load_corpus(token_file)  # 200 validation tokens: 12 windows of 16
-    assert [len(b) for b in validation_batches(corpus, 100, 5, 16)] == [5, 5, 2]
-    assert [len(b) for b in validation_batches(corpus, 2, 5, 16)] == [5, 5]
+    assert [len(b) for b in validation_batches(corpus, 100, 5, 16)] == [5, 5]
+    assert [len(b) for b in validation_batches(corpus, 100, 20, 16)] == [12]
+    assert len(torch.cat(validation_batches(corpus, 3, 4, 16)).unique(dim=0)) == 12
+    assert [len(b) for b in validation_batches(corpus, 1, 5, 16)] == [5]
 
 
 def _truncate(path: Path) -> None:

@@ -58,6 +58,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -32,7 +32,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus) -> None:
         self.path = Path(path)
-        self._spec = spec
+        self._spec, self._seed = spec, config.seed
         wanted = {
             "format": FORMAT,
             "spec": spec.to_dict(),
@@ -60,7 +60,7 @@ class RunDirectory:
         return self.path / "checkpoint.safetensors"
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, history: History) -> None:
-        """Write the state after `step` updates in place of the last one."""
+        """Write the state from which a resumed run goes on with batch `step`, in place of the last one."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -70,7 +70,7 @@ class RunDirectory:
         _save(tensors, self.checkpoint, {"format": FORMAT, "step": step})
 
     def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, History]:
-        """Put the last saved state into `model` and `optimizer`; returns its step and history, (0, empty) if none."""
+        """Put the last saved state into `model` and `optimizer`; its step and history, (0, empty) if there is none."""
         if not self.checkpoint.exists():
             return 0, History()
         metadata, tensors = _load(self.checkpoint)
@@ -86,7 +86,8 @@ class RunDirectory:
 
     def save_model(self, model: Transformer) -> None:
         """Write the final weights, which `load_model` reads."""
-        _save(model.state_dict(), self.path / "model.safetensors", {"format": FORMAT, "spec": self._spec.to_dict()})
+        metadata = {"format": FORMAT, "spec": self._spec.to_dict(), "seed": self._seed}
+        _save(model.state_dict(), self.path / "model.safetensors", metadata)
 
 
 def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Transformer:
@@ -97,7 +98,8 @@ def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Trans
             f"run_dir={str(run_dir)!r} has no model.safetensors; expected the directory of a finished run"
         )
     metadata, tensors = _load(path)
-    model = Transformer(ModelSpec.from_dict(metadata["spec"]), device=device)
+    # The seed is that of the key masks too, which are no tensors of the state.
+    model = Transformer(ModelSpec.from_dict(metadata["spec"]), seed=metadata["seed"], device=device)
     model.load_state_dict(tensors)
     return model
 

@@ -107,10 +107,14 @@ def batch(
 def validation_batches(
     corpus: Corpus, n_batches: int, batch_size: int, n_tokens: int, device: str | torch.device = "cpu"
 ) -> list[torch.Tensor]:
-    """Up to `n_batches` batches of windows spread evenly over the validation text, the same at every step."""
+    """Up to `n_batches` batches of windows spread evenly over the validation text, the same at every step.
+
+    All batches have `batch_size` rows; a text with fewer windows gives one smaller batch of them all.
+    """
     size = n_windows(corpus.validation, n_tokens)
     require(size > 0, ArgumentError, "n_tokens", n_tokens, _too_short(corpus.validation), "a shorter sequence")
     count = min(size, n_batches * batch_size)
+    count -= count % batch_size if count > batch_size else 0
     starts = [number * size // count * n_tokens for number in range(count)]
     rows = range(0, count, batch_size)
     return [_windows(corpus.validation, starts[row : row + batch_size], n_tokens, device) for row in rows]

@@ -67,8 +67,9 @@ def fit(
             if step < config.n_steps:
                 trainer.update(step)
             show(step, history)
-    if run is not None:
+    if run is not None and start <= config.n_steps:
         run.save_model(trainer.model)
+        run.save(config.n_steps + 1, trainer.model, trainer.optimizer, history)  # nothing is left to do
     return dataset(history, spec, config, corpus, device=trainer.device.type, dtype=trainer.dtype)
 
 
