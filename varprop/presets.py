@@ -50,10 +50,14 @@ def get(name: str) -> ModelSpec:
 
 
 def _small(d_model: int, n_layers: int, n_heads: int, d_ff: int, **changes: Any) -> ModelSpec:
-    """A Llama-shaped model with fan-in initialisation, so that every block starts at order one at any width."""
+    """A Llama-shaped model with fan-in initialisation: stream, blocks and logits start at order one at any width.
+
+    Untied: a tied table of std 1 would start the logits at standard deviation sqrt(d_model).
+    """
     spec = ModelSpec(
         d_model=d_model,
         n_layers=n_layers,
+        tied_embeddings=False,
         attention=AttentionSpec(n_heads=n_heads),
         feed_forward=FeedForwardSpec(d_ff=d_ff),
     )

@@ -39,7 +39,7 @@ def by_hand(model: Transformer, tokens: torch.Tensor) -> dict[tuple[str, int, st
         values["token_correlation", layer, site] = float(np.mean(correlations))
     for (layer, site), x in seen.items():
         if site in ("attn_out", "mlp_out"):
-            before = "resid_pre" if site == "attn_out" or model.spec.block == "parallel" else "resid_mid"
+            before = "resid_pre" if site == "attn_out" else "resid_mid"
             stream = seen[layer, before]
             cosines = [(s * b).sum() / np.linalg.norm(s) / np.linalg.norm(b) for s, b in zip(stream, x, strict=True)]
             values["branch_correlation", layer, site.removesuffix("_out")] = float(np.mean(cosines))

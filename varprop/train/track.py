@@ -34,8 +34,6 @@ class Tracker:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        # The stream that the branch is added to; in a parallel block both branches read the stream before it.
-        self._stream_of = {"attn_out": "resid_pre", "mlp_out": "resid_pre" if spec.block == "parallel" else "resid_mid"}
         self._n_layers = spec.n_layers
         self._values: dict[tuple[str, int, str], torch.Tensor] = {}
         self._streams: dict[str, torch.Tensor] = {}
@@ -52,8 +50,8 @@ class Tracker:
                 self._values[name, layer, site] = self._values[name, layer - 1, "resid_post"]
             else:
                 self._values[name, layer, site] = statistic(tensor).mean()
-        if site in self._stream_of:
-            stream = self._streams[self._stream_of[site]]
+        if site in moments.BRANCH_STREAM:
+            stream = self._streams[moments.BRANCH_STREAM[site]]
             self._values["branch_correlation", layer, site] = moments.branch_correlation(stream, tensor).mean()
         else:
             self._streams[site] = tensor
