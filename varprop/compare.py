@@ -89,10 +89,11 @@ class Check:
         return "\n".join(lines)
 
 
-def _urgency(row: dict[str, Any]) -> tuple[int, float]:
-    """Disagreeing cells first by p-value, then underpowered ones by what they would miss, then the smallest p-value."""
+def _urgency(row: dict[str, Any]) -> tuple[int, float, float]:
+    """Disagreeing cells first by p-value, then underpowered by what they would miss, then those nearest the edge."""
     verdict = row["verdict"]
-    return VERDICTS.index(verdict), -row["detectable"] if verdict == "underpowered" else row["p_value"]
+    room = row["theory_error"] - abs(row["deviation"])
+    return VERDICTS.index(verdict), -row["detectable"] if verdict == "underpowered" else row["p_value"], room
 
 
 def _percent(error: float) -> str:

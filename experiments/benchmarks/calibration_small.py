@@ -28,7 +28,7 @@ from varprop.stats import clopper_pearson
 
 FALSE_FAIL_RATE = 0.01
 FAMILIES = ("chi_square", "log_normal")
-SPREADS = (0.05, 0.3)
+SPREADS = (0.05, 0.3, 0.6)
 NETWORKS = (4, 16, 64)
 EDGES = (0.0, 0.02)
 N_LAYERS = 6
@@ -68,8 +68,8 @@ def ensemble(rng: np.random.Generator, family: str, spread: float, n_networks: i
     """One ensemble (network, layer, site); each branch has spread about `spread`, correlated over the layers."""
     share = spread / np.sqrt(2)
     own = factors(rng, family, share, (n_networks, 1))
-    branches = (own * factors(rng, family, share, (n_networks, N_LAYERS)) * mean for mean in BRANCH_MEANS.values())
-    return stream(*branches, factors(rng, family, spread, (n_networks,)))
+    attention, mlp = (own * factors(rng, family, share, (n_networks, N_LAYERS)) * m for m in BRANCH_MEANS.values())
+    return stream(attention, mlp, factors(rng, family, spread, (n_networks,)))
 
 
 def as_result(values: np.ndarray, source: str, theory_error: float = 0.0) -> xr.Dataset:
