@@ -77,7 +77,7 @@ def plot_ratio(comparison: Any, sites: Sequence[str] = ("attn_out", "resid_mid",
     dataset: xr.Dataset = getattr(comparison, "dataset", comparison)
     absolute = "ratio" not in dataset
     present = [s for s in sites if bool((dataset.verdict.sel(site=s) != "absent").any())]
-    figure, panels = _figure(len(present), share_y=True)
+    figure, panels = _figure(len(present), shared=True)
     dof = int(dataset.attrs["degrees_of_freedom"])
     seen: set[str] = set()
     for axes, site in zip(panels, present, strict=True):
@@ -99,7 +99,8 @@ def plot_ratio(comparison: Any, sites: Sequence[str] = ("attn_out", "resid_mid",
                 axes.errorbar(layer[of], y, bars, fmt=marker, color=colour, ms=4.5, lw=1.1, zorder=3)
         axes.set_title(site, fontsize=10)
         what = "measured − predicted" if absolute else "measured / predicted"
-        _decorate(axes, "layer", what if axes is panels[0] else "")
+        _decorate(axes, "layer", what)
+        axes.label_outer(remove_inner_ticks=False)
     shown = {name: style for name, style in VERDICT_STYLE.items() if name in seen}
     handles = [Line2D([], [], color=c, marker=m, ls="", ms=5, label=name) for name, (c, m) in shown.items()]
     handles.append(Line2D([], [], color="0.5", alpha=0.4, lw=7, label="claimed error"))
@@ -142,7 +143,7 @@ def plot_training(dataset: xr.Dataset) -> Figure:
 
 def plot_growth(datasets: Mapping[str, xr.Dataset], variable: str = "variance") -> Figure:
     """`variable` of the stream by layer at the first and at the last step, one line per run; untrained results left."""
-    figure, panels = _figure(2, share_y=True)
+    figure, panels = _figure(2, shared=True)
     for index, (name, dataset) in enumerate(datasets.items()):
         values = _at(dataset, variable, "resid_post")
         ends = [values.isel(step=i) for i in (0, -1)] if "step" in values.dims else [values]
@@ -197,11 +198,17 @@ def _curve(values: xr.DataArray, along: str) -> Curve:
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
-def _figure(n_panels: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    width = 5.6 if n_panels == 1 else min(10.5, 1.2 + 3.4 * n_panels)
-    figure = Figure(figsize=(width, 3.6), dpi=150, layout="constrained")
+def _figure(n_panels: int, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of up to two panels in a row, so that it stays readable on a narrow page."""
+    columns = min(2, max(1, n_panels))
+    rows = -(-max(1, n_panels) // columns)
+    figure = Figure(figsize=(5.6 if columns == 1 else 8.0, 3.6 if rows == 1 else 2.6 * rows), dpi=150)
+    figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, max(1, n_panels), sharey=share_y, squeeze=False)[0])
+    panels = list(figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False).flat)
+    for unused in panels[max(1, n_panels) :]:
+        unused.remove()
+    return figure, panels[: max(1, n_panels)]
 
 
 def _theory(axes: Axes, values: xr.DataArray, claimed: xr.DataArray | None, colour: str, name: str) -> None:
