@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import io
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from matplotlib.figure import Figure
 from varprop import plot
 from varprop.compare import SHOWN_ROWS, VERDICTS, Check, check
 from varprop.errors import ArgumentError, VarpropError
+from varprop.files import write_text
 from varprop.spec import ModelSpec
 
 STYLE = """
@@ -82,24 +80,7 @@ def write_report(path: str | Path, title: str, sections: Iterable[Section], subt
         f"<title>{_escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_escape(title)}</h1>"
         f"{_paragraph(subtitle) if subtitle else ''}<nav><ul>{links}</ul></nav>\n{body}\n</body></html>\n"
     )
-    return _write(Path(path), page)
-
-
-def _write(target: Path, page: str) -> Path:
-    temporary = ""
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            if temporary:
-                os.unlink(temporary)
-        wrong = f"cannot be written ({error.strerror})"
-        raise ArgumentError(f"report={str(target)!r} {wrong}; expected a writable path") from None
-    return target
+    return write_text(path, page)
 
 
 # HTML of the parts ----------------------------------------------------------------------------------------------------

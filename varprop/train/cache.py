@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from varprop.errors import ArgumentError
+from varprop.files import replacing
 
 
 def cache_directory() -> Path:
@@ -47,22 +48,6 @@ def cached(name: str, sha256: str, build: Callable[[], bytes]) -> Path:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ArgumentError(f"corpus={name!r} is damaged (sha256 {found[:16]}); expected sha256 {sha256[:16]}")
-    write_atomically(path, content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
     return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in its folder and rename it; `ArgumentError` if it cannot be written."""
-    temporary = ""
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise ArgumentError(
-            f"file={str(path)!r} cannot be written ({error.strerror}); expected a writable path"
-        ) from None

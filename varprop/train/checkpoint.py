@@ -5,9 +5,7 @@ Every file is written under a temporary name and renamed, so a kill at any momen
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from varprop.errors import ArgumentError
+from varprop.files import replacing, write_text
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
-from varprop.train.cache import write_atomically
 from varprop.train.config import TrainConfig
 from varprop.train.data import Corpus
 from varprop.train.track import History
@@ -52,7 +50,7 @@ class RunDirectory:
                 name, found, expected = difference
                 raise ArgumentError(f"run_dir={str(path)!r} holds a run with {name}={found!r}; expected {expected!r}")
         else:
-            write_atomically(description, (json.dumps(wanted, indent=1, sort_keys=True) + "\n").encode())
+            write_text(description, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
 
     @property
     def checkpoint(self) -> Path:
@@ -105,16 +103,12 @@ def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Trans
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(held, temporary, {"varprop": json.dumps(metadata, sort_keys=True)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ArgumentError(f"file={str(path)!r} cannot be written ({reason}); expected a writable path") from None
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(held, temporary, {"varprop": json.dumps(metadata, sort_keys=True)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
