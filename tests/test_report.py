@@ -130,7 +130,7 @@ def test_theory_is_joined_with_measurements_of_its_spec():
         "Provenance",
     ]
     assert sections["t against s"].checks[0].verdict == "agrees"
-    assert sections[f"Spec {SPEC.spec_id}"].text == ["d_model 128, 8 layers, norm pre, 2,754,688 parameters."]
+    assert sections[f"Spec {SPEC.spec_id}"].text == ["d_model 128, 8 layers, norm pre, 3,803,264 parameters."]
     assert [row[-1] for row in sections["Overview"].tables[0].rows] == ["agrees", "underpowered", "agrees"]
 
 
@@ -171,7 +171,7 @@ def test_no_results():
 
 
 def test_unwritable_path(tmp_path):
-    with pytest.raises(ArgumentError, match=r"report='.*' cannot be written \(No such file or directory\)"):
+    with pytest.raises(ArgumentError, match=r"output='.*' cannot be written \(No such file or directory\)"):
         write_report(tmp_path / "none" / "r.html", "Title", [])
     (tmp_path / "folder").mkdir()
     with pytest.raises(ArgumentError, match="cannot be written"):

@@ -107,7 +107,7 @@ def _same_token(ids: np.ndarray) -> np.ndarray:
 
 def _expected_at_start(spec: ModelSpec, config: train.TrainConfig) -> xr.Dataset:
     """The closed form for the first training batch: its sequences enter through their mean token correlation."""
-    ids, _ = train.batch(train.load_corpus("embedded"), config.seed, 0, config.batch_size, config.n_tokens)
+    ids = train.batch(train.load_corpus("embedded"), config.seed, 0, config.batch_size, config.n_tokens)[:, :-1]
     return theory.predict(spec, n_tokens=config.n_tokens, token_correlation=_same_token(ids.numpy()).mean(axis=0))
 
 
@@ -209,12 +209,8 @@ def _sections(outcome: Outcome) -> list[report.Section]:
         *(plot.plot_ratio(check.dataset) for label, check in outcome.checks.items() if label in TRAINED),
     ]
     tables = [
-        report.Table(
-            INITIAL_HEAD, initial_rows(outcome), "q: second moment of the stream; v: of what a block adds."
-        ),
-        report.Table(
-            TRAINED_HEAD, trained_rows(outcome), "r: correlation of branch and stream, mean over layers."
-        ),
+        report.Table(INITIAL_HEAD, initial_rows(outcome), "q: second moment of the stream; v: of what a block adds."),
+        report.Table(TRAINED_HEAD, trained_rows(outcome), "r: correlation of branch and stream, mean over layers."),
     ]
     return [
         report.Section("What was found", findings(outcome), tables=tables),
@@ -222,8 +218,7 @@ def _sections(outcome: Outcome) -> list[report.Section]:
             "At initialisation: closed forms and random networks",
             [
                 "Lines are closed forms with the error that they claim, points are means over independent random "
-                "networks with 95 % intervals. No constant is fitted. A verdict covers every layer and site."
-                "",
+                "networks with 95 % intervals. No constant is fitted. A verdict covers every layer and site.",
                 "“Real text” is the first tokens of the embedded corpus, whose repeated words correlate tokens.",
             ],
             figures=initial,

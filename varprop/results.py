@@ -106,7 +106,7 @@ def validate(dataset: xr.Dataset, where: str = "result") -> None:
     for name in ATTRIBUTES:
         if name not in dataset.attrs:
             raise SchemaError(f"{where}: attribute {name!r} is missing; expected a varprop result")
-    if int(dataset.attrs["schema_version"]) != SCHEMA_VERSION:
+    if str(dataset.attrs["schema_version"]) != str(SCHEMA_VERSION):
         version = dataset.attrs["schema_version"]
         raise SchemaError(f"{where}: schema_version={version} is unknown; expected {SCHEMA_VERSION}")
     if dataset.attrs["source"] not in SOURCES:
@@ -122,18 +122,24 @@ def validate(dataset: xr.Dataset, where: str = "result") -> None:
 
 
 def _check_finite(values: xr.DataArray, where: str) -> None:
-    bad = ~xr.apply_ufunc(np.isfinite, values)
+    array = values.to_numpy()
+    absent = np.zeros((1,) * array.ndim, dtype=bool)
     if "layer" in values.dims and "site" in values.dims:
-        absent = (values.layer == 0) & (values.site != "resid_post")
-        if not bool((values.isnull() | ~absent).all()):
+        absent = _along(values, "layer", values.layer == 0) & _along(values, "site", values.site != "resid_post")
+        if not (np.isnan(array) | ~absent).all():
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
-        bad = bad & ~absent
     elif "layer" in values.dims and "branch" in values.dims:
-        bad = bad & (values.layer != 0)
-    if bool(bad.any()):
-        index = np.argwhere(xr.broadcast(values, bad)[1].to_numpy())[0]
+        absent = _along(values, "layer", values.layer == 0)
+    bad = ~np.isfinite(array) & ~absent
+    if bad.any():
+        index = np.argwhere(bad)[0]
         labels = ", ".join(f"{dim}={values[dim].values[i]}" for dim, i in zip(values.dims, index, strict=True))
-        raise SchemaError(f"{where} is {values.values[tuple(index)]} at {labels}; expected a finite number")
+        raise SchemaError(f"{where} is {array[tuple(index)]} at {labels}; expected a finite number")
+
+
+def _along(values: xr.DataArray, dim: str, mask: xr.DataArray) -> np.ndarray:
+    """A mask over one dimension in a shape that broadcasts against `values`."""
+    return mask.to_numpy().reshape([-1 if name == dim else 1 for name in values.dims])
 
 
 def save(dataset: xr.Dataset, path: str | Path) -> Path:
@@ -165,9 +171,11 @@ def merge(datasets: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
     """Results of one source joined along `dim` in the order given; attributes that differ become empty strings."""
     if not datasets:
         raise SchemaError("datasets=[] is empty; expected at least one result")
-    joined = xr.concat(
-        datasets, dim=dim, combine_attrs="drop", data_vars="all", coords="minimal", compat="override", join="exact"
-    )
+    options: dict[str, Any] = {"data_vars": "all", "coords": "minimal", "compat": "override", "join": "exact"}
+    try:
+        joined = xr.concat(datasets, dim=dim, combine_attrs="drop", **options)
+    except ValueError as error:
+        raise SchemaError(f"datasets differ ({str(error).splitlines()[0]}); expected equal coordinates") from None
     first = datasets[0].attrs
     joined.attrs = {k: v if all(d.attrs.get(k) == v for d in datasets) else "" for k, v in first.items()}
     joined.attrs["schema_version"] = SCHEMA_VERSION
@@ -177,5 +185,5 @@ def merge(datasets: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
 
 def identical(a: xr.Dataset, b: xr.Dataset) -> bool:
     """Whether two results are bitwise equal in variables and coordinates and agree in all lasting attributes."""
-    keep = [name for name in a.attrs if name not in VOLATILE_ATTRIBUTES]
-    return a.equals(b) and all(a.attrs[name] == b.attrs.get(name) for name in keep)
+    first, second = ({k: v for k, v in d.attrs.items() if k not in VOLATILE_ATTRIBUTES} for d in (a, b))
+    return a.equals(b) and first == second
