@@ -176,7 +176,7 @@ def report_for(datasets: Mapping[str, xr.Dataset]) -> list[Section]:
         if dataset.attrs["source"] == "comparison":
             outcome = Check(dataset)
             sections.append(Section(f"Comparison: {name}", figures=[plot.plot_ratio(dataset)], checks=[outcome]))
-    return [_overview(datasets, sections), *sections, Section("Provenance", tables=[_provenance(datasets)])]
+    return [_overview(datasets, sections), *sections, Section("Provenance", tables=[provenance(datasets)])]
 
 
 def _overview(datasets: Mapping[str, xr.Dataset], sections: Sequence[Section]) -> Section:
@@ -244,7 +244,8 @@ def _spec_line(dataset: xr.Dataset) -> str:
     return f"d_model {spec.d_model}, {spec.n_layers} layers, norm {spec.norm.placement}, {total:,} parameters."
 
 
-def _provenance(datasets: Mapping[str, xr.Dataset]) -> Table:
+def provenance(datasets: Mapping[str, xr.Dataset]) -> Table:
+    """One row a result: where it came from and how to run it again."""
     header = ("result", "source", "spec", "replicates", "steps", "tokens", "seed", "version", "commit", "command")
     rows = []
     for name, dataset in datasets.items():
