@@ -134,7 +134,7 @@ BAD = [
     (["compare", "binary.json", "p.nc"], "file='binary.json' is truncated or no netCDF-4 file"),
     (["compare", "p.nc", "nan.nc"], "is nan at"),
     (["compare", "p.nc", "other.nc"], "spec"),
-    (["compare", "s.nc", "p.nc"], "source"),
+    (["compare", "s.nc", "p.nc"], "n_networks=1 is too few; expected at least 2"),
     (["report", "truncated.nc"], "file='truncated.nc' is truncated"),
     (["report", "p.nc", "--out", "no/such/folder/r.html"], "cannot be written"),
     (["presets", "tinny"], "preset='tinny' is unknown"),
