@@ -6,7 +6,7 @@ Pre-LN models with causal attention, at widths 128, 256 and 512. Follows the pap
 initialisation, which has no such figure. Cost: about 4 minutes on one H200; `--smoke` seconds on a CPU.
 Expected: every cell agrees; the claimed error falls as 1/width.
 
-    python experiments/init_profiles.py --device cuda
+    python experiments/init_profiles.py --device cuda --n-workers 12
 
 writes `results/init_profiles.nc` (one row per variant and width) and `results/init_profiles.png` beside this file.
 """
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ class Task:
 
 def tasks(smoke: bool = False) -> list[Task]:
     """Every variant at every width; the feed-forward and the experts widen with the model, heads stay at 4."""
-    widths, n_tokens, n_networks = ((32, 64), 16, 8) if smoke else ((128, 256, 512), 128, 200)
+    widths, n_tokens = ((32, 64), 16) if smoke else ((128, 256, 512), 128)
     found = []
     for variant, preset in VARIANTS.items():
         for d_model in widths:
@@ -58,6 +59,8 @@ def tasks(smoke: bool = False) -> list[Task]:
                 changes["d_ff"] = 3 * d_model
             else:
                 changes["d_expert"] = 3 * d_model // 2
+            # Weights to draw grow as d_model^2 a network, the spread over networks falls as 1 / d_model.
+            n_networks = 16 if smoke else 102_400 // d_model
             found.append(Task(variant, d_model, spec.with_fields(changes), n_tokens, n_networks))
     return found
 
@@ -68,7 +71,9 @@ def simulated(task: Task, folder: Path, device: str) -> xr.Dataset:
     try:
         return results.load(path)
     except SchemaError:
-        dataset = simulate.sample(task.spec, n_networks=task.n_networks, n_tokens=task.n_tokens, device=device)
+        dataset = simulate.sample(
+            task.spec, n_networks=task.n_networks, n_tokens=task.n_tokens, device=device, progress=False
+        )
         results.save(dataset, path)
         return dataset
 
@@ -120,15 +125,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--n-workers", type=int, default=1, help="tasks at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the raw simulations")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     for folder in (options.runs, options.out):
         folder.mkdir(parents=True, exist_ok=True)
+    todo = tasks(options.smoke)
+    drawn = joblib.Parallel(n_jobs=options.n_workers)(
+        joblib.delayed(simulated)(task, options.runs, options.device) for task in todo
+    )
     checks = {}
-    for task in tasks(options.smoke):
+    for task, networks in zip(todo, drawn, strict=True):
         prediction = theory.predict(task.spec, n_tokens=task.n_tokens)
-        checks[task.variant, task.d_model] = compare.check(prediction, simulated(task, options.runs, options.device))
+        checks[task.variant, task.d_model] = compare.check(prediction, networks)
         print(f"{task.variant:>8} d_model {task.d_model:<4} {checks[task.variant, task.d_model].verdict}", flush=True)
     table = reduce(checks)
     results.save(table, options.out / "init_profiles.nc")

@@ -100,7 +100,9 @@ def figure(table: xr.Dataset) -> Figure:
         for axis, (values, dim) in zip(panels[:, column], quantities, strict=True):
             for colour, density in zip(colours, table.density.values, strict=False):
                 mean, half = _interval(values.sel(density=density))
-                axis.errorbar(values[dim], mean, half, color=colour, marker="o", ms=3, lw=1.2, label=f"density {density:g}")
+                axis.errorbar(
+                    values[dim], mean, half, color=colour, marker="o", ms=3, lw=1.2, label=f"density {density:g}"
+                )
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
         panels[0, column].set_title(f"{title} (step {int(at.step)})")
