@@ -160,11 +160,11 @@ def _mlp(spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling, rng:
     rows = layer_table(spec, layer)
     if spec.is_moe(layer):
         assert spec.moe is not None
-        return tokens.with_gram(moe_gram(gram, rows, spec.moe, sampling.n_routers, rng))
+        return tokens.with_gram(moe_gram(gram, rows, spec.moe, spec.d_model, sampling.n_routers, rng))
     part = spec.feed_forward
     assert part is not None
     matrices = {name.removeprefix("mlp."): row for name, row in rows.items() if name.startswith("mlp.")}
-    return tokens.with_gram(feed_forward_gram(gram, matrices, part.activation, part.gated))
+    return tokens.with_gram(feed_forward_gram(gram, matrices, part.activation, part.gated, spec.d_model))
 
 
 def _scaled(spec: ModelSpec, branch: Moments) -> Moments:

@@ -42,11 +42,39 @@ def centred_second_moment(second_moment: Any, d_model: Any) -> Any:
     return second_moment - second_moment / d_model
 
 
+def cosine_mean(correlation: Any, d_model: Any) -> Any:
+    """Mean cosine of two tokens whose entries have this correlation: c (1 - (1 - c^2) / (2 d)).
+
+    Second order of the delta method for a Wishart matrix of d degrees: error O(1/d^2).
+    Source: derived in proofs/prove_norm.py.
+
+    >>> cosine_mean(0.5, 3)
+    0.4375
+    """
+    return correlation * (1 - (1 - correlation**2) / (2 * d_model))
+
+
+def cosine_variance(correlation: Any, d_model: Any) -> Any:
+    """Variance of the cosine of two tokens whose entries have this correlation: (1 - c^2)^2 / d.
+
+    Leading order in 1/d. Source: derived in proofs/prove_norm.py.
+
+    >>> cosine_variance(0.0, 4)
+    0.25
+    """
+    return (1 - correlation**2) ** 2 / d_model
+
+
 def norm_gram(gram: np.ndarray, kind: str, eps: float, d_model: int) -> np.ndarray:
-    """Token Gram matrix after a norm, arrays (..., T, T) of x_t.x_s / d; a token with zero norm stays zero."""
+    """Mean token Gram matrix after a norm, from arrays (..., T, T) of x_t.x_s / d.
+
+    Second moments from the mean second moments, cosines with their O(1/d) bias (`cosine_mean`).
+    """
     gram = centred_second_moment(gram, d_model) if kind == "layer" else gram
     diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
-    return normalised_covariance(gram, diagonal[..., :, None], diagonal[..., None, :], eps)
+    cosine = normalised_covariance(gram, diagonal[..., :, None], diagonal[..., None, :], 0.0)
+    scale = np.sqrt(normalised_second_moment(diagonal, eps))
+    return cosine_mean(cosine, d_model) * scale[..., :, None] * scale[..., None, :]
 
 
 def eps_fluctuation(second_moment: Any, eps: float, d_model: int) -> Any:
