@@ -13,7 +13,7 @@ import numpy as np
 from varprop.spec import TensorRow
 from varprop.theory.activation import activation_kernel, activation_second_moment
 from varprop.theory.linear import effective_gain
-from varprop.theory.norm import cosine_variance
+from varprop.theory.norm import cosine_mean, cosine_variance
 from varprop.theory.quadrature import normal_nodes
 
 
@@ -44,8 +44,8 @@ def feed_forward_gram(
 
     rows: the tensors `gate` (if gated), `up`, `down` with their gains and masks. The diagonal takes each token's own
     second moment and is exact given it. Pairs use the kernel at the mean second moment (tokens differ only through
-    the norm's eps), averaged over the fluctuation of their cosine: E K(C) = K(c) + K''(c) (1 - c^2)^2 / (2 d) by the
-    three-point Gauss rule, leading order in 1/d.
+    the norm's eps), averaged over the law of their cosine, of mean `cosine_mean` and variance `cosine_variance`, by
+    the three-point Gauss rule: exact up to O(1/d^2) for the given Gram matrix.
     """
     gains = {name: effective_gain(row) for name, row in rows.items()}
     diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
@@ -54,9 +54,10 @@ def feed_forward_gram(
     variance = inner * float(diagonal.mean())
     cosine = np.clip(gram / np.sqrt(diagonal[..., :, None] * diagonal[..., None, :]), -1.0, 1.0)
     spread = np.sqrt(cosine_variance(cosine, d_model))
+    centre = cosine_mean(cosine, d_model)
     kernel = np.zeros_like(gram)
     for point, probability in zip(*normal_nodes(3), strict=True):
-        moved = np.clip(cosine + point * spread, -1.0, 1.0)
+        moved = np.clip(centre + point * spread, -1.0, 1.0)
         kernel += probability * activation_kernel(activation, variance, moved) * (moved if gated else 1.0)
     kernel /= activation_second_moment(activation, variance)
     scale = np.sqrt(moment * (diagonal if gated else 1.0))

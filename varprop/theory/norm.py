@@ -66,15 +66,13 @@ def cosine_variance(correlation: Any, d_model: Any) -> Any:
 
 
 def norm_gram(gram: np.ndarray, kind: str, eps: float, d_model: int) -> np.ndarray:
-    """Mean token Gram matrix after a norm, from arrays (..., T, T) of x_t.x_s / d.
+    """Token Gram matrix after a norm, from arrays (..., T, T) of mean x_t.x_s / d: leading order in 1/d.
 
-    Second moments from the mean second moments, cosines with their O(1/d) bias (`cosine_mean`).
+    The O(1/d) fluctuation of the cosines (`cosine_mean`, `cosine_variance`) is left to the rule that needs it.
     """
     gram = centred_second_moment(gram, d_model) if kind == "layer" else gram
     diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
-    cosine = normalised_covariance(gram, diagonal[..., :, None], diagonal[..., None, :], 0.0)
-    scale = np.sqrt(normalised_second_moment(diagonal, eps))
-    return cosine_mean(cosine, d_model) * scale[..., :, None] * scale[..., None, :]
+    return normalised_covariance(gram, diagonal[..., :, None], diagonal[..., None, :], eps)
 
 
 def eps_fluctuation(second_moment: Any, eps: float, d_model: int) -> Any:
