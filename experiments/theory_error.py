@@ -11,6 +11,19 @@ theory predicts), and their standard errors over networks, the prediction's own 
 
 Cost: one CPU core, about 10 minutes. `--smoke` a few seconds.
 Expected: |bias| d_model / layer below one at every width for the residual stream.
+
+Outcome, bias d_model / layer at the last layer (8; `deep` 24), stderr in brackets.
+Stream, second moment: between -0.16 (0.09) and +0.11 (0.14) in all 28 tasks, none further than 2.5 stderr from zero and
+none above 0.06 at d_model 64, where the networks are most. Branch of attention: none beyond 2.8 stderr, the largest
+-0.41 (0.15) with one key/value head at d_model 128. Feed-forward branch: `masked` alone, +0.10 (0.014) at 64 and +0.11
+(0.02) at 128, which is the neglected kurtosis.
+Stream, token correlation: -0.01 to -0.18 as measured (mean of the networks' ratios), -0.12 (0.06) to +0.04 (0.04) as
+ratio of means, what the theory predicts: most of the difference is the mean of a ratio. Attention output, full pattern:
+-0.16 (0.01) to -0.21 (0.05) as ratio of means, the O(1/d) part of the overlap of two queries that is left out.
+A first form with Gaussian logits for full attention was off by -2.3 % (0.3) at d_model 64 in layer 1; the component of
+a point on the sphere (softmax.py) removed it.
+The coefficients of varprop/theory/error.py are the largest |bias| - 2 stderr over all layers in units of
+(layer + 1) / d_model.
 """
 
 from __future__ import annotations
@@ -52,8 +65,9 @@ def tasks(smoke: bool = False) -> list[dict[str, Any]]:
     """One plain dictionary per case and width."""
     if smoke:
         return [{"case": case, "d_model": 64, "n_networks": 8, "seed": 1} for case in ("swiglu", "relu_no_attention")]
+    share = {"deep": 4, "long": 4}
     return [
-        {"case": case, "d_model": width, "n_networks": NETWORKS[width] // (4 if case in ("deep", "long") else 1), "seed": 1}
+        {"case": case, "d_model": width, "n_networks": NETWORKS[width] // share.get(case, 1), "seed": 1}
         for case in CASES
         for width in WIDTHS
         if (case, width) not in SKIPPED
@@ -128,7 +142,7 @@ def reduce(datasets: Sequence[xr.Dataset]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tasks that have no result yet, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="two small tasks")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "theory_error")
     options = parser.parse_args(arguments)

@@ -107,8 +107,13 @@ def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.n
     O(1/d); the covariance up to relative O(1/d). Raises `AssumptionError` unless tokens and spec are exchangeable.
     """
     tokens.require("exchangeable", "exchangeable_attention")
-    if not is_exchangeable(spec):
-        raise AssumptionError(f"attention={spec.attention!r} is not exchangeable; expected full attention, no positions")
+    part = spec.attention
+    if part is None or not is_exchangeable(spec):
+        pattern = None if part is None else part.pattern
+        raise AssumptionError(
+            f"attention.pattern={pattern!r} is not exchangeable here; expected full attention without positions, "
+            "QK-norm, soft cap, sink logit or key mask"
+        )
     gains = attention_gains(spec, layer)
     out = np.empty_like(tokens.gram)
     for index, (second_moment, correlation) in enumerate(
@@ -176,9 +181,7 @@ def _average_heads(
     n_keys = max(1, n_heads // spec.kv_group_size)
     keys, given = draw_keys(cosine, root, n_keys, spec.head_dim, spec.d_model, rng)
     keys, given = (np.repeat(x, -(-n_heads // n_keys), axis=1)[:, :n_heads] for x in (keys, given))
-    weights = attention_weights(
-        spec, queries, gains.key**0.5 * scale[..., None] * keys, gains, gram, allowed, rng
-    )
+    weights = attention_weights(spec, queries, gains.key**0.5 * scale[..., None] * keys, gains, gram, allowed, rng)
     scaled = weights * scale[..., None, :]
     return (scaled @ given @ scaled.swapaxes(-1, -2)).mean(axis=1)
 
@@ -277,6 +280,4 @@ def rotate(x: np.ndarray, theta: float, fraction: float) -> np.ndarray:
     angle = np.arange(x.shape[-2])[:, None] * theta ** (-np.arange(half) / half)
     cosine, sine = np.cos(angle), np.sin(angle)
     first, second = x[..., :half], x[..., half:n_rotated]
-    return np.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine, x[..., n_rotated:]], axis=-1
-    )
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, x[..., n_rotated:]], axis=-1)

@@ -189,9 +189,7 @@ def moe_gram(
     covariance of different tokens; the second moments are exact given |u|^2 = d (quadrature). Raises `AssumptionError`
     for expert-choice routing, where tokens compete.
     """
-    require(
-        part.routing == "token_choice", AssumptionError, "moe.routing", part.routing, "not covered", "token_choice"
-    )
+    require(part.routing == "token_choice", AssumptionError, "moe.routing", part.routing, "not covered", "token_choice")
     second_moment = float(np.diagonal(gram, axis1=-2, axis2=-1).mean())
     std = (effective_gain(rows["moe.router"]) * second_moment) ** 0.5
     overlap = gate_overlap(gram_root(gram / second_moment), std, part, n_draws, rng)

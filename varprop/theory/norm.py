@@ -25,7 +25,7 @@ def normalised_covariance(covariance: Any, second_moment: Any, other: Any, eps: 
     covariance: k = x.x'/d; second_moment, other: q and q'. Exact for realised moments; leading order in 1/d for means.
     Source: derived in proofs/prove_norm.py.
 
-    >>> normalised_covariance(1.0, 4.0, 4.0, 0.0)
+    >>> float(normalised_covariance(1.0, 4.0, 4.0, 0.0))
     0.25
     """
     return covariance / xp.sqrt((second_moment + eps) * (other + eps))
