@@ -25,7 +25,8 @@ def variance(x: Tensor) -> Tensor:
     >>> variance(torch.tensor([[1.0, 3.0]])).item()
     1.0
     """
-    return x.double().var(dim=-1, correction=0).mean(dim=-1)
+    x = x.double()
+    return (x - x.mean(dim=-1, keepdim=True)).square().mean(dim=(-2, -1))
 
 
 def token_correlation(x: Tensor) -> Tensor:

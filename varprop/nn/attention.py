@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from varprop.errors import ArgumentError
 from varprop.nn.linear import Weights, linear
 from varprop.nn.norm import rms_norm
 from varprop.spec import ModelSpec
@@ -93,10 +94,14 @@ def allowed_keys(spec: ModelSpec, layer: int, n_tokens: int, device: torch.devic
 
 
 def draw_kept_keys(q: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
-    """(*lead, N, T, T) boolean: each key kept with probability `density` for each query and head, its own always."""
+    """(*lead, N, T, T) boolean: each key kept with probability `density` for each query and head, its own always.
+
+    Raises `ArgumentError` without a generator.
+    """
+    if generator is None:
+        raise ArgumentError("generator=None is missing; expected a torch.Generator, which draws the key mask")
     n_tokens = q.shape[-2]
-    device = q.device if generator is None else generator.device
-    uniform = torch.rand((*q.shape[:-1], n_tokens), generator=generator, device=device).to(q.device)
+    uniform = torch.rand((*q.shape[:-1], n_tokens), generator=generator, device=generator.device).to(q.device)
     return (uniform < density) | torch.eye(n_tokens, dtype=torch.bool, device=q.device)
 
 

@@ -25,14 +25,14 @@ class Inputs:
 
     @property
     def label(self) -> str:
-        """`gaussian`, or the SHA-256 of the type, shape and bytes of the array given."""
+        """`gaussian`, or the SHA-256 of the array given, as float64 or int64."""
         if self.values is None:
             return "gaussian"
         header = f"{self.values.dtype.str}{self.values.shape}".encode()
         return "sha256:" + hashlib.sha256(header + self.values.tobytes()).hexdigest()
 
     def draw(self, n_networks: int, generator: torch.Generator) -> Tensor:
-        """The stream at layer 0, (n_networks, T, D) float32 (float64 for vectors given so): fresh for each network.
+        """The stream at layer 0, (n_networks, T, D): float32 and fresh for each network, or the vectors given.
 
         Gaussian tokens: sqrt(q_0) (sqrt(c) z + sqrt(1 - c) z_t), q_0 = (embedding std * embedding_scale)^2.
         """
@@ -53,22 +53,26 @@ class Inputs:
 
 def read_inputs(spec: ModelSpec, n_tokens: int | None, token_correlation: float, inputs: Any) -> Inputs:
     """Checked inputs: exactly one of `n_tokens` and `inputs`; `ArgumentError` otherwise."""
+    number = isinstance(token_correlation, (int, float, np.number)) and 0 <= float(token_correlation) <= 1
+    outside, domain = "outside the domain", "a number in [0, 1]"
+    require(number, ArgumentError, "token_correlation", token_correlation, outside, domain)
     correlation = float(token_correlation)
-    domain = "a number in [0, 1]"
-    require(0 <= correlation <= 1, ArgumentError, "token_correlation", token_correlation, "outside the domain", domain)
     if inputs is None:
         require(n_tokens is not None, ArgumentError, "n_tokens", None, "missing", "n_tokens or inputs")
         return Inputs(spec, positive_integer("n_tokens", n_tokens), correlation)
     require(n_tokens is None, ArgumentError, "n_tokens", n_tokens, "given with inputs", "n_tokens or inputs, not both")
     wrong = "given with inputs"
     require(correlation == 0, ArgumentError, "token_correlation", token_correlation, wrong, "n_tokens, or 0")
-    array = np.ascontiguousarray(inputs)
+    try:
+        array = np.ascontiguousarray(inputs)
+    except ValueError:
+        raise ArgumentError("inputs=array is ragged; expected rows of one length") from None
     kind = f"an array of {array.dtype} with shape {array.shape}"
     domain = f"floats (n_tokens, {spec.d_model}) or token ids (n_tokens,)"
     if array.dtype.kind == "f" and array.ndim == 2 and array.shape[0] and array.shape[1] == spec.d_model:
         if not np.isfinite(array).all():
             raise ArgumentError("inputs=array is not finite; expected finite numbers")
-        return Inputs(spec, array.shape[0], 0.0, array.astype(np.promote_types(array.dtype, np.float32), copy=False))
+        return Inputs(spec, array.shape[0], 0.0, array.astype(np.float64))
     if array.dtype.kind not in "iu" or array.ndim != 1 or not array.size:
         raise ArgumentError(f"inputs=array is {kind}; expected {domain}")
     if array.min() < 0 or array.max() >= spec.vocab_size:
@@ -79,5 +83,6 @@ def read_inputs(spec: ModelSpec, n_tokens: int | None, token_correlation: float,
 def positive_integer(name: str, value: Any, minimum: int = 1) -> int:
     """`value` as an int, or `ArgumentError` unless it is an integer >= minimum."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    require(whole and value >= minimum, ArgumentError, name, value, "outside the domain", f"an integer >= {minimum}")
+    inside = whole and int(value) >= minimum
+    require(inside, ArgumentError, name, value, "outside the domain", f"an integer >= {minimum}")
     return int(value)

@@ -55,7 +55,7 @@ def sample(
     """
     require(method in METHODS, ArgumentError, "method", method, "unknown", "one of " + ", ".join(METHODS))
     require(dtype in DTYPES, ArgumentError, "dtype", dtype, "unknown", "one of " + ", ".join(DTYPES))
-    _check_device(device)
+    check_device(device)
     n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
     block_size = networks_per_block(spec, source.n_tokens)
@@ -91,12 +91,13 @@ def sample(
             "n_networks": n_networks,
             "token_correlation": source.token_correlation,
             "inputs": source.label,
-            "torch_version": torch.__version__,
+            "torch_version": str(torch.__version__),
         },
     )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """`ArgumentError` unless torch can put a tensor there."""
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # unknown name, or no such accelerator
