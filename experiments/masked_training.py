@@ -1,7 +1,7 @@
 """Weight masks before and after training: variance of the stream, and the share of the last block in it.
 
-Claim tested (arXiv 2603.15389, the mask argument): lower weight density damps the growth of the residual variance and so
-keeps deep blocks from becoming identities. At initialisation the first half is true and the second false: the share
+Claim tested (arXiv 2603.15389, the mask argument): lower weight density damps the growth of the residual variance and
+so keeps deep blocks from becoming identities. At initialisation the first half is true and the second false: the share
 v/q of a block falls with the density. For a trained, coherent stream (branch correlation r > 0) the coherent part
 falls with the density squared and the share may rise. Measured here: one model (preset d256, 12 layers) at densities
 1, 1/2, 1/4 and 1/10, fixed Bernoulli masks, the same steps and text, three seeds each.

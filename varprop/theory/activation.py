@@ -59,7 +59,7 @@ def gelu_kernel(variance: Any, covariance: Any, xp: Any = np) -> Any:
     Exact. Source: derived in proofs/prove_activation.py.
 
     >>> round(float(gelu_kernel(1.0, 1.0)), 6)
-    0.425222
+    0.425221
     """
     s, k = variance, covariance
     root = xp.sqrt((1 + s) ** 2 - k**2)
@@ -94,7 +94,7 @@ def hermite_coefficients(activation: str, variance: float) -> np.ndarray:
     """a_n = E phi(sqrt(variance) z) He_n(z) / sqrt(n!) for n = 0..127, by Gauss-Hermite with 256 nodes.
 
     >>> [round(float(a), 4) for a in hermite_coefficients("silu", 1.0)[:3]]
-    [0.2066, 0.5, 0.2482]
+    [0.2066, 0.5, 0.2481]
     """
     return _hermite_coefficients(activation, float(variance))
 
@@ -127,7 +127,7 @@ def activation_second_moment(activation: str, variance: Any) -> Any:
     Checked by: tests/theory/test_activation.py against mpmath.
 
     >>> float(activation_second_moment("relu", 2.0)), round(float(activation_second_moment("silu", 1.0)), 6)
-    (1.0, 0.355775)
+    (1.0, 0.355776)
     """
     if activation in CLOSED_FORMS:
         return CLOSED_FORMS[activation](variance, variance)
@@ -144,7 +144,7 @@ def activation_kernel(activation: str, variance: float, correlation: np.ndarray)
     Raises `AssumptionError` for an unknown activation. Checked by: tests/theory/test_activation.py against mpmath.
 
     >>> round(float(activation_kernel("silu", 1.0, np.array(0.0))), 6)
-    0.042686
+    0.042692
     """
     if activation in CLOSED_FORMS:
         return CLOSED_FORMS[activation](variance, variance * correlation)

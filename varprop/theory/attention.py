@@ -8,14 +8,19 @@ average over p:
 - `sampled_attention`: everything else. Given C the rows of queries and keys are exactly Gaussian with covariance
   g_Q C and g_K C, so whole heads are drawn without weight matrices.
 
-Finite width: values correlate with the keys that weight them. C fluctuates around its mean like a Wishart matrix,
-Cov(C_ab, C_cd) = (C_ac C_bd + C_ad C_bc) / d, and keys k_t tell about it: by Bayes to first order
+Finite width. The cosine matrix C fluctuates from network to network like that of T Gaussian vectors in d dimensions.
+(1) Values correlate with the keys that weight them, because both see the same C: before the norm Cov(C_ab, C_cd) =
+(C_ac C_bd + C_ad C_bc) / d, and keys of unit gain k ~ N(0, C) tell about it by Bayes to first order,
 
-    E[C | keys] = C + (S - head_dim C) / d,    S_ab = k_a.k_b / g_K,
+    E[C_ab | keys] = C_ab + (S_ab - head_dim C_ab) / d - C_ab (r_a + r_b) / 2,   S_ab = k_a.k_b,
+    r_a = (S_aa - head_dim) / d,
 
-with the diagonal held at |u|^2 / d by the norm, which takes away C_ab (r_a + r_b) / 2, r_a = (S_aa / C_aa -
-head_dim) / d. For one query and i.i.d. tokens this is E[(sum p g)^2 - sum p^2 g^2] / (s^2 d), g the logits.
-Source of the formulas: derived in proofs/prove_attention.py.
+where the last term comes from the norm, which holds the diagonal at 1. For one query and i.i.d. tokens this is the term
+E[sum_{j != k} p_j p_k z_j z_k] / d = E[(sum p g)^2 - sum p^2 g^2] / (s^2 d), g = s z the logits.
+(2) The law of the keys is an average over C. With W_K = A Q, Q orthonormal rows, keys are A z / |x|, where z = Q x are
+the coordinates of a token before the norm in the row space and |x|^2 / d is its squared norm. With one query only the
+component along its direction matters: a component of a point on the sphere |u|^2 = d times chi_d.
+Source: derived in proofs/prove_attention.py.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from varprop.errors import AssumptionError
 from varprop.spec import ModelSpec, layer_table
 from varprop.theory.linear import effective_gain
 from varprop.theory.moments import Moments
+from varprop.theory.norm import cosine_mean
 from varprop.theory.quadrature import gram_root
 from varprop.theory.softmax import softmax_moments, softmax_overlap
 
@@ -97,22 +103,25 @@ def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.n
     """Gram matrices of the attention output, (n_recursions, P, P), for exchangeable tokens after the norm.
 
     Second moment g (c + (1 - c) Y + coupling), covariance g (c + (1 - c) X), g = sigma_OV^2 * second moment.
-    Quadrature for the softmax averages, leading order in 1/d for the coupling; its part in the covariance, of relative
-    order s^2 / (T d), is left out. Raises `AssumptionError` unless tokens and spec are exchangeable.
+    Quadrature. The second moment is exact at any width for i.i.d. Gaussian tokens (c = 0) without eps, else up to
+    O(1/d); the covariance up to relative O(1/d). Raises `AssumptionError` unless tokens and spec are exchangeable.
     """
     tokens.require("exchangeable", "exchangeable_attention")
-    if not is_exchangeable(spec):
+    part = spec.attention
+    if part is None or not is_exchangeable(spec):
+        pattern = None if part is None else part.pattern
         raise AssumptionError(
-            f"attention={spec.attention!r} is not exchangeable; expected full attention, no positions"
+            f"attention.pattern={pattern!r} is not exchangeable here; expected full attention without positions, "
+            "QK-norm, soft cap, sink logit or key mask"
         )
     gains = attention_gains(spec, layer)
     out = np.empty_like(tokens.gram)
     for index, (second_moment, correlation) in enumerate(
         zip(tokens.second_moment, tokens.token_correlation, strict=True)
     ):
-        correlation = float(np.clip(correlation, 0.0, 1.0))
+        correlation = cosine_mean(float(np.clip(correlation, 0.0, 1.0)), spec.d_model)
         std = attention_logit_std(spec, gains, float(second_moment)) * (1 - correlation) ** 0.5
-        softmax = softmax_moments(tokens.n_tokens, std, spec.head_dim)
+        softmax = softmax_moments(tokens.n_tokens, std, spec.head_dim, spec.d_model)
         overlap = softmax_overlap(tokens.n_tokens, std, correlation, spec.head_dim)
         coupling = value_key_coupling(correlation, softmax.pair, softmax.diagonal, spec.d_model)
         out[index] = incoherent_average(correlation, overlap)
@@ -163,22 +172,53 @@ def _average_heads(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Mean over drawn heads of P E[C | keys] P', for a stack of Gram matrices (R, T, T)."""
+    scale = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))[:, None]
+    cosine = gram / (scale.swapaxes(-1, -2) * scale)
+    root = gram_root(cosine)[:, None]
     n_recursions, n_tokens, _ = gram.shape
-    head_dim, d_model = spec.head_dim, spec.d_model
+    shape = (n_recursions, n_heads, n_tokens, spec.head_dim)
+    queries = gains.query**0.5 * scale[..., None] * (root @ rng.standard_normal(shape))
     n_keys = max(1, n_heads // spec.kv_group_size)
-    root = gram_root(gram)[:, None]
-    shape = (n_recursions, n_heads, n_tokens, head_dim)
-    queries = gains.query**0.5 * (root @ rng.standard_normal(shape))
-    unit_keys = root @ rng.standard_normal((n_recursions, n_keys, n_tokens, head_dim))
-    unit_keys = np.repeat(unit_keys, -(-n_heads // n_keys), axis=1)[:, :n_heads]
-    weights = attention_weights(spec, queries, gains.key**0.5 * unit_keys, gains, gram, allowed, rng)
-    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)[:, None]
-    excess = (np.sum(unit_keys**2, axis=-1) / diagonal - head_dim) / d_model
-    shrink = 1 - head_dim / d_model - (excess[..., :, None] + excess[..., None, :]) / 2
-    averaged = weights @ (gram[:, None] * shrink) @ weights.swapaxes(-1, -2)
-    mixed_keys = weights @ unit_keys
-    averaged += mixed_keys @ mixed_keys.swapaxes(-1, -2) / d_model
-    return averaged.mean(axis=1)
+    keys, given = draw_keys(cosine, root, n_keys, spec.head_dim, spec.d_model, rng)
+    keys, given = (np.repeat(x, -(-n_heads // n_keys), axis=1)[:, :n_heads] for x in (keys, given))
+    weights = attention_weights(spec, queries, gains.key**0.5 * scale[..., None] * keys, gains, gram, allowed, rng)
+    scaled = weights * scale[..., None, :]
+    return (scaled @ given @ scaled.swapaxes(-1, -2)).mean(axis=1)
+
+
+def draw_keys(
+    cosine: np.ndarray, root: np.ndarray, n_keys: int, head_dim: int, d_model: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of normalised tokens for unit gain, (R, n_keys, T, head_dim), and E[C | keys], (R, n_keys, T, T).
+
+    cosine: correlation matrices (R, T, T) of the stream's entries; root: its roots, (R, 1, T, T). |x_a|^2 / d outside
+    the row space is normal to leading order, with covariance 2 C_ab^2 (d - head_dim) / d^2.
+    """
+    n_recursions, n_tokens, _ = cosine.shape
+    inside = min(head_dim, d_model)
+    z = root @ rng.standard_normal((n_recursions, n_keys, n_tokens, inside))
+    outside = (gram_root(cosine**2)[:, None] @ rng.standard_normal((n_recursions, n_keys, n_tokens, 1)))[..., 0]
+    own = np.sum(z**2, axis=-1)
+    power = np.maximum(own + (d_model - inside) + np.sqrt(2 * (d_model - inside)) * outside, own)
+    z = z * np.sqrt(d_model / power)[..., None]
+    excess = (np.sum(z**2, axis=-1) - inside) / d_model
+    shrink = 1 - inside / d_model - (excess[..., :, None] + excess[..., None, :]) / 2
+    given = cosine_mean(cosine, d_model)[:, None] * shrink + z @ z.swapaxes(-1, -2) / d_model
+    return z @ key_factor(head_dim, d_model, (n_recursions, n_keys), rng).swapaxes(-1, -2), given
+
+
+def key_factor(head_dim: int, d_model: int, lead: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A of W = A Q for W (head_dim, d_model) with i.i.d. N(0, 1/d) entries and orthonormal rows Q (Bartlett 1933).
+
+    (*lead, head_dim, min(head_dim, d_model)): lower triangular with chi-distributed diagonal; W itself if d_model is
+    the smaller one.
+    """
+    if head_dim > d_model:
+        return rng.standard_normal((*lead, head_dim, d_model)) / np.sqrt(d_model)
+    factor = np.tril(rng.standard_normal((*lead, head_dim, head_dim)), -1)
+    index = np.arange(head_dim)
+    factor[..., index, index] = np.sqrt(rng.chisquare(d_model - index, (*lead, head_dim)))
+    return factor / np.sqrt(d_model)
 
 
 def attention_weights(

@@ -18,8 +18,8 @@ from varprop.theory.moments import Moments
 from varprop.theory.norm import norm_gram
 from varprop.theory.residual import residual_second_moment
 
-HEAD_BUDGET = 16_384
-"""Heads drawn per layer, over all recursions, times n_tokens; between 16 and 512 heads."""
+HEAD_BUDGET = 12_288
+"""Heads drawn per layer, over all recursions, times n_tokens; between 8 and 512 heads."""
 MAX_HEADS = 8
 """Heads per recursion: as many as the layer has, but not more than this."""
 ROUTER_DRAWS = 8192
@@ -46,7 +46,8 @@ def predict(
 
     Variables, dimensions (layer, site): `second_moment`, E|x|^2 / d averaged over positions; `token_correlation`,
     E x_i.x_j / d averaged over i != j over the second moment (1 for one token, 0 for an absent branch);
-    `theory_error`, the claimed relative error of `second_moment`; `token_correlation_error`, the claimed absolute error;
+    `theory_error`, the claimed relative error of `second_moment`; `token_correlation_error`, its own claimed
+    absolute error;
     `second_moment_stderr`, the standard error from drawn heads and routers (0 where nothing was drawn); `exactness`,
     "exact", "quadrature" or "O(1/width)" of `second_moment`.
 
@@ -67,17 +68,17 @@ def predict(
     for layer in range(1, spec.n_layers + 1):
         rng = np.random.default_rng([seed, layer])
         before = tokens
-        attention = _scaled(spec, zero if spec.attention is None else _attention(spec, layer, tokens, sampling, rng))
-        middle = before if spec.attention is None else _added(spec, before, attention)
-        source = before if spec.block == "parallel" else middle
-        has_mlp = spec.feed_forward is not None or spec.moe is not None
-        mlp = _scaled(spec, _mlp(spec, layer, source, sampling, rng) if has_mlp else zero)
-        if spec.block == "parallel":
-            after = _added(spec, before, attention.with_gram(attention.gram + mlp.gram))
-        else:
-            after = _added(spec, middle, mlp) if has_mlp else middle
-        tokens = after
-        sites = dict(zip(results.SITES, (before, attention, middle, mlp, after), strict=True))
+        attention, mlp, middle = zero, zero, before
+        if spec.attention is not None:
+            attention = _scaled(spec, _attention(spec, layer, before, sampling, rng))
+            middle = _added(before, attention, spec.skip_scale)
+        tokens = middle
+        if spec.feed_forward is not None or spec.moe is not None:
+            parallel = spec.block == "parallel"
+            mlp = _scaled(spec, _mlp(spec, layer, before if parallel else middle, sampling, rng))
+            one_sum = parallel and spec.attention is not None
+            tokens = _added(middle, mlp, 1.0 if one_sum else spec.skip_scale)
+        sites = dict(zip(results.SITES, (before, attention, middle, mlp, tokens), strict=True))
         claims = budget.advance(layer, {site: float(m.second_moment.mean()) for site, m in sites.items()})
         for site, moments in sites.items():
             table.write(layer, site, moments, claims[site])
@@ -105,24 +106,25 @@ def _check(spec: ModelSpec, n_tokens: int) -> None:
 
 
 def _embedding(spec: ModelSpec, n_tokens: int, token_correlation: float | np.ndarray) -> tuple[Moments, _Sampling]:
-    """The embedding's moments in the smallest form that the spec's attention allows."""
+    """The embedding's moments in the smallest form that the spec's attention allows, and what to draw."""
     second_moment = (spec.tensor_table()[0].init_std * spec.embedding_scale) ** 2
-    correlation = np.asarray(token_correlation, dtype=float)
-    draws = spec.attention is not None and not is_exchangeable(spec) and n_tokens > 1
-    if correlation.ndim == 0 and not draws:
-        _check_correlation(bool(0 <= correlation <= 1), float(correlation))
-        n_recursions = 8 if spec.moe is not None and spec.attention is not None and n_tokens > 1 else 1
-        start = Moments.exchangeable(second_moment, float(correlation), n_tokens, n_recursions)
-        return start, _Sampling(n_recursions, 0, ROUTER_DRAWS // n_recursions)
-    matrix = correlation
-    if correlation.ndim == 0:
-        _check_correlation(bool(0 <= correlation <= 1), float(correlation))
-        matrix = np.full((n_tokens, n_tokens), float(correlation))
-        np.fill_diagonal(matrix, 1.0)
+    matrix = np.asarray(token_correlation, dtype=float)
+    sink = spec.attention is not None and spec.attention.sink_logit
+    draws_heads = spec.attention is not None and not is_exchangeable(spec) and (n_tokens > 1 or sink)
+    draws_routers = spec.moe is not None and n_tokens > 1
+    if matrix.ndim == 0:
+        _check_correlation(bool(0 <= matrix <= 1), float(matrix))
+        if not draws_heads:
+            n_recursions = 8 if draws_routers and spec.attention is not None else 1
+            start = Moments.exchangeable(second_moment, float(matrix), n_tokens, n_recursions)
+            return start, _Sampling(n_recursions, 1, ROUTER_DRAWS // n_recursions)
+        matrix = (1 - matrix) * np.eye(n_tokens) + matrix
     _check_matrix(matrix, n_tokens)
-    n_heads = min(spec.n_heads, MAX_HEADS) if spec.attention is not None else 1
-    n_recursions = max(8, int(np.clip(HEAD_BUDGET // n_tokens, 16, 512)) // n_heads)
-    n_heads = max(1, min(n_heads, int(np.clip(HEAD_BUDGET // n_tokens, 16, 512)) // n_recursions))
+    n_recursions, n_heads = (8 if draws_routers else 1), 1
+    if spec.attention is not None:
+        total = int(np.clip(HEAD_BUDGET // n_tokens, 8, 512))
+        n_recursions = max(8, total // min(spec.n_heads, MAX_HEADS))
+        n_heads = max(1, min(spec.n_heads, MAX_HEADS, total // n_recursions))
     gram = np.broadcast_to(second_moment * matrix, (n_recursions, n_tokens, n_tokens)).copy()
     return Moments(gram, n_tokens), _Sampling(n_recursions, n_heads, 1)
 
@@ -148,7 +150,7 @@ def _attention(spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling
     tokens = _normalised(spec, tokens)
     if "exchangeable" in tokens.assumptions and is_exchangeable(spec):
         return tokens.with_gram(exchangeable_attention(spec, layer, tokens))
-    return tokens.with_gram(sampled_attention(spec, layer, tokens, max(1, sampling.n_heads), rng))
+    return tokens.with_gram(sampled_attention(spec, layer, tokens, sampling.n_heads, rng))
 
 
 def _mlp(spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling, rng: np.random.Generator) -> Moments:
@@ -156,11 +158,11 @@ def _mlp(spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling, rng:
     rows = layer_table(spec, layer)
     if spec.is_moe(layer):
         assert spec.moe is not None
-        return tokens.with_gram(moe_gram(gram, rows, spec.moe, sampling.n_routers, rng))
+        return tokens.with_gram(moe_gram(gram, rows, spec.moe, spec.d_model, sampling.n_routers, rng))
     part = spec.feed_forward
     assert part is not None
     matrices = {name.removeprefix("mlp."): row for name, row in rows.items() if name.startswith("mlp.")}
-    return tokens.with_gram(feed_forward_gram(gram, matrices, part.activation, part.gated))
+    return tokens.with_gram(feed_forward_gram(gram, matrices, part.activation, part.gated, spec.d_model))
 
 
 def _scaled(spec: ModelSpec, branch: Moments) -> Moments:
@@ -168,8 +170,8 @@ def _scaled(spec: ModelSpec, branch: Moments) -> Moments:
     return branch.with_gram(residual_second_moment(0.0, branch.gram, branch_scale=spec.branch_scale))
 
 
-def _added(spec: ModelSpec, stream: Moments, branch: Moments) -> Moments:
-    return stream.with_gram(residual_second_moment(stream.gram, branch.gram, skip_scale=spec.skip_scale))
+def _added(stream: Moments, branch: Moments, skip_scale: float) -> Moments:
+    return stream.with_gram(residual_second_moment(stream.gram, branch.gram, skip_scale=skip_scale))
 
 
 class _Table:

@@ -71,7 +71,7 @@ def ranked_moment(kept: int, group: int, power: int) -> float:
     1e-12). Raises `AssumptionError` unless 1 <= kept <= group. Source: derived in proofs/prove_linear.py.
 
     >>> ranked_moment(4, 4, 2), round(ranked_moment(2, 4, 2), 4)
-    (1.0, 0.8785)
+    (1.0, 0.8676)
     """
     require(1 <= kept <= group, AssumptionError, "kept", kept, "outside the group", f"an integer in 1..{group}")
     if kept == group:

@@ -179,6 +179,7 @@ def moe_gram(
     gram: np.ndarray,
     rows: Mapping[str, TensorRow],
     part: MoESpec,
+    d_model: int,
     n_draws: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
@@ -192,11 +193,11 @@ def moe_gram(
     second_moment = float(np.diagonal(gram, axis1=-2, axis2=-1).mean())
     std = (effective_gain(rows["moe.router"]) * second_moment) ** 0.5
     overlap = gate_overlap(gram_root(gram / second_moment), std, part, n_draws, rng)
-    experts = feed_forward_gram(gram, _matrices(rows, "moe.experts."), part.activation, part.gated)
+    experts = feed_forward_gram(gram, _matrices(rows, "moe.experts."), part.activation, part.gated, d_model)
     routed = part.gate_multiplier**2 * overlap * experts
     if part.n_shared_experts == 0:
         return routed
-    shared = feed_forward_gram(gram, _matrices(rows, "moe.shared."), part.activation, part.gated)
+    shared = feed_forward_gram(gram, _matrices(rows, "moe.shared."), part.activation, part.gated, d_model)
     if part.shared_gate:
         variance = rows["moe.shared_gate"].gain * second_moment
         shared = shared * activation_kernel("sigmoid", variance, np.clip(gram / second_moment, -1.0, 1.0))

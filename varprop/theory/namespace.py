@@ -26,16 +26,6 @@ def normal_density(x: Any, xp: Any = np) -> Any:
     return xp.exp(-(x**2) / 2) / xp.sqrt(2 * xp.pi)
 
 
-def normal_distribution(x: Any, xp: Any = np) -> Any:
-    """The standard normal distribution function."""
-    return (1 + erf(x / xp.sqrt(2), xp)) / 2
-
-
-def where(condition: Any, yes: Any, no: Any, xp: Any = np) -> Any:
-    """`yes` where the condition holds, else `no`."""
-    return np.where(condition, yes, no) if xp is np else xp.Piecewise((yes, condition), (no, True))
-
-
 def clip_correlation(x: Any, xp: Any = np) -> Any:
     """A correlation put back into [-1, 1] after rounding; symbols pass through."""
     return np.clip(x, -1.0, 1.0) if xp is np else x

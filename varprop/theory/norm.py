@@ -25,7 +25,7 @@ def normalised_covariance(covariance: Any, second_moment: Any, other: Any, eps: 
     covariance: k = x.x'/d; second_moment, other: q and q'. Exact for realised moments; leading order in 1/d for means.
     Source: derived in proofs/prove_norm.py.
 
-    >>> normalised_covariance(1.0, 4.0, 4.0, 0.0)
+    >>> float(normalised_covariance(1.0, 4.0, 4.0, 0.0))
     0.25
     """
     return covariance / xp.sqrt((second_moment + eps) * (other + eps))
@@ -42,8 +42,34 @@ def centred_second_moment(second_moment: Any, d_model: Any) -> Any:
     return second_moment - second_moment / d_model
 
 
+def cosine_mean(correlation: Any, d_model: Any) -> Any:
+    """Mean cosine of two tokens whose entries have this correlation: c (1 - (1 - c^2) / (2 d)).
+
+    Second order of the delta method for a Wishart matrix of d degrees: error O(1/d^2).
+    Source: derived in proofs/prove_norm.py.
+
+    >>> cosine_mean(0.5, 3)
+    0.4375
+    """
+    return correlation * (1 - (1 - correlation**2) / (2 * d_model))
+
+
+def cosine_variance(correlation: Any, d_model: Any) -> Any:
+    """Variance of the cosine of two tokens whose entries have this correlation: (1 - c^2)^2 / d.
+
+    Leading order in 1/d. Source: derived in proofs/prove_norm.py.
+
+    >>> cosine_variance(0.0, 4)
+    0.25
+    """
+    return (1 - correlation**2) ** 2 / d_model
+
+
 def norm_gram(gram: np.ndarray, kind: str, eps: float, d_model: int) -> np.ndarray:
-    """Token Gram matrix after a norm, arrays (..., T, T) of x_t.x_s / d; a token with zero norm stays zero."""
+    """Token Gram matrix after a norm, from arrays (..., T, T) of mean x_t.x_s / d: leading order in 1/d.
+
+    The O(1/d) fluctuation of the cosines (`cosine_mean`, `cosine_variance`) is left to the rule that needs it.
+    """
     gram = centred_second_moment(gram, d_model) if kind == "layer" else gram
     diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
     return normalised_covariance(gram, diagonal[..., :, None], diagonal[..., None, :], eps)

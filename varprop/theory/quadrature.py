@@ -1,7 +1,8 @@
-"""Gauss rules for normal and chi-square averages, and roots of Gram matrices. The rules come from the eigenvalues of the Jacobi matrix (Golub and Welsch 1969).
+"""Gauss rules for normal and chi-square averages, and roots of Gram matrices.
 
-The eigenvectors also hold the orthonormal Hermite polynomials at the nodes, so that a function of a normal variable
-is expanded with one matrix product. Weights are probabilities: they add up to 1 and never overflow.
+The rules come from the eigenvalues of the Jacobi matrix (Golub and Welsch 1969), whose eigenvectors also hold the
+orthonormal Hermite polynomials at the nodes, so that a function of a normal variable is expanded with one matrix
+product. Weights are probabilities: they add up to 1 and never overflow.
 """
 
 from __future__ import annotations

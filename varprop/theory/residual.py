@@ -1,4 +1,4 @@
-"""The residual sum skip * x + branch * f, where the last map of f is zero-mean and independent of x and the rest of f."""
+"""The residual sum skip * x + branch * f; the last map of f is zero-mean, independent of x and the rest of f."""
 
 from __future__ import annotations
 

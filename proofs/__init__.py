@@ -1,0 +1,1 @@
+"""Proofs of the very functions that users call: `python -m proofs`."""

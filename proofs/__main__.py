@@ -1,0 +1,46 @@
+"""Run every proof and print the table; exit code 1 if one fails."""
+
+from __future__ import annotations
+
+import sys
+
+from proofs import (
+    prove_activation,
+    prove_attention,
+    prove_feed_forward,
+    prove_linear,
+    prove_moe,
+    prove_norm,
+    prove_residual,
+    prove_softmax,
+)
+
+MODULES = (
+    prove_linear,
+    prove_norm,
+    prove_activation,
+    prove_feed_forward,
+    prove_residual,
+    prove_softmax,
+    prove_attention,
+    prove_moe,
+)
+
+
+def main() -> int:
+    """Print statement, assumption and status of every proof; the number of failures."""
+    failures = 0
+    for module in MODULES:
+        component = module.__name__.rsplit("_", 1)[-1] if module is not prove_feed_forward else "feed_forward"
+        for proof in module.PROOFS:
+            try:
+                proof.function()
+                status = "proved"
+            except Exception as error:  # a proof that cannot run is a failed proof
+                status, failures = f"FAILED: {error}", failures + 1
+            print(f"{component:<13} {proof.statement:<66} {proof.assumption:<42} {status}", flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)

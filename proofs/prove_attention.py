@@ -1,0 +1,95 @@
+"""Proofs of varprop/theory/attention.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import sympy
+
+from proofs.check import Proof, close, equal, expect, normal_moments
+from varprop.theory.attention import incoherent_average, key_factor, value_key_coupling
+
+T = 3
+c, d, n = sympy.symbols("c d n", positive=True)
+p, r = sympy.symbols(f"p:{T}"), sympy.symbols(f"r:{T}")
+
+
+def _summing_to_one(expression):
+    return sympy.sympify(expression).subs({p[-1]: 1 - sum(p[:-1]), r[-1]: 1 - sum(r[:-1])})
+
+
+def prove_incoherent_average(rule=incoherent_average):
+    overlap = sum(a * b for a, b in zip(p, r, strict=True))
+    form = sympy.Add(*(p[j] * r[k] * (1 if j == k else c) for j in range(T) for k in range(T)))
+    equal(_summing_to_one(rule(c, overlap)), _summing_to_one(form))
+    equal(rule(c, sympy.Rational(1, T)), form.subs(dict.fromkeys((*p, *r), sympy.Rational(1, T))))
+
+
+def _posterior_shift(size=2):
+    """S and the first-order shift of C_ab by Bayes: sum_cd Cov(C_ab, C_cd) d log-likelihood / dC_cd.
+
+    Cov is that of a Wishart matrix of d degrees; the keys have n columns.
+    """
+    truth: Any = sympy.Matrix(size, size, lambda i, j: 1 if i == j else c)
+    keys: Any = sympy.Matrix(size, size, lambda i, j: sympy.Symbol(f"S{min(i, j)}{max(i, j)}"))
+    slope = truth.inv() * (keys - n * truth) * truth.inv() / 2
+    indices = [(i, j) for i in range(size) for j in range(size)]
+
+    def shift(a, b):
+        return sum((truth[a, i] * truth[b, j] + truth[a, j] * truth[b, i]) / d * slope[i, j] for i, j in indices)
+
+    return keys, shift
+
+
+def prove_posterior():
+    keys, shift = _posterior_shift()
+    equal(shift(0, 1), (keys[0, 1] - n * c) / d)
+    equal(shift(0, 0), (keys[0, 0] - n) / d)
+
+
+def prove_coupling(rule=value_key_coupling):
+    """Average over the key component that all tokens share, for one query direction (n = 1)."""
+    common, z = sympy.symbols("xi"), sympy.symbols(f"z:{T}")
+    h = [sympy.sqrt(c) * common + sympy.sqrt(1 - c) * zj for zj in z]
+    total, pair, diagonal = 0, 0, 0
+    for j in range(T):
+        for k in range(T):
+            if j != k:
+                shift = h[j] * h[k] - c - c * (h[j] ** 2 - 1 + h[k] ** 2 - 1) / 2
+                total += p[j] * p[k] * shift / d
+                pair += p[j] * p[k] * z[j] * z[k]
+                diagonal += p[j] * p[k] * (z[j] ** 2 - 1)
+    equal(rule(c, pair, diagonal, d), expect(total, {common: normal_moments(1)}))
+
+
+def prove_iid_coupling(rule=value_key_coupling):
+    """For i.i.d. tokens: E[(sum p g)^2 - sum p^2 g^2] / (s^2 d), g = s z."""
+    s, z = sympy.symbols("s", positive=True), sympy.symbols(f"z:{T}")
+    pair = sum(p[j] * p[k] * z[j] * z[k] for j in range(T) for k in range(T) if j != k)
+    g = [s * zj for zj in z]
+    known = sum(a * b for a, b in zip(p, g, strict=True)) ** 2 - sum(a**2 * b**2 for a, b in zip(p, g, strict=True))
+    equal(rule(0, pair, sympy.Symbol("any"), d), known / (s**2 * d))
+
+
+def prove_key_factor(rule=key_factor):
+    """A A' has the moments of W W' for W of i.i.d. N(0, 1/d): means delta_ij, variances (1 + delta_ij) / d."""
+    head_dim, d_model, draws = 3, 5, 200_000
+    factor = rule(head_dim, d_model, (draws,), np.random.default_rng(0))
+    square = factor @ factor.swapaxes(-1, -2)
+    diagonal = np.diagonal(square, axis1=-2, axis2=-1)
+    off = square[:, [0, 0, 1], [1, 2, 2]]
+    tolerance = 6 * 1.5 / draws**0.5  # six standard errors; the largest standard deviation below is under 1.5
+    close(diagonal.mean(), 1, tolerance)
+    close((diagonal**2).mean(), 1 + 2 / d_model, tolerance)
+    close(off.mean(), 0, tolerance)
+    close((off**2).mean(), 1 / d_model, tolerance)
+
+
+PROOFS = [
+    Proof("p'Cp = c + (1 - c) sum p^2, uniform limit", "weights sum to 1, one correlation", prove_incoherent_average),
+    Proof("E[C | keys] = C + (S - head_dim C) / d", "Wishart fluctuations, first order", prove_posterior),
+    Proof("value-key coupling", "exchangeable tokens, first order in 1/d", prove_coupling),
+    Proof("its form for i.i.d. tokens", "i.i.d. tokens", prove_iid_coupling),
+    Proof("Bartlett factor of a key matrix (sampled, 6 standard errors)", "Gaussian weights", prove_key_factor),
+]

@@ -1,0 +1,67 @@
+"""Every proof holds; and a rule with a wrong factor or sign fails its proof (mutation)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pytest
+
+from proofs.__main__ import MODULES, main
+from proofs.check import ProofError
+from varprop.theory.softmax import SoftmaxMoments
+
+ALL = [proof for module in MODULES for proof in module.PROOFS]
+MUTABLE = [
+    proof for proof in ALL if callable(getattr(inspect.signature(proof.function).parameters.get("rule"), "default", 0))
+]
+
+
+@pytest.mark.parametrize("proof", ALL, ids=lambda proof: proof.function.__name__)
+def test_proof_holds(proof):
+    proof.function()
+
+
+def _mutant(rule, change):
+    @functools.wraps(rule)
+    def wrong(*args, **kwargs):
+        value = rule(*args, **kwargs)
+        if isinstance(value, SoftmaxMoments):
+            return SoftmaxMoments(value.participation, change(value.pair), value.diagonal)
+        return change(value)
+
+    return wrong
+
+
+@pytest.mark.parametrize("proof", MUTABLE, ids=lambda proof: proof.function.__name__)
+@pytest.mark.parametrize("change", [lambda v: v * 1.001, lambda v: -v], ids=["factor", "sign"])
+def test_proof_catches_a_wrong_rule(proof, change):
+    if proof.function.__name__ == "prove_key_factor" and change(1) < 0:
+        pytest.skip("A and -A have the same A A'")
+    if proof.function.__name__ == "prove_key_factor":
+        change = lambda v: v * 1.05  # noqa: E731  (a sampled check resolves percents)
+    rule = inspect.signature(proof.function).parameters["rule"].default
+    with pytest.raises(ProofError):
+        proof.function(rule=_mutant(rule, change))
+
+
+def test_most_proofs_take_their_rule():
+    fixed = {proof.function.__name__ for proof in ALL if proof not in MUTABLE}
+    assert fixed == {"prove_laplace", "prove_posterior"}
+
+
+def test_table(capsys, monkeypatch):
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(ALL)
+    assert all(line.endswith("proved") for line in lines)
+
+
+def test_table_counts_failures(capsys, monkeypatch):
+    def broken():
+        raise ProofError("difference 1 is not zero")
+
+    module = MODULES[0]
+    monkeypatch.setattr(module, "PROOFS", [module.PROOFS[0]._replace(function=broken)])
+    assert main() == 1
+    assert "FAILED: difference 1" in capsys.readouterr().out

@@ -1,0 +1,108 @@
+"""varprop.theory.attention: the two engines agree, limits, and what the sampler draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from varprop import presets
+from varprop.errors import AssumptionError
+from varprop.spec import ModelSpec
+from varprop.theory.attention import (
+    allowed_keys,
+    attention_gains,
+    draw_keys,
+    exchangeable_attention,
+    rotate,
+    sampled_attention,
+)
+from varprop.theory.moments import Moments
+from varprop.theory.norm import cosine_mean
+from varprop.theory.quadrature import gram_root
+
+
+def full(**changes) -> ModelSpec:
+    return presets.tiny().with_fields({"pattern": "full", "rope_theta": None, **changes})
+
+
+def resolved(correlation: float, n_tokens: int, n_recursions: int) -> Moments:
+    gram = np.full((n_tokens, n_tokens), correlation) + (1 - correlation) * np.eye(n_tokens)
+    return Moments(np.broadcast_to(gram, (n_recursions, n_tokens, n_tokens)).copy(), n_tokens)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.8])
+def test_engines_agree(correlation):
+    """2,000 heads: second moment within 5 standard errors and 1 % (O(1/d) terms differ), covariance within 3 %."""
+    spec, n_tokens, n_recursions = full(), 24, 500
+    exact = exchangeable_attention(spec, 1, Moments.exchangeable(1.0, correlation, n_tokens))[0]
+    drawn = sampled_attention(spec, 1, resolved(correlation, n_tokens, n_recursions), 4, np.random.default_rng(0))
+    moments = Moments(drawn, n_tokens)
+    q = moments.second_moment
+    assert q.mean() == pytest.approx(exact[0, 0], rel=0.01, abs=5 * q.std() / n_recursions**0.5)
+    covariance = q * moments.token_correlation
+    stderr = covariance.std() / n_recursions**0.5
+    assert covariance.mean() == pytest.approx(exact[0, 1], rel=0.03, abs=5 * stderr)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "full"])
+def test_flat_logits_average_uniformly(pattern):
+    spec = presets.tiny().with_fields(pattern=pattern, rope_theta=None, logit_scale=1e-9)
+    drawn = Moments(sampled_attention(spec, 1, resolved(0.0, 8, 400), 4, np.random.default_rng(0)), 8)
+    counts = np.arange(1, 9) if pattern == "causal" else np.full(8, 8)
+    stderr = drawn.diagonal.std(axis=0) / 20
+    assert (np.abs(drawn.diagonal.mean(axis=0) - 1 / counts) < 5 * stderr + 1e-12).all()
+
+
+def test_one_token_passes_its_value():
+    spec = presets.tiny()
+    drawn = sampled_attention(spec, 1, Moments(np.ones((3, 1, 1)), 1), 4, np.random.default_rng(0))
+    np.testing.assert_allclose(drawn, attention_gains(spec, 1).value_output)
+    exact = exchangeable_attention(full(), 1, Moments.exchangeable(1.0, 0.0, 1))
+    np.testing.assert_allclose(exact, attention_gains(full(), 1).value_output)
+
+
+def test_equal_tokens_pass_their_value():
+    drawn = sampled_attention(presets.tiny(), 1, resolved(1.0, 6, 2), 4, np.random.default_rng(0))
+    np.testing.assert_allclose(drawn, 1.0, atol=1e-6)  # the jitter of the root
+
+
+@pytest.mark.parametrize("head_dim, d_model", [(8, 32), (16, 8)])
+def test_keys_and_what_they_tell_have_the_right_means(head_dim, d_model):
+    """Means over 20,000 draws at five standard errors: E k_a.k_b and E[C | keys] are the mean cosine up to O(1/d^2)."""
+    cosine = np.array([[1.0, 0.5], [0.5, 1.0]])[None]
+    rng = np.random.default_rng(0)
+    keys, given = draw_keys(cosine, gram_root(cosine)[:, None], 20_000, head_dim, d_model, rng)
+    product = (keys[0, :, 0] * keys[0, :, 1]).mean(axis=-1)
+    second_order = 1 / d_model**2
+    for drawn in (product, given[0, :, 0, 1]):
+        assert abs(drawn.mean() - cosine_mean(0.5, d_model)) < 5 * drawn.std() / 20_000**0.5 + second_order
+    np.testing.assert_allclose(given[0, :, [0, 1], [0, 1]], 1.0)
+    size = (keys[0] ** 2).mean(axis=(-2, -1))
+    assert abs(size.mean() - 1) < 5 * size.std() / 20_000**0.5 + second_order
+
+
+def test_allowed_keys():
+    spec = presets.tiny().with_fields(pattern="window", window=2, n_sink_tokens=1)
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+    np.testing.assert_array_equal(allowed_keys(spec, 1, 4), np.array(expected, dtype=bool))
+    patterned = presets.tiny().with_fields(pattern="window", window_pattern=(1, 0))
+    assert allowed_keys(patterned, 1, 4).sum() == 4
+    assert allowed_keys(patterned, 2, 4).sum() == 10
+
+
+def test_rotation_keeps_norms_and_relative_angles():
+    x = np.random.default_rng(0).standard_normal(8)
+    rotated = rotate(np.broadcast_to(x, (5, 8)), 100.0, 0.5)
+    np.testing.assert_allclose((rotated**2).sum(axis=1), x @ x)
+    np.testing.assert_array_equal(rotated[:, 4:], np.broadcast_to(x[4:], (5, 4)))
+    np.testing.assert_allclose(rotated[0], x)
+    np.testing.assert_allclose(rotated[1] @ rotated[3], rotated[0] @ rotated[2])
+
+
+def test_assumptions_are_checked():
+    with pytest.raises(AssumptionError, match="exchangeable"):
+        exchangeable_attention(full(), 1, resolved(0.0, 3, 1))
+    with pytest.raises(AssumptionError, match="expected full attention without positions"):
+        exchangeable_attention(presets.tiny(), 1, Moments.exchangeable(1.0, 0.0, 3))
+    with pytest.raises(AssumptionError, match="holds fewer than 3 positions"):
+        sampled_attention(presets.tiny(), 1, Moments.exchangeable(1.0, 0.0, 3), 4, np.random.default_rng(0))
