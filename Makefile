@@ -26,7 +26,7 @@ lint: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP)
-	for program in experiments/benchmarks/*.py; do $(BIN)/python $$program || exit 1; done
+	for program in experiments/benchmarks/*.py; do $(BIN)/python -m $$(echo $${program%.py} | tr / .) || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo

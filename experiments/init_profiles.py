@@ -6,23 +6,23 @@ Pre-LN models with causal attention, at widths 128, 256 and 512. Follows the pap
 initialisation, which has no such figure. Cost: about 4 minutes on one H200; `--smoke` seconds on a CPU.
 Expected: every cell agrees; the claimed error falls as 1/width.
 
-    python experiments/init_profiles.py --device cuda --n-workers 12
+    python -m experiments.init_profiles --device cuda --n-workers 12
 
 writes `results/init_profiles.nc` (one row per variant and width) and `results/init_profiles.png` beside this file.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from experiments.common import options, run_all
 from varprop import compare, presets, results, simulate, theory
 from varprop.errors import SchemaError
 from varprop.spec import ModelSpec
@@ -122,27 +122,17 @@ def figure(table: xr.Dataset) -> Figure:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run every task that has no result yet, reduce, save and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--n-workers", type=int, default=1, help="tasks at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the raw simulations")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    options = parser.parse_args(arguments)
-    for folder in (options.runs, options.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    todo = tasks(options.smoke)
-    drawn = joblib.Parallel(n_jobs=options.n_workers)(
-        joblib.delayed(simulated)(task, options.runs, options.device) for task in todo
-    )
+    chosen = options(__doc__, arguments)
+    todo = tasks(chosen.smoke)
+    drawn = run_all(functools.partial(simulated, folder=chosen.runs, device=chosen.device), todo, chosen.n_workers)
     checks = {}
     for task, networks in zip(todo, drawn, strict=True):
         prediction = theory.predict(task.spec, n_tokens=task.n_tokens)
         checks[task.variant, task.d_model] = compare.check(prediction, networks)
         print(f"{task.variant:>8} d_model {task.d_model:<4} {checks[task.variant, task.d_model].verdict}", flush=True)
     table = reduce(checks)
-    results.save(table, options.out / "init_profiles.nc")
-    figure(table).savefig(options.out / "init_profiles.png", dpi=150)
+    results.save(table, chosen.out / "init_profiles.nc")
+    figure(table).savefig(chosen.out / "init_profiles.png", dpi=150)
     return 0
 
 

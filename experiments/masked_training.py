@@ -8,23 +8,23 @@ falls with the density squared and the share may rise. Measured here: one model 
 Cost: about 3 minutes on one H200; `--smoke` seconds on a CPU. Expected: growth falls with density at both ends; the
 share of the last block falls with density at the start and rises at the end.
 
-    python experiments/masked_training.py --device cuda --n-workers 4
+    python -m experiments.masked_training --device cuda --n-workers 4
 
 writes `results/masked_training.nc` (every run: seed, density, step, layer, site) and `results/masked_training.png`.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from experiments.common import options, run_all
 from varprop import presets, results, stats, train
 from varprop.errors import SchemaError
 from varprop.spec import ModelSpec
@@ -74,12 +74,11 @@ def reduce(done: Sequence[tuple[float, xr.Dataset]]) -> xr.Dataset:
     """All runs in one Dataset (density, seed, step, layer, site), with the block share v / q beside the moments."""
     densities = sorted({density for density, _ in done}, reverse=True)
     rows = [results.merge([run for d, run in done if d == density], "seed") for density in densities]
-    table = xr.concat(rows, dim="density", combine_attrs="drop_conflicts").assign_coords(density=densities)
+    table = results.merge(rows, "density").assign_coords(density=densities)
     moments = table.second_moment
     added = moments.sel(site="attn_out", drop=True) + moments.sel(site="mlp_out", drop=True)
     share = added / moments.sel(site="resid_post", drop=True)
     table["block_share"] = share.isel(layer=slice(1, None)).rename(layer="block")
-    table.attrs |= {"spec": "", "spec_id": "", "seed_entropy": ""}
     return table
 
 
@@ -135,21 +134,13 @@ def summary(table: xr.Dataset) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run every task that has no result yet, reduce, save, draw and print the summary."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--n-workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the single runs")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    options = parser.parse_args(arguments)
-    for folder in (options.runs, options.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    todo = tasks(options.smoke, options.device)
+    chosen = options(__doc__, arguments, device="auto")
+    todo = tasks(chosen.smoke, chosen.device)
     train.load_corpus("embedded")  # tokenised once, before the workers start
-    done = joblib.Parallel(n_jobs=options.n_workers)(joblib.delayed(run)(task, options.runs) for task in todo)
+    done = run_all(functools.partial(run, folder=chosen.runs), todo, chosen.n_workers)
     table = reduce([(task.density, run) for task, run in zip(todo, done, strict=True)])
-    results.save(table, options.out / "masked_training.nc")
-    figure(table).savefig(options.out / "masked_training.png", dpi=150)
+    results.save(table, chosen.out / "masked_training.nc")
+    figure(table).savefig(chosen.out / "masked_training.png", dpi=150)
     print(summary(table))
     return 0
 

@@ -10,6 +10,10 @@ the networks' ratios, what a measurement reports; `correlation_bias_of_means`: r
 theory predicts), and their standard errors over networks, the prediction's own sampling error included.
 
 Cost: one CPU core, about 10 minutes. `--smoke` a few seconds.
+
+    python -m experiments.theory_error --n-workers 2
+
+writes `results/theory_error.json` (rows and coefficients) and `results/theory_error.png`.
 Expected: |bias| d_model / layer below one at every width for the residual stream.
 
 Outcome, bias d_model / layer at the last layer (8; `deep` 24), stderr in brackets.
@@ -28,7 +32,7 @@ The coefficients of varprop/theory/error.py are the largest |bias| - 2 stderr ov
 
 from __future__ import annotations
 
-import argparse
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -37,8 +41,12 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
 
+from experiments.common import options, run_all
 from varprop import presets, results
+from varprop.errors import SchemaError
+from varprop.files import write_text
 from varprop.simulate import sample
 from varprop.spec import ModelSpec
 from varprop.theory import predict
@@ -94,7 +102,12 @@ def run(task: dict[str, Any]) -> xr.Dataset:
     spec, n_tokens, correlation = make_spec(task["case"], task["d_model"])
     predicted = predict(spec, n_tokens=n_tokens, token_correlation=correlation, seed=task["seed"])
     measured = sample(
-        spec, n_networks=task["n_networks"], n_tokens=n_tokens, token_correlation=correlation, seed=task["seed"]
+        spec,
+        n_networks=task["n_networks"],
+        n_tokens=n_tokens,
+        token_correlation=correlation,
+        seed=task["seed"],
+        progress=False,
     )
     q, c = measured.second_moment, measured.token_correlation
     count = q.sizes["network"]
@@ -140,28 +153,70 @@ def reduce(datasets: Sequence[xr.Dataset]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tasks that have no result yet, then print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="two small tasks")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "theory_error")
-    options = parser.parse_args(arguments)
-    folder = options.output / "smoke" if options.smoke else options.output
-    folder.mkdir(parents=True, exist_ok=True)
-    datasets = []
-    for task in tasks(options.smoke):
-        path = folder / f"{task_id(task)}.nc"
-        if not path.exists():
-            results.save(run(task), path)
-        datasets.append(results.load(path))
+def coefficients(datasets: Sequence[xr.Dataset]) -> dict[str, float]:
+    """For theory/error.py: the largest |bias| - 2 stderr over all tasks and layers, times d_model / (layer + 1)."""
+    found = {"attention": 0.0, "correlation_attn_out": 0.0, "correlation_mlp_out": 0.0, "correlation_stream": 0.0}
+    for dataset in datasets:
+        inner = dataset.isel(layer=slice(1, None))
+        scale = json.loads(dataset.attrs["task"])["d_model"] / (inner.layer + 1)
+        for name, variable, site in (
+            ("attention", "bias", "attn_out"),
+            ("correlation_attn_out", "correlation_bias", "attn_out"),
+            ("correlation_mlp_out", "correlation_bias", "mlp_out"),
+            ("correlation_stream", "correlation_bias", "resid_post"),
+        ):
+            cell = inner.sel(site=site)
+            excess = (abs(cell[variable]) - 2 * cell[f"{variable}_stderr"]) * scale
+            found[name] = max(found[name], float(excess.max()))
+    return found
+
+
+def figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Bias of the stream times d_model / layer by case, one colour a width: one number if the error is O(layer / d)."""
+    drawing = Figure(figsize=(9, 3.6), layout="constrained")
+    axis = drawing.subplots()
+    stream = [row for row in rows if row["site"] == "resid_post"]
+    cases = list(dict.fromkeys(row["case"] for row in stream))
+    for offset, (width, colour) in enumerate(zip(WIDTHS, ("#4477aa", "#ee6677", "#228833"), strict=True)):
+        chosen = [row for row in stream if row["d_model"] == width]
+        x = [cases.index(row["case"]) + 0.18 * (offset - 1) for row in chosen]
+        y, error = ([row["bias"][i] for row in chosen] for i in (0, 1))
+        axis.errorbar(x, y, [1.96 * e for e in error], fmt="o", ms=4, color=colour, label=f"d = {width}")
+    axis.axhline(0, color="0.3", lw=0.8)
+    axis.set_xticks(range(len(cases)), [case.replace("_", "\n") for case in cases], fontsize=8)
+    axis.set_ylabel("bias of the stream's second\nmoment × d_model / layer")
+    axis.legend(frameon=False, fontsize=8, ncols=3)
+    return drawing
+
+
+def finished(task: dict[str, Any], folder: Path) -> xr.Dataset:
+    """The task's result, from its file where that is whole, else simulated and saved."""
+    path = folder / f"bias-{task_id(task)}.nc"
+    try:
+        return results.load(path)
+    except SchemaError:
+        return results.load(results.save(run(task), path))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tasks that have no result yet, reduce, save, draw and print the table and the coefficients."""
+    chosen = options(__doc__, arguments)
+    todo = tasks(chosen.smoke)
+    datasets = run_all(functools.partial(finished, folder=chosen.runs), todo, chosen.n_workers)
+    rows, found = reduce(datasets), coefficients(datasets)
+    text = json.dumps({"coefficients": found, "rows": rows}, indent=1)
+    write_text(chosen.out / "theory_error.json", text + "\n")
+    figure(rows).savefig(chosen.out / "theory_error.png", dpi=150)
     print("times d_model / layer:        bias of q        token correlation    same, ratio of means")
-    for row in reduce(datasets):
+    for row in rows:
         numbers = "   ".join(
             "{:+8.3f} ± {:6.3f}".format(*row[name])
             for name in ("bias", "correlation_bias", "correlation_bias_of_means")
         )
         print(f"{row['case']:<18} {row['d_model']:>4} {row['layer']:>3} {row['site']:<10} {numbers}")
+    print("largest |bias| - 2 stderr, in units of (layer + 1) / d_model:", {k: round(v, 3) for k, v in found.items()})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -6,7 +6,7 @@ and site costs a stated share of a step. Cost: about two minutes on one GPU; sec
 MFU counts 6 FLOP per weight of a matrix product and token (the unembedding included) and 6 L d T per token for causal
 attention, over 989 TFLOP/s (dense bfloat16 of an H100 or H200); on other devices it is not given.
 
-    python experiments/benchmarks/train_speed.py --preset d512 --n-tokens 1024 --batch-size 64 --compile
+    python -m experiments.benchmarks.train_speed --preset d512 --n-tokens 1024 --batch-size 64 --compile
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from varprop import presets, simulate
 def test_cuda_draws_the_networks_of_the_cpu(name: str) -> None:
     """Weights are drawn on the CPU in both cases, so only float32 rounding (about 1e-7 a sum) differs.
 
-    Top-k routing can flip for a token whose two logits are equal to rounding; one flip in 64 tokens of one of 8 layers moves a mean by
-    less than 1e-3.
+    Top-k routing can flip for a token whose two logits are equal to rounding; one flip among 64 tokens of one layer
+    moves a mean by less than 1e-3.
     """
     spec = presets.get(name)
     runs = [

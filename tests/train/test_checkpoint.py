@@ -22,6 +22,7 @@ from varprop.train.loop import Trainer
 
 CHILD = """
 import os, signal, sys
+from pathlib import Path
 import torch
 from varprop.spec import ModelSpec
 from varprop.train import TrainConfig, fit, checkpoint
@@ -34,12 +35,12 @@ if place == "update":
     update = Trainer.update
     Trainer.update = lambda self, at: die() if at == step else update(self, at)
 else:  # the new checkpoint is written but not yet renamed
-    replace = os.replace
+    replace = Path.replace
     def killed(source, target):
         if "checkpoint" in str(target) and checkpoint._load(source)[0]["step"] == step:
             die()
         replace(source, target)
-    checkpoint.os.replace = killed
+    Path.replace = killed
 fit(ModelSpec.from_json(spec), TrainConfig.from_json(config), run_dir=run_dir)
 """
 
@@ -123,17 +124,16 @@ def test_damaged_run_directories(spec: ModelSpec, config: TrainConfig, tmp_path:
 def test_a_failed_write_leaves_the_last_checkpoint(
     spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace, targets = os.replace, []
+    replace, targets = Path.replace, []
 
-    def full_at_the_third(source: Path, target: Path) -> None:
+    def full_at_the_fourth(source: Path, target: Path) -> None:
         targets.append(target)
-        if len(targets) == 3:  # checkpoints of steps 3, 6 and 9
+        if len(targets) == 4:  # run.json, then the checkpoints of steps 3, 6 and 9
             raise OSError(28, os.strerror(28))
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", full_at_the_third)
-        patch.setattr(checkpoint, "write_atomically", lambda path, content: path.write_bytes(content))
+        patch.setattr(Path, "replace", full_at_the_fourth)
         with pytest.raises(ArgumentError, match=r"checkpoint\.safetensors' cannot be written \(No space left"):
             fit(spec, config, run_dir=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "run.json"]
