@@ -60,7 +60,8 @@ def tasks(smoke: bool = False) -> list[Task]:
             else:
                 changes["d_expert"] = 3 * d_model // 2
             # Weights to draw grow as d_model^2 a network, the spread over networks falls as 1 / d_model.
-            n_networks = 16 if smoke else 102_400 // d_model
+            # Heads that share keys and values vary together: the attention output of a network spreads more.
+            n_networks = 16 if smoke else (256_000 if variant == "gqa" else 102_400) // d_model
             found.append(Task(variant, d_model, spec.with_fields(changes), n_tokens, n_networks))
     return found
 
