@@ -17,15 +17,13 @@ writes `results/theory_error.json` (rows and coefficients) and `results/theory_e
 Expected: |bias| d_model / layer below one at every width for the residual stream.
 
 Outcome, bias d_model / layer at the last layer (8; `deep` 24), stderr in brackets.
-Stream, second moment: between -0.16 (0.09) and +0.11 (0.14) in all 28 tasks, none further than 2.5 stderr from zero and
-none above 0.06 at d_model 64, where the networks are most. Branch of attention: none beyond 2.8 stderr, the largest
--0.41 (0.15) with one key/value head at d_model 128. Feed-forward branch: `masked` alone, +0.10 (0.014) at 64 and +0.11
-(0.02) at 128, which is the neglected kurtosis.
-Stream, token correlation: -0.01 to -0.18 as measured (mean of the networks' ratios), -0.12 (0.06) to +0.04 (0.04) as
+Stream, second moment: between -0.17 (0.08) and +0.13 (0.11) in all 28 tasks, at most 0.07 at d_model 64, where the
+networks are most; the furthest from zero in its own error is `mixture` at 64, -0.07 (0.021). Attention branch: the
+furthest `mixture` at 64, -0.19 (0.056); the largest -0.58 (0.23). Feed-forward branch: `masked` alone, +0.10 (0.015)
+at 64, +0.13 (0.023) at 128 and +0.15 (0.05) at 256, which is the neglected kurtosis and is claimed as such.
+Stream, token correlation: 0.00 to -0.18 as measured (mean of the networks' ratios), -0.13 (0.06) to +0.07 (0.05) as
 ratio of means, what the theory predicts: most of the difference is the mean of a ratio. Attention output, full pattern:
--0.16 (0.01) to -0.21 (0.05) as ratio of means, the O(1/d) part of the overlap of two queries that is left out.
-A first form with Gaussian logits for full attention was off by -2.3 % (0.3) at d_model 64 in layer 1; the component of
-a point on the sphere (softmax.py) removed it.
+-0.17 (0.012) to -0.19 (0.02) as ratio of means, the O(1/d) part of the overlap of two queries that is left out.
 The coefficients of varprop/theory/error.py are the largest |bias| - 2 stderr over all layers in units of
 (layer + 1) / d_model.
 """

@@ -241,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     for one in (sample, grid):
         _add_spec(one)
         _add_tokens(one)
-        one.add_argument("--n-networks", type=int, default=32, help="independent networks (default %(default)s)")
+        one.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
         one.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
     grid.add_argument("--axis", action="append", required=True, metavar="field=a,b,c", help="one axis (repeatable)")
     grid.add_argument("--directory", default="grid", help="folder of the finished tasks (default %(default)s)")
