@@ -22,6 +22,7 @@ RESOLUTION = 0.1
 """Error beyond the claimed one that a verdict of the demo has to resolve in every cell."""
 VARIANTS = {"dense": "tiny", "masked 1/4": "tiny_masked", "GQA 4:1": "tiny_gqa", "MoE 8/2": "tiny_moe"}
 TRAINED = ("dense", "masked 1/4")
+REAL_TEXT = ", real text"
 TITLE = "When does sparsity mitigate the curse of depth? A small model, measured"
 
 
@@ -78,7 +79,7 @@ def _measure(variants: Mapping[str, ModelSpec], target: Path, n_steps: int, n_ne
         predicted[label] = theory.predict(spec, n_tokens=N_TOKENS)
         simulated[label] = simulate.sample(spec, n_networks=n_networks, n_tokens=N_TOKENS)
     label, spec = next(iter(variants.items()))
-    on_text = f"{label}, real text"
+    on_text = f"{label}{REAL_TEXT}"
     console.print(f"[bold]{on_text}[/bold]: the same for the first {N_TOKENS} tokens of the embedded text")
     predicted[on_text] = theory.predict(spec, n_tokens=N_TOKENS, token_correlation=_same_token(text))
     simulated[on_text] = simulate.sample(spec, n_networks=n_networks, inputs=text)
@@ -206,6 +207,7 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def _sections(outcome: Outcome) -> list[report.Section]:
     """The report: findings first, then theory against random networks, training, and where everything came from."""
     dense, sparse = TRAINED
+    drawn = [label for label in outcome.predicted if not label.endswith(REAL_TEXT)]
     tables = [
         report.Table(INITIAL_HEAD, initial_rows(outcome), "q: second moment of the stream; v: of what a block adds."),
         report.Table(TRAINED_HEAD, trained_rows(outcome), "r: correlation of branch and stream, mean over layers."),
@@ -220,7 +222,12 @@ def _sections(outcome: Outcome) -> list[report.Section]:
                 "“Real text” is the first tokens of the embedded corpus, whose repeated words correlate tokens.",
             ],
             figures=[
-                plot.plot_profiles({**_named(outcome.predicted, "theory"), **_named(outcome.simulated, "networks")})
+                plot.plot_profiles(
+                    {
+                        **_named({label: outcome.predicted[label] for label in drawn}, "theory"),
+                        **_named({label: outcome.simulated[label] for label in drawn}, "networks"),
+                    }
+                )
             ],
         ),
         *(
