@@ -3,7 +3,7 @@
 Claim tested: `varprop.predict` gives the second moment of the residual stream at every layer and site, within the
 error it states, for dense, masked (density 1/4), grouped-query (one key/value head) and MoE (8 experts, 2 active)
 Pre-LN models with causal attention, at widths 128, 256 and 512. Follows the paper's section on variance at
-initialisation, which has no such figure. Cost: about 4 minutes on one H200; `--smoke` seconds on a CPU.
+initialisation, which has no such figure. Cost: about 5 minutes on one H200 and 12 CPU cores; `--smoke` seconds on a CPU.
 Expected: every cell agrees; the claimed error falls as 1/width.
 
     python -m experiments.init_profiles --device cuda --n-workers 12
@@ -61,7 +61,7 @@ def tasks(smoke: bool = False) -> list[Task]:
                 changes["d_expert"] = 3 * d_model // 2
             # Weights to draw grow as d_model^2 a network, the spread over networks falls as 1 / d_model.
             # Heads that share keys and values vary together: the attention output of a network spreads more.
-            n_networks = 16 if smoke else (256_000 if variant == "gqa" else 102_400) // d_model
+            n_networks = 16 if smoke else (384_000 if variant == "gqa" else 102_400) // d_model
             found.append(Task(variant, d_model, spec.with_fields(changes), n_tokens, n_networks))
     return found
 
