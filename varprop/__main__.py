@@ -15,6 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     except VarpropError as error:
         print(f"varprop: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"varprop: out of memory ({error}); expected a smaller model, fewer tokens or networks", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("varprop: interrupted", file=sys.stderr)
         return 130

@@ -309,11 +309,26 @@ def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_o
 
 def _side(dataset: xr.Dataset, variable: str, log_scale: bool, where: str) -> Side:
     values = dataset[variable].transpose(..., "layer", "site").values.astype(np.float64)
+    if variable == "token_correlation" and values.ndim == 3 and "second_moment" in dataset:
+        weights = dataset.second_moment.transpose(..., "layer", "site").values.astype(np.float64)
+        values = _ratio_of_means(values, weights)
     if log_scale and bool((values < 0).any()):
         raise SchemaError(f"{where}: {variable}={np.nanmin(values)} is negative; expected numbers >= 0")
     name = f"{variable}_stderr"
     stderr = dataset[name].transpose("layer", "site").values if name in dataset else 0.0
     return side_of(values, log_scale=log_scale, stderr=stderr, replicated=values.ndim == 3)
+
+
+def _ratio_of_means(ratios: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values whose mean over networks is sum(w r) / sum(w) and whose spread gives its standard error (linearised).
+
+    A token correlation is a ratio of two moments of a network. The theory gives the ratio of their means over
+    networks, from which the mean of the networks' ratios differs by O(1/width).
+    """
+    mean = weights.mean(axis=0)
+    share = np.divide(weights, mean, out=np.ones_like(weights), where=mean > 0)
+    centre = (share * ratios).mean(axis=0)
+    return centre + share * (ratios - centre)
 
 
 def _claimed_error(predicted: xr.Dataset, variable: str) -> NDArray[np.float64]:

@@ -64,6 +64,14 @@ class ModelSpec:
         _positive_integer("n_layers", self.n_layers)
         _positive_integer("vocab_size", self.vocab_size)
         _positive("embedding_scale", self.embedding_scale)
+        require(
+            isinstance(self.tied_embeddings, bool),
+            SpecError,
+            "tied_embeddings",
+            self.tied_embeddings,
+            "not a boolean",
+            "true or false",
+        )
         _one_of("block", self.block, Block)
         self._check_attention()
         self._check_feed_forward()

@@ -21,10 +21,19 @@ Placement = Literal["pre", "post", "peri", "reordered", "mix", "lns"]
 MATRICES: tuple[str, ...] = get_args(Matrix)
 
 
+LARGEST_INTEGER = 10**9
+"""No dimension of a model comes near it; beyond it an integer is a slip."""
+
+
 def _positive_integer(name: str, value: Any, minimum: int = 1) -> None:
-    domain = f"an integer >= {minimum}"
+    domain = f"an integer in {minimum}..{LARGEST_INTEGER}"
     require(isinstance(value, int) and not isinstance(value, bool), SpecError, name, value, "not an integer", domain)
     require(value >= minimum, SpecError, name, value, "too small", domain)
+    require(value <= LARGEST_INTEGER, SpecError, name, value, "too large", domain)
+
+
+def _flag(name: str, value: Any) -> None:
+    require(isinstance(value, bool), SpecError, name, value, "not a boolean", "true or false")
 
 
 def _in_interval(name: str, value: Any, low: float, high: float, domain: str) -> None:
@@ -93,6 +102,12 @@ class WeightMasks:
     up: MaskSpec | None = None
     down: MaskSpec | None = None
     router: MaskSpec | None = None
+
+    def __post_init__(self) -> None:
+        for name in MATRICES:
+            mask = getattr(self, name)
+            right = mask is None or isinstance(mask, MaskSpec)
+            require(right, SpecError, f"masks.{name}", mask, f"a {type(mask).__name__}", "a MaskSpec or None")
 
     @classmethod
     def uniform(cls, density: float, kind: MaskKind = "bernoulli", **options: Any) -> WeightMasks:
@@ -177,6 +192,8 @@ class AttentionSpec:
         _positive_integer("n_sink_tokens", self.n_sink_tokens, minimum=0)
         _in_interval("key_mask_density", self.key_mask_density, 0.0, 1.0, "a number in (0, 1]")
         _one_of("key_mask_place", self.key_mask_place, Literal["before_softmax", "after_softmax"])
+        for name in ("sink_logit", "qkv_bias", "output_bias"):
+            _flag(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +207,8 @@ class FeedForwardSpec:
 
     def __post_init__(self) -> None:
         _positive_integer("d_ff", self.d_ff)
+        _flag("gated", self.gated)
+        _flag("bias", self.bias)
         _one_of("activation", self.activation, Activation)
 
 
@@ -239,6 +258,8 @@ class MoESpec:
         _positive("gate_multiplier", self.gate_multiplier)
         _one_of("routing", self.routing, Literal["token_choice", "expert_choice"])
         _one_of("shared_mixing", self.shared_mixing, Literal["sum", "mean"])
+        for name in ("normalize_gates", "router_bias", "shared_gate", "gated"):
+            _flag(name, getattr(self, name))
         _one_of("activation", self.activation, Activation)
         require(
             self.n_shared_experts > 0 or not self.shared_gate,
@@ -272,6 +293,8 @@ class NormSpec:
         _in_interval("eps", self.eps, -1e-300, 1.0, "a number in [0, 1]")
         _one_of("placement", self.placement, Placement)
         _in_interval("post_fraction", self.post_fraction, 0.0, 1.0, "a number in (0, 1]")
+        for name in ("gain", "bias", "final"):
+            _flag(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +340,12 @@ class InitSpec:
         if self.embedding_std is not None:
             _positive("embedding_std", self.embedding_std)
         names = ("embed", "unembed", "shared_gate", *MATRICES)
-        pairs = tuple(sorted(dict(self.overrides).items()))
+        try:
+            pairs = tuple(sorted(dict(self.overrides).items()))
+        except (TypeError, ValueError):
+            raise SpecError(
+                f"overrides={self.overrides!r} is no mapping; expected matrix name: standard deviation"
+            ) from None
         for name, std in pairs:
             require(name in names, SpecError, "overrides", name, "an unknown matrix", "one of " + ", ".join(names))
             _positive(f"overrides.{name}", std)

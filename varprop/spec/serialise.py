@@ -44,6 +44,8 @@ def parse_json(text: str) -> dict[str, Any]:
         raise SpecError(
             f"spec JSON is broken at line {error.lineno} column {error.colno} ({error.msg}); expected a JSON object"
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
+        raise SpecError(f"spec JSON cannot be read ({str(error)[:60]}); expected a JSON object") from None
     if not isinstance(data, dict):
         raise SpecError(f"spec JSON is a {type(data).__name__}; expected a JSON object")
     return data
@@ -97,13 +99,15 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise SpecError(f"{path}={value!r} is a {type(value).__name__}; expected a list")
         inner = get_args(hint)[0]
+        if get_origin(inner) is tuple and not all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value):
+            raise SpecError(f"{path}={value!r} is not a list of pairs; expected an object of name: number")
         return tuple(
             (str(v[0]), _convert(v[1], float, f"{path}.{v[0]}"))
             if get_origin(inner) is tuple
             else _convert(v, inner, path)
             for v in value
         )
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53:
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise SpecError(f"{path}={value!r} is a {type(value).__name__}; expected {hint.__name__}")

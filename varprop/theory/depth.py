@@ -48,7 +48,8 @@ def predict(
     E x_i.x_j / d averaged over i != j over the second moment (1 for one token, 0 for an absent branch);
     `theory_error`, the claimed relative error of `second_moment`; `token_correlation_error`, its own claimed
     absolute error;
-    `second_moment_stderr`, the standard error from drawn heads and routers (0 where nothing was drawn); `exactness`,
+    `second_moment_stderr` and `token_correlation_stderr`, the standard errors from drawn heads and routers (0 where
+    nothing was drawn); `exactness`,
     "exact", "quadrature" or "O(1/width)" of `second_moment`.
 
     The same seed gives bitwise the same result. Raises `AssumptionError` for other norm placements than "pre", for
@@ -185,6 +186,7 @@ class _Table:
             "theory_error",
             "token_correlation_error",
             "second_moment_stderr",
+            "token_correlation_stderr",
         )
         self.numbers = {name: np.full(shape, np.nan) for name in names}
         self.exactness = np.full(shape, "", dtype="<U10")
@@ -196,7 +198,9 @@ class _Table:
         stderr = float(per_recursion.std(ddof=1)) / count**0.5 if count > 1 else 0.0
         weight = per_recursion.sum()
         correlation = float(per_recursion @ moments.token_correlation / weight) if weight > 0 else 0.0
-        values = (float(per_recursion.mean()), correlation, claim.relative, claim.correlation, stderr)
+        each = moments.token_correlation
+        spread = float(each.std(ddof=1)) / count**0.5 if count > 1 else 0.0
+        values = (float(per_recursion.mean()), correlation, claim.relative, claim.correlation, stderr, spread)
         for array, value in zip(self.numbers.values(), values, strict=True):
             array[at] = value
         self.exactness[at] = claim.exactness

@@ -4,15 +4,15 @@ Second moments. A feed-forward output is exact given |u|^2 = d: dense Gaussian w
 Gaussian. Neglected terms, each with its size:
 
 - attention: fluctuations of the token Gram matrix beyond those of one layer (attention.py) add up over layers:
-  ATTENTION_BIAS * (layer + 1) / d_model of the branch, measured in experiments/theory_error.py;
+  ATTENTION_BIAS * (layer + 1) * `inverse_width` of the branch, measured in experiments/theory_error.py;
+- magnitude masks that keep few entries: 1 / kept;
 - masked pre-activations are not Gaussian: excess kurtosis (`mask_excess_kurtosis`, O((1 - density) / (density d)))
   times the sensitivity of the branch (first term of the Gram-Charlier series);
 - eps of the norm: 2 eps q / ((q + eps)^2 d), times the power of |u| in the branch;
 - quadrature: QUADRATURE_ERROR.
 
-The stream adds its branches' errors in absolute size. Token correlations: CORRELATION_BIAS of the site times
-(layer + 1) / d_model, which covers both the neglected fluctuations and the difference between the mean of the networks'
-ratios, as measured, and the ratio of their means, as predicted.
+The stream adds its branches' errors in absolute size. Token correlations (ratios of means over networks):
+CORRELATION_BIAS of the site times (layer + 1) * `inverse_width`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,36 @@ from dataclasses import dataclass
 
 from varprop.spec import ModelSpec, layer_table
 from varprop.theory.activation import CLOSED_FORMS, kurtosis_sensitivity
-from varprop.theory.linear import effective_gain, mask_excess_kurtosis
+from varprop.theory.linear import effective_gain, gain_error, mask_excess_kurtosis
 from varprop.theory.norm import eps_fluctuation
 
-ATTENTION_BIAS = 0.2
+ATTENTION_BIAS = 0.1
 """This and the next: the largest |bias| - 2 stderr over all cases, widths and layers of experiments/theory_error.py, in
-units of (layer + 1) / d_model, rounded up to a tenth (measured: 0.11; 0.62, 0.26, 0.10)."""
-CORRELATION_BIAS = {"attn_out": 0.7, "mlp_out": 0.3, "stream": 0.2}
+units of (layer + 1) * `inverse_width`, rounded up to a tenth (measured: 0.05; 0.15, 0.03, 0.01)."""
+CORRELATION_BIAS = {"attn_out": 0.2, "mlp_out": 0.1, "stream": 0.1}
 QUADRATURE_ERROR = 1e-6
+MLP_MATRICES = ("gate", "up", "down", "router")
 INPUT_POWER = 3
 """|f|^2 scales at most like |u|^(2 * 3): a gated relu2."""
 EXACTNESS = ("exact", "quadrature", "O(1/width)")
+
+
+def inverse_width(spec: ModelSpec) -> float:
+    """1 / d_model + 1 / (n_kv_heads head_dim) + 1 / (active feed-forward width): the size of one layer's fluctuations.
+
+    A branch's Gram matrix fluctuates like a Wishart matrix of as many degrees of freedom as the branch has inner units.
+
+    >>> from varprop import presets
+    >>> round(128 * inverse_width(presets.tiny()), 3)
+    2.333
+    """
+    total = 1 / spec.d_model
+    if spec.attention is not None:
+        total += 1 / (spec.n_kv_heads * spec.head_dim)
+    widths = [] if spec.feed_forward is None else [spec.feed_forward.d_ff]
+    if spec.moe is not None:
+        widths.append((spec.moe.top_k + spec.moe.n_shared_experts) * spec.moe.d_expert)
+    return total + (1 / min(widths) if widths else 0.0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class ErrorBudget:
 
     def __init__(self, spec: ModelSpec, n_tokens: int) -> None:
         self.spec, self.n_tokens = spec, n_tokens
+        self._inverse_width = inverse_width(spec)
         self._absolute = 0.0
         self._quadrature = False
         self._correlation = 0.0
@@ -64,7 +84,7 @@ class ErrorBudget:
         attention, attention_quadrature = self._attention(layer, q["resid_pre"])
         middle_input = q["resid_pre" if self.spec.block == "parallel" else "resid_mid"]
         mlp, mlp_quadrature = self._mlp(layer, middle_input)
-        depth = (layer + 1) / self.spec.d_model if self.n_tokens > 1 else 0.0
+        depth = (layer + 1) * self._inverse_width if self.n_tokens > 1 else 0.0
         claims["attn_out"] = self._branch(q["attn_out"], attention, attention_quadrature, "attn_out", depth)
         self._correlation = CORRELATION_BIAS["stream"] * depth
         skip = self.spec.skip_scale**2 if self.spec.attention is not None else 1.0
@@ -95,17 +115,17 @@ class ErrorBudget:
         spec = self.spec
         if spec.attention is None:
             return 0.0, False
-        error = self._norm(second_moment)
+        rows = layer_table(spec, layer)
+        error = self._norm(second_moment) + sum(gain_error(rows[f"attention.{name}"]) for name in "qkvo")
         if self.n_tokens == 1 and not spec.attention.sink_logit:  # one key takes all the weight
             return error, False
-        rows = layer_table(spec, layer)
         gains = [effective_gain(rows[f"attention.{name}"]) for name in "qk"]
         scale = spec.attention.logit_scale or spec.head_dim**-0.5
         logit_variance = scale**2 * spec.head_dim * gains[0] * gains[1]
         kurtosis = sum(mask_excess_kurtosis(rows[f"attention.{name}"].mask, spec.d_model) for name in "qk")
         # E sum p^2 = E e^{2g} / (T (E e^g)^2) to leading order in 1/T; a fourth cumulant adds (2^4 - 2) / 24 of itself.
         error += min(1.0, 7 / 12 * kurtosis * logit_variance**2)
-        return error + ATTENTION_BIAS * (layer + 1) / spec.d_model, True
+        return error + ATTENTION_BIAS * (layer + 1) * self._inverse_width, True
 
     def _mlp(self, layer: int, second_moment: float) -> tuple[float, bool]:
         """Relative error of the feed-forward output and whether a quadrature enters."""
@@ -117,7 +137,7 @@ class ErrorBudget:
         prefix = "moe.experts." if spec.is_moe(layer) else "mlp."
         inner = rows[prefix + ("gate" if part.gated else "up")]
         kurtosis = mask_excess_kurtosis(inner.mask, spec.d_model)
-        error = self._norm(second_moment)
+        error = self._norm(second_moment) + sum(gain_error(row) for row in rows.values() if row.matrix in MLP_MATRICES)
         if kurtosis:
             error += kurtosis * kurtosis_sensitivity(part.activation, effective_gain(inner))
         quadrature = part.activation not in CLOSED_FORMS

@@ -1,7 +1,7 @@
 """Masked linear maps y = (M * W) u with independent Gaussian entries of W and gain = fan_in * Var(w) before masking.
 
 Given u, E|y|^2 per output = gain * retained_variance * |u|^2 / fan_in. For masks drawn independently of W this is
-exact at any width; ranked masks (magnitude) use the quantile of an infinite matrix, an error O(1/entries).
+exact at any width; ranked masks (magnitude) use the quantile of an infinite matrix, a relative error below 1/kept.
 """
 
 from __future__ import annotations
@@ -83,18 +83,30 @@ def ranked_moment(kept: int, group: int, power: int) -> float:
     return float(np.sum(6 * weight * 2 * w**power * normal_density(w) * in_top))
 
 
-def retained_variance(mask: MaskSpec | None) -> float:
-    """Share of the entry variance that a mask keeps, rescaling included; 1 for no mask.
+def kept_entries(density: float, n_entries: int) -> int:
+    """Entries that a magnitude mask keeps of a matrix: round(density * n_entries), at least one.
 
-    bernoulli, block: density * factor^2 (exact); n_of_m: order statistics (quadrature); magnitude: infinite matrix.
+    >>> kept_entries(0.25, 100), kept_entries(1e-6, 100)
+    (25, 1)
+    """
+    return max(1, round(density * n_entries))
 
-    >>> retained_variance(MaskSpec(density=0.25)), retained_variance(MaskSpec(density=0.25, rescale="inverse_sqrt"))
+
+def retained_variance(mask: MaskSpec | None, n_entries: int) -> float:
+    """Share of the entry variance that a mask keeps of a matrix of `n_entries`, rescaling included; 1 for no mask.
+
+    bernoulli, block: density * factor^2 (exact); n_of_m: order statistics (quadrature); magnitude: quantile of an
+    infinite matrix at the share really kept (relative error below 1/kept).
+
+    >>> half = MaskSpec(density=0.25, rescale="inverse_sqrt")
+    >>> retained_variance(MaskSpec(density=0.25), 64), retained_variance(half, 64)
     (0.25, 1.0)
     """
     if mask is None:
         return 1.0
     if mask.kind == "magnitude":
-        kept = float(magnitude_retained_variance(mask.density)) if mask.density < 1 else 1.0
+        share = kept_entries(mask.density, n_entries) / n_entries
+        kept = float(magnitude_retained_variance(share)) if share < 1 else 1.0
     elif mask.kind == "n_of_m":
         kept = ranked_moment(round(mask.density * mask.group), mask.group, 2)
     else:
@@ -128,4 +140,11 @@ def mask_excess_kurtosis(mask: MaskSpec | None, fan_in: int) -> float:
 
 def effective_gain(row: TensorRow) -> float:
     """Gain of a tensor after its mask: fan_in * std^2 * retained variance."""
-    return row.gain * retained_variance(row.mask)
+    return row.gain * retained_variance(row.mask, row.fan_in * row.fan_out)
+
+
+def gain_error(row: TensorRow) -> float:
+    """Relative error of `effective_gain`: 1/kept for a magnitude mask, else 0."""
+    if row.mask is None or row.mask.kind != "magnitude" or row.mask.density == 1:
+        return 0.0
+    return 1 / kept_entries(row.mask.density, row.fan_in * row.fan_out)

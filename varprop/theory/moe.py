@@ -27,6 +27,8 @@ from varprop.theory.quadrature import gram_root
 N_THRESHOLDS = 48
 N_LOGITS = 160
 LOGIT_RANGE = 9.5
+MAX_LOGIT_STD = 32
+"""Beyond this the grid of logits no longer resolves the scores (the gates are one-hot to 2 % long before)."""
 
 
 def gate_second_moment(
@@ -53,7 +55,8 @@ def gate_second_moment(
     (0.25, 1.0)
     """
     require(1 <= top_k <= n_experts, AssumptionError, "top_k", top_k, "outside the domain", f"1..{n_experts}")
-    require(logit_std >= 0, AssumptionError, "logit_std", logit_std, "negative", "a number >= 0")
+    good = 0 <= logit_std <= MAX_LOGIT_STD
+    require(good, AssumptionError, "logit_std", logit_std, "outside the domain", f"a number in [0, {MAX_LOGIT_STD}]")
     require(router in ("softmax", "sigmoid"), AssumptionError, "router", router, "unknown", "softmax or sigmoid")
     normalised = normalize or (router == "softmax" and gate_order == "top_k_then_score")
     return _gate_second_moment(n_experts, top_k, float(logit_std), normalised, router)
@@ -109,7 +112,7 @@ def _given_threshold(n_experts: int, top_k: int, std: float, normalised: bool, r
     if router == "sigmoid" and not normalised:
         return top_k * float(above @ score**2)
     log_u = np.arange(-np.log(score[-1] * n_experts) - 20, -np.log(score[0]) + 5, 0.25)
-    u_score = np.exp(log_u)[:, None] * score
+    u_score = np.exp(np.minimum(log_u[:, None] + np.log(score), 30.0))  # exp(-e^30) is zero already
     survival = np.exp(-u_score)
     zeroth, square = survival @ above, (u_score**2 * survival) @ above
     integrand = top_k * square * zeroth ** (top_k - 1)
