@@ -3,7 +3,7 @@
 Claim tested: `varprop.predict` gives the second moment of the residual stream at every layer and site, within the
 error it states, for dense, masked (density 1/4), grouped-query (one key/value head) and MoE (8 experts, 2 active)
 Pre-LN models with causal attention, at widths 128, 256 and 512. Follows the paper's section on variance at
-initialisation, which has no such figure. Cost: about 5 minutes on one H200 and 12 CPU cores; `--smoke` seconds on a CPU.
+initialisation, which has no such figure. Cost: about 5 minutes on one H200 with 12 workers; `--smoke` a few seconds.
 Expected: every cell agrees; the claimed error falls as 1/width.
 
     python -m experiments.init_profiles --device cuda --n-workers 12

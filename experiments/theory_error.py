@@ -17,13 +17,13 @@ writes `results/theory_error.json` (rows and coefficients) and `results/theory_e
 Expected: |bias| d_model / layer below one at every width for the residual stream.
 
 Outcome, bias d_model / layer at the last layer (8; `deep` 24), stderr in brackets.
-Stream, second moment: between -0.17 (0.08) and +0.13 (0.11) in the 28 tasks but `narrow`, at most 0.07 at d_model 64, where the
-networks are most; the furthest from zero in its own error is `mixture` at 64, -0.07 (0.021). Attention branch: the
-furthest `mixture` at 64, -0.19 (0.056); the largest -0.58 (0.23). Feed-forward branch: `masked` alone, +0.10 (0.015)
-at 64, +0.13 (0.023) at 128 and +0.15 (0.05) at 256, which is the neglected kurtosis and is claimed as such.
-Stream, token correlation: 0.00 to -0.18 as measured (mean of the networks' ratios), -0.13 (0.06) to +0.07 (0.05) as
-ratio of means, what the theory predicts: most of the difference is the mean of a ratio. Attention output, full pattern:
--0.17 (0.012) to -0.19 (0.02) as ratio of means, the O(1/d) part of the overlap of two queries that is left out.
+Stream, second moment: between -0.17 (0.08) and +0.13 (0.11) in the 28 tasks but `narrow`, at most 0.07 at d_model 64,
+where the networks are most; the furthest from zero in its own error is `mixture` at 64, -0.07 (0.021). Attention
+branch: the furthest `mixture` at 64, -0.19 (0.056); the largest -0.58 (0.23). Feed-forward branch: `masked` alone,
++0.10 (0.015) at 64, +0.13 (0.023) at 128 and +0.15 (0.05) at 256: the neglected kurtosis, which is claimed as such.
+Stream, token correlation: 0.00 to -0.18 as the mean of the networks' ratios, -0.13 (0.06) to +0.07 (0.05) as ratio of
+means, what the theory predicts: most of the difference is the mean of a ratio. Attention output, full pattern: -0.17
+(0.012) to -0.19 (0.02) as ratio of means, the O(1/d) part of the overlap of two queries that is left out.
 `narrow` (heads of 2, a feed-forward of 4): token correlations of the branches several times further off, which is why
 the claim counts inner widths.
 The coefficients of varprop/theory/error.py are the largest |bias| - 2 stderr over all tasks and layers in units of
@@ -159,7 +159,7 @@ def reduce(datasets: Sequence[xr.Dataset]) -> list[dict[str, Any]]:
 
 
 def coefficients(datasets: Sequence[xr.Dataset]) -> dict[str, float]:
-    """For theory/error.py: the largest |bias| - 2 stderr over all tasks and layers, over (layer + 1) * inverse_width."""
+    """For theory/error.py: largest |bias| - 2 stderr over all tasks and layers, over (layer + 1) * inverse_width."""
     found = {"attention": 0.0, "correlation_attn_out": 0.0, "correlation_mlp_out": 0.0, "correlation_stream": 0.0}
     for dataset in datasets:
         inner = dataset.isel(layer=slice(1, None))

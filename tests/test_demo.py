@@ -58,8 +58,8 @@ def test_findings_follow_the_numbers(small_demo: tuple[Path, str]) -> None:
     labels = demo.TRAINED
     forward = demo.Outcome(dict(zip(labels, (dense, sparse), strict=True)), {}, {}, {}, {})
     backward = demo.Outcome(dict(zip(labels, (sparse, dense), strict=True)), {}, {}, {}, {})
-    assert "lowers the growth" in demo.findings(forward)[1]
-    assert "raises the growth" in demo.findings(backward)[1]
+    assert "lowers q_L/q_0" in demo.findings(forward)[1]
+    assert "raises q_L/q_0" in demo.findings(backward)[1]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

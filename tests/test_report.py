@@ -130,7 +130,9 @@ def test_theory_is_joined_with_measurements_of_its_spec():
         "Provenance",
     ]
     assert sections["t against s"].checks[0].verdict == "agrees"
-    assert sections[f"Spec {SPEC.spec_id}"].text == ["d_model 128, 8 layers, norm pre, 3,803,264 parameters."]
+    assert sections[f"Spec {SPEC.spec_id}"].text == [
+        "d_model 128, 8 layers, norm pre, 4 heads on 4 key/value heads; 3,803,264 parameters, masked ones counted."
+    ]
     assert [row[-1] for row in sections["Overview"].tables[0].rows] == ["agrees", "underpowered", "agrees"]
 
 

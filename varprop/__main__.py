@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Threads that wait by spinning slow training down many times where a core is shared; read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from varprop import cli
 from varprop.errors import VarpropError
@@ -14,6 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.run(sys.argv[1:] if arguments is None else arguments)
     except VarpropError as error:
         print(f"varprop: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"varprop: {error.filename or 'file'} failed ({error.strerror or error}); expected a usable file",
+            file=sys.stderr,
+        )
         return 2
     except MemoryError as error:
         print(f"varprop: out of memory ({error}); expected a smaller model, fewer tokens or networks", file=sys.stderr)

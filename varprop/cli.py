@@ -32,7 +32,7 @@ def _value(text: str) -> Any:
     """JSON where it is JSON, else the string itself: 0.5, null, [1,2], {"n_experts":8} or causal."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, thousands of digits, or nested without end
         return text
 
 
@@ -42,6 +42,8 @@ def _assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise ArgumentError(f"{option}={text!r} is not an assignment; expected field=value")
+        if name.strip() in pairs and option != "--set":  # a later --set overrides an earlier one
+            raise ArgumentError(f"{option}={text!r} is given twice; expected {name.strip()} once")
         pairs[name.strip()] = _value(value.strip())
     return pairs
 
@@ -49,7 +51,9 @@ def _assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
 def _spec(arguments: argparse.Namespace) -> ModelSpec:
     """The spec that --spec names (a JSON file or a preset) with the --set changes applied."""
     path = Path(arguments.spec)
-    if path.suffix == ".json" or path.is_file():
+    if path.suffix == ".json" or arguments.spec.replace("-", "_").lower() not in presets.names():
+        if path.suffix != ".json" and not os.path.isfile(path):
+            presets.get(arguments.spec)  # says which preset comes nearest
         try:
             spec = ModelSpec.from_json(path.read_text())
         except (OSError, UnicodeDecodeError) as error:
@@ -63,9 +67,13 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
 def _writable(path: str) -> Path:
     """The output path, checked before any work is done."""
     target = Path(path)
-    if target.is_dir():
-        raise ArgumentError(f"out={path!r} is a directory; expected a file")
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+    try:
+        if target.exists() and not target.is_file():
+            raise ArgumentError(f"out={path!r} is a directory or a device; expected a file")
+        writable = target.parent.is_dir() and os.access(target.parent, os.W_OK)
+    except OSError as error:
+        raise ArgumentError(f"out={path[:80]!r} cannot be written ({error.strerror}); expected a file name") from None
+    if not writable:
         raise ArgumentError(f"out={path!r} cannot be written; expected a path in a writable folder")
     return target
 
@@ -167,16 +175,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _at_step(dataset: xr.Dataset, step: int | None) -> xr.Dataset:
+    """A training result at one step (the last by default); other results as they are."""
+    if "step" not in dataset.dims:
+        if step is not None:
+            raise ArgumentError(f"step={step} is given for a result without steps; expected a training result")
+        return dataset
+    steps = dataset.step.values
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise ArgumentError(f"step={chosen} was not logged; expected one of {', '.join(map(str, steps))}")
+    return dataset.sel(step=chosen)
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     out = _writable(arguments.out)
     predicted = results.load(arguments.predicted)
-    parts = [results.load(path) for path in arguments.measured]
-    if "step" in parts[0].dims:
-        steps = parts[0].step.values
-        step = steps[-1] if arguments.step is None else arguments.step
-        if step not in steps:
-            raise ArgumentError(f"step={step} was not logged; expected one of {', '.join(map(str, steps))}")
-        parts = [part.sel(step=step) for part in parts]
+    parts = [_at_step(results.load(path), arguments.step) for path in arguments.measured]
+    seeds = [(part.attrs["source"], part.attrs["spec_id"], part.attrs["seed_entropy"]) for part in parts]
+    if len(set(seeds)) < len(seeds):
+        raise ArgumentError(f"measured={arguments.measured!r} hold one seed twice; expected independent replicates")
     replicate = "seed" if parts[0].attrs["source"] == "training" else "network"
     measured = parts[0] if len(parts) == 1 else results.merge(parts, replicate)
     check = compare.check(
@@ -193,8 +211,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     out = _writable(arguments.out)
-    datasets = {Path(path).stem: results.load(path) for path in arguments.files}
-    report.write_report(out, arguments.title, report.report_for(datasets))
+    stems = [Path(path).stem for path in arguments.files]
+    names = stems if len(set(stems)) == len(stems) else arguments.files
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"files={arguments.files!r} hold one file twice; expected distinct files")
+    datasets = {name: results.load(path) for name, path in zip(names, arguments.files, strict=True)}
+    report.write_report(out, arguments.title, report.report_for(datasets, resolution=arguments.resolution))
     print(f"wrote {out}")
     return 0
 
@@ -266,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
     reporting = command("report", _report, "One self-contained HTML report of result files.", "report.html")
     reporting.add_argument("files", nargs="+", help="result files")
     reporting.add_argument("--title", default="varprop report")
+    reporting.add_argument("--resolution", type=float, default=0.05, help="as of compare (default %(default)s)")
 
     showing = command("demo", _demo, "The main job on the embedded text: report.html and its Datasets.", None)
     showing.add_argument("--out", default="demo", metavar="FOLDER", help="output folder (default %(default)s)")

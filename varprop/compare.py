@@ -299,9 +299,13 @@ def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_o
             expected = "layer, site and one of network, seed"
             raise ArgumentError(f"{where} {variable} dimensions={dims} is wrong; expected {expected}")
     for name in () if allow_other_spec else ("spec_id", "n_tokens"):
-        ours, theirs = predicted.attrs[name], measured.attrs[name]
-        expected = f"{ours!r}, that of the prediction"
-        require(ours == theirs, ArgumentError, f"measured {name}", theirs, "another", expected)
+        ours, theirs = str(predicted.attrs[name]), str(measured.attrs[name])
+        if ours != theirs:
+            raise ArgumentError(f"measured {name}={theirs} is another; expected {ours}, that of the prediction")
+    ours, theirs = (d.attrs.get("token_correlation", "") for d in (predicted, measured))
+    if isinstance(ours, (int, float)) and isinstance(theirs, (int, float)) and not allow_other_spec:
+        good = abs(float(ours) - float(theirs)) < 1e-12
+        require(good, ArgumentError, "measured token_correlation", float(theirs), "another", f"{float(ours)}")
     layers, wanted = measured.layer.values.tolist(), predicted.layer.values.tolist()
     require(sorted(layers) == sorted(wanted), ArgumentError, "measured layers", layers, "different", str(wanted))
     return measured.sel(layer=predicted.layer.values)

@@ -156,7 +156,7 @@ def trained_rows(outcome: Outcome) -> list[list[str]]:
                 label,
                 f"{_stream(start)[-1]:.4g} → {_stream(end)[-1]:.4g}",
                 f"{100 * _block_share(start):.1f} → {100 * _block_share(end):.1f} %",
-                f"{correlation[0]:+.2f} → {correlation[1]:+.2f}",
+                f"{correlation[0] + 0.0:.2f} → {correlation[1] + 0.0:.2f}",
                 f"{start.bits_per_byte.item():.2f} → {end.bits_per_byte.item():.2f}",
             ]
         )
@@ -178,23 +178,27 @@ def findings(outcome: Outcome) -> list[str]:
     """What the numbers of this run say, sentence by sentence; every sentence is computed."""
     dense, sparse = (outcome.predicted[label] for label in TRAINED)
     growth = [_stream(d)[-1] / _stream(d)[0] for d in (dense, sparse)]
-    shares = [_block_share(d) for d in (dense, sparse)]
-    less, shallower = growth[1] < growth[0], shares[1] < shares[0]
+    shares = [(_block_share(d, 1), _block_share(d)) for d in (dense, sparse)]
+    less, shallower = growth[1] < growth[0], shares[1][1] < shares[0][1]
     first = (
-        f"At initialisation a weight mask of density 1/4 {'lowers' if less else 'raises'} the growth of the stream "
-        f"over depth from {growth[0]:.3g} to {growth[1]:.3g} times, and the share of the last block in the stream "
-        f"{'falls' if shallower else 'rises'} from {100 * shares[0]:.1f} % to {100 * shares[1]:.1f} %"
+        f"At initialisation an unrescaled weight mask of density 1/4 {'lowers' if less else 'raises'} q_L/q_0 from "
+        f"{growth[0]:.3g} to {growth[1]:.3g}, as smaller initial weights would. The share v/q of a block goes from "
+        f"{100 * shares[0][0]:.1f} % in layer 1 to {100 * shares[0][1]:.1f} % in the last layer when dense, and from "
+        f"{100 * shares[1][0]:.1f} % to {100 * shares[1][1]:.1f} % when masked"
     )
-    first += ": less variance, and yet deep blocks closer to the identity." if less and shallower else "."
+    first += ": less variance, and yet every deep block is closer to the identity." if less and shallower else "."
     agree = [label for label, check in outcome.checks.items() if check.verdict == "agrees"]
-    second = f"Closed form and random networks agree in {len(agree)} of {len(outcome.checks)} cases"
-    second += f" (all of {', '.join(agree)})." if agree else "."
-    runs = {label: (_stream(d.isel(step=0))[-1], _stream(d.isel(step=-1))[-1]) for label, d in outcome.trained.items()}
-    third = "Training changes the picture: " + "; ".join(
-        f"{label} last-layer second moment {start:.3g} to {end:.3g} ({end / start:.2g} times)"
-        for label, (start, end) in runs.items()
+    second = f"Prediction and random networks agree in {len(agree)} of {len(outcome.checks)} cases"
+    second += f" ({'; '.join(agree)})." if agree else "."
+    ends = "; ".join(
+        f"{label}: q_L {_stream(d.isel(step=0))[-1]:.3g} to {_stream(d.isel(step=-1))[-1]:.3g}, "
+        f"last block's share {100 * _block_share(d.isel(step=0)):.1f} % to {100 * _block_share(d.isel(step=-1)):.1f} %"
+        for label, d in outcome.trained.items()
     )
-    return [second, first, third + ". One seed each: a difference between the two runs has no error bar."]
+    third = (
+        f"From the first to the last training step, {ends}. One seed each: differences between runs have no error bar."
+    )
+    return [second, first, third]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -209,16 +213,26 @@ def _sections(outcome: Outcome) -> list[report.Section]:
     dense, sparse = TRAINED
     drawn = [label for label in outcome.predicted if not label.endswith(REAL_TEXT)]
     tables = [
-        report.Table(INITIAL_HEAD, initial_rows(outcome), "q: second moment of the stream; v: of what a block adds."),
-        report.Table(TRAINED_HEAD, trained_rows(outcome), "r: correlation of branch and stream, mean over layers."),
+        report.Table(
+            INITIAL_HEAD,
+            initial_rows(outcome),
+            "q: second moment of the stream; v: sum of those of a block's two branches.",
+        ),
+        report.Table(
+            TRAINED_HEAD,
+            trained_rows(outcome),
+            "r: correlation of branch and stream, mean over layers and over the two branches.",
+        ),
     ]
     return [
         report.Section("What was found", findings(outcome), tables=tables),
         report.Section(
-            "At initialisation: closed forms and random networks",
+            "At initialisation: predictions and random networks",
             [
-                "Lines are closed forms with the error that they claim, points are means over independent random "
-                "networks with 95 % intervals. No constant is fitted. A verdict covers every layer and site.",
+                "Lines are predictions with the error that they claim, points are means over independent random "
+                "networks with 95 % intervals. No constant enters the prediction; "
+                "the error that it claims was calibrated once (experiments/theory_error.py). A verdict covers "
+                "all layers and sites.",
                 "“Real text” is the first tokens of the embedded corpus, whose repeated words correlate tokens.",
             ],
             figures=[

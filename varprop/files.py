@@ -20,6 +20,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     temporary: Path | None = None
     try:
+        if target.exists() and not target.is_file():
+            raise ArgumentError(
+                f"output={str(path)!r} cannot be written (a folder or a device); expected a regular file"
+            )
+        target = target.resolve()  # a link stays a link
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         os.close(descriptor)
         temporary = Path(name)

@@ -185,6 +185,11 @@ def _steps(values: xr.DataArray, steps: Sequence[int] | None) -> list[int]:
 
 def _curve(values: xr.DataArray, along: str) -> Curve:
     """x, mean over the replicates, and the ends of its 95 % t interval (the mean twice for a single replicate)."""
+    others = [dim for dim in values.dims if dim not in ("network", "seed", along)]
+    if others:
+        raise ArgumentError(
+            f"dimensions={others} cannot be drawn as replicates; expected one grid point: .isel({others[0]}=0)"
+        )
     array = values.transpose(..., along).values.astype(np.float64)
     x = values[along].values
     array = array.reshape(-1, array.shape[-1])

@@ -37,6 +37,7 @@ th { background: var(--soft); } td.number { text-align: right; font-variant-nume
 .agrees { background: #00704f; } .underpowered { background: #8a5a00; } .disagrees { background: #b03a00; }
 summary { cursor: pointer; color: var(--quiet); } footer { color: var(--quiet); margin-top: 3rem; font-size: .85rem; }
 """
+LEGEND = "p before Holm's correction; detectable: the error that would be seen with probability 0.9"
 CELL_COLUMNS = ("prediction", "estimate", "stderr", "ratio", "deviation", "theory_error", "p_value", "detectable")
 
 
@@ -148,24 +149,33 @@ def _check(outcome: Check) -> str:
     if len(rows) <= SHOWN_ROWS:
         return head + table(rows, "Every cell")
     rest = f"<details><summary>All {len(rows)} cells</summary>{table(rows, 'Every cell')}</details>"
-    return head + table(telling, f"The {len(telling)} most telling cells") + rest
+    return (
+        head
+        + table(
+            telling,
+            f"The {len(telling)} most telling cells; {LEGEND}",
+        )
+        + rest
+    )
 
 
 # A report from any results --------------------------------------------------------------------------------------------
 
 
-def report_for(datasets: Mapping[str, xr.Dataset]) -> list[Section]:
+def report_for(datasets: Mapping[str, xr.Dataset], resolution: float = 0.05) -> list[Section]:
     """A report from results by name: theory joined with every measurement of its spec, trainings, saved comparisons.
 
     Measurements that cannot be checked (a single network, another number of tokens) are drawn, with the reason given.
-    The last section is the provenance of every result. Raises `ArgumentError` without any result.
+    resolution: of the checks, as in `check`. The last section is the provenance of every result. Raises
+    `ArgumentError` without any result.
     """
     if not datasets:
         raise ArgumentError("datasets={} is empty; expected at least one result")
     sections: list[Section] = []
     specs = dict.fromkeys(str(d.attrs["spec_id"]) for d in datasets.values() if d.attrs["source"] != "comparison")
     for spec_id in specs:
-        sections += _spec_sections(spec_id, {n: d for n, d in datasets.items() if d.attrs["spec_id"] == spec_id})
+        members = {n: d for n, d in datasets.items() if d.attrs["spec_id"] == spec_id}
+        sections += _spec_sections(spec_id, members, resolution)
     trained = {name: d for name, d in datasets.items() if d.attrs["source"] == "training" and "step" in d.dims}
     for name, dataset in trained.items():
         sections.append(Section(f"Training: {name}", figures=[plot.plot_training(dataset)]))
@@ -197,7 +207,7 @@ def _overview(datasets: Mapping[str, xr.Dataset], sections: Sequence[Section]) -
     return Section("Overview", text=[f"Results: {counts}.", text], tables=[Table(header, rows)] if rows else [])
 
 
-def _spec_sections(spec_id: str, members: Mapping[str, xr.Dataset]) -> Iterator[Section]:
+def _spec_sections(spec_id: str, members: Mapping[str, xr.Dataset], resolution: float) -> Iterator[Section]:
     """The profiles of the stream of one spec, then each of its theories checked against each of its measurements."""
     drawable = {n: d for n, d in members.items() if d.attrs["source"] != "comparison" and "second_moment" in d}
     correlated = {n: d for n, d in drawable.items() if "token_correlation" in d}
@@ -209,10 +219,10 @@ def _spec_sections(spec_id: str, members: Mapping[str, xr.Dataset]) -> Iterator[
     for theory_name, theory in theories.items():
         for name, dataset in drawable.items():
             if name not in theories:
-                yield _check_section(f"{theory_name} against {name}", theory, dataset)
+                yield _check_section(f"{theory_name} against {name}", theory, dataset, resolution)
 
 
-def _check_section(title: str, theory: xr.Dataset, measured: xr.Dataset) -> Section:
+def _check_section(title: str, theory: xr.Dataset, measured: xr.Dataset, resolution: float) -> Section:
     """Verdicts with their figures; a training is checked at its first step."""
     if "step" in measured.dims:
         measured = measured.isel(step=0)
@@ -220,7 +230,7 @@ def _check_section(title: str, theory: xr.Dataset, measured: xr.Dataset) -> Sect
     text, figures, checks = [], [], []
     for variable in _checkable(theory, measured):
         try:
-            outcome = check(theory, measured, variable=variable)
+            outcome = check(theory, measured, variable=variable, resolution=resolution)
         except VarpropError as error:
             text.append(f"{variable} is not checked: {error}.")
             continue
@@ -240,8 +250,15 @@ def _spec_line(dataset: xr.Dataset) -> str:
         spec = ModelSpec.from_json(str(dataset.attrs["spec"]))
     except VarpropError:
         return "The description of the model in these results cannot be read."
-    total = spec.parameter_counts()["total"]
-    return f"d_model {spec.d_model}, {spec.n_layers} layers, norm {spec.norm.placement}, {total:,} parameters."
+    parts = [f"d_model {spec.d_model}, {spec.n_layers} layers, norm {spec.norm.placement}"]
+    if spec.attention is not None:
+        parts.append(f"{spec.n_heads} heads on {spec.n_kv_heads} key/value heads")
+    if spec.moe is not None:
+        parts.append(f"{spec.moe.n_experts} experts, {spec.moe.top_k} active")
+    densities = sorted({row.mask.density for row in spec.tensor_table() if row.mask is not None})
+    if densities:
+        parts.append("weight mask density " + ", ".join(f"{density:g}" for density in densities))
+    return f"{', '.join(parts)}; {spec.parameter_counts()['total']:,} parameters, masked ones counted."
 
 
 def provenance(datasets: Mapping[str, xr.Dataset]) -> Table:

@@ -35,6 +35,8 @@ ATTRIBUTES = (
     *("schema_version", "source", "spec", "spec_id", "seed_entropy", "n_tokens", "dtype", "device"),
     *("varprop_version", "git_commit", "git_dirty", "created_at", "command", "end_condition"),
 )
+MOMENTS = ("second_moment", "variance", "token_correlation")
+"""Variables that every reader gives, floating point over layer and site."""
 VOLATILE_ATTRIBUTES = ("created_at", "command", "git_commit", "git_dirty", "end_condition")
 """Attributes that two runs of the same thing may differ in."""
 
@@ -116,6 +118,14 @@ def validate(dataset: xr.Dataset, where: str = "result") -> None:
             raise SchemaError(f"{where}: attribute {name}={value!r} is not a string or a number; expected one")
     if "site" in dataset.coords and tuple(dataset.site.values) != SITES:
         raise SchemaError(f"{where}: site={tuple(dataset.site.values)} is wrong; expected {SITES}")
+    if "layer" in dataset.dims and len(set(dataset.layer.values.tolist())) < dataset.sizes["layer"]:
+        raise SchemaError(f"{where}: layer={dataset.layer.values.tolist()} repeats a layer; expected distinct layers")
+    for dim, size in dataset.sizes.items():
+        if size == 0:
+            raise SchemaError(f"{where}: dimension {dim!r} is empty; expected at least one entry")
+    for name in MOMENTS:
+        if name in dataset and (dataset[name].dtype.kind != "f" or "layer" not in dataset.coords):
+            raise SchemaError(f"{where}: {name} is no floating-point array over layers; expected a varprop result")
     for name, values in dataset.data_vars.items():
         if values.dtype.kind == "f":
             _check_finite(values, f"{where}: {name}")

@@ -27,7 +27,7 @@ def test_schema_and_round_trip(tmp_path):
     assert dataset.attrs["source"] == "theory"
     assert set(dataset.data_vars) == {
         *("second_moment", "token_correlation", "theory_error", "token_correlation_error"),
-        *("second_moment_stderr", "exactness"),
+        *("second_moment_stderr", "token_correlation_stderr", "exactness"),
     }
     assert all(dataset[name].dims == ("layer", "site") for name in dataset.data_vars)
     loaded = results.load(results.save(dataset, tmp_path / "a.nc"))

@@ -73,6 +73,9 @@ class ModelSpec:
             "true or false",
         )
         _one_of("block", self.block, Block)
+        smallest = 2 if self.norm.kind == "layer" else 1
+        wrong, domain = "too small for a layer norm", f"at least {smallest}"
+        require(self.d_model >= smallest, SpecError, "d_model", self.d_model, wrong, domain)
         self._check_attention()
         self._check_feed_forward()
         self._check_masks()

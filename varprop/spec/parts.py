@@ -43,7 +43,8 @@ def _in_interval(name: str, value: Any, low: float, high: float, domain: str) ->
 
 
 def _positive(name: str, value: Any) -> None:
-    _in_interval(name, value, 0.0, math.inf, "a finite number > 0")
+    """Scales beyond these bounds are slips, and their powers would leave the floating-point range."""
+    _in_interval(name, value, 0.99e-12, 1e12, "a number in 1e-12..1e12")
 
 
 def _one_of(name: str, value: Any, choices: Any) -> None:

@@ -36,14 +36,24 @@ def canonical_json(spec: Any) -> str:
     return json.dumps(to_dict(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SpecError(f"{twice} is given twice in the spec JSON; expected each field once")
+    return dict(pairs)
+
+
 def parse_json(text: str) -> dict[str, Any]:
     """The JSON object in `text`; `SpecError` names the line and column of a fault."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
         raise SpecError(
             f"spec JSON is broken at line {error.lineno} column {error.colno} ({error.msg}); expected a JSON object"
         ) from None
+    except SpecError:
+        raise
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
         raise SpecError(f"spec JSON cannot be read ({str(error)[:60]}); expected a JSON object") from None
     if not isinstance(data, dict):
@@ -143,6 +153,15 @@ def resolve_path(cls: type, name: str, present: Mapping[str, Any]) -> str:
     raise SpecError(f"{name} is an unknown field; expected {_suggestion(name, leaves)}")
 
 
+def _part(data: dict[str, Any], name: str, path: str) -> dict[str, Any]:
+    """The nested dictionary of a part, made where the part is absent."""
+    if data.get(name) is None:
+        data[name] = {}
+    if not isinstance(data[name], dict):
+        raise SpecError(f"{name}={data[name]!r} is no part; expected an object for {path}")
+    return data[name]
+
+
 def with_fields(spec: T, changes: Mapping[str, Any]) -> T:
     """A copy of `spec` with fields changed by dotted path or unique name; all changes apply at once."""
     cls = type(spec)
@@ -153,13 +172,13 @@ def with_fields(spec: T, changes: Mapping[str, Any]) -> T:
             value = to_dict(value)
         if name == "density":
             for matrix in uniform:
-                mask = data["masks"][matrix] or {}
-                data["masks"][matrix] = None if value == 1 else {**mask, "density": value}
+                masks = _part(data, "masks", "masks")
+                dense = value == 1 and not isinstance(value, bool)
+                masks[matrix] = None if dense else {**(masks.get(matrix) or {}), "density": value}
             continue
         *parents, leaf = resolve_path(cls, name, data).split(".")
         target = data
         for parent in parents:
-            target[parent] = {} if target[parent] is None else target[parent]
-            target = target[parent]
+            target = _part(target, parent, name)
         target[leaf] = value
     return from_dict(cls, data)

@@ -35,7 +35,7 @@ from varprop.theory.linear import effective_gain
 from varprop.theory.moments import Moments
 from varprop.theory.norm import cosine_mean
 from varprop.theory.quadrature import gram_root
-from varprop.theory.softmax import softmax_moments, softmax_overlap
+from varprop.theory.softmax import MAX_OVERLAP_STD, softmax_moments, softmax_overlap
 
 CHUNK_ELEMENTS = 2_000_000
 """Attention matrices are built for at most this many entries at a time."""
@@ -87,10 +87,14 @@ def attention_logit_std(spec: ModelSpec, gains: AttentionGains, second_moment: f
 
 
 def is_exchangeable(spec: ModelSpec) -> bool:
-    """Whether attention treats all tokens alike and has i.i.d. logits: full, no positions, plain softmax."""
+    """Whether the quadratures apply: full attention, no positions, plain softmax, logits of moderate size."""
     part = spec.attention
-    return part is None or (
-        part.pattern == "full"
+    if part is None:
+        return True
+    largest = max(attention_logit_std(spec, attention_gains(spec, layer), 1.0) for layer in (1, spec.n_layers))
+    return (
+        largest <= MAX_OVERLAP_STD
+        and part.pattern == "full"
         and part.rope_theta is None
         and part.qk_norm == "none"
         and part.logit_softcap is None

@@ -60,7 +60,7 @@ def predict(
     >>> [round(float(q), 3) for q in predict(spec, n_tokens=8).second_moment.sel(site="resid_post")]
     [1.0, 1.5, 2.0, 2.5, 3.0]
     """
-    _check(spec, n_tokens)
+    _check(spec, n_tokens, seed)
     tokens, sampling = _embedding(spec, n_tokens, token_correlation)
     budget = ErrorBudget(spec, n_tokens)
     table = _Table(spec.n_layers)
@@ -90,12 +90,15 @@ def predict(
         spec_id=spec.spec_id,
         n_tokens=n_tokens,
         seed_entropy=str(seed),
+        attributes={"token_correlation": float(token_correlation) if np.ndim(token_correlation) == 0 else "matrix"},
     )
 
 
-def _check(spec: ModelSpec, n_tokens: int) -> None:
+def _check(spec: ModelSpec, n_tokens: int, seed: int) -> None:
+    good = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and seed >= 0
+    require(good, AssumptionError, "seed", seed, "outside the domain", "an integer >= 0")
     require(
-        isinstance(n_tokens, (int, np.integer)) and n_tokens >= 1,
+        isinstance(n_tokens, (int, np.integer)) and not isinstance(n_tokens, bool) and n_tokens >= 1,
         AssumptionError,
         "n_tokens",
         n_tokens,
@@ -109,7 +112,10 @@ def _check(spec: ModelSpec, n_tokens: int) -> None:
 def _embedding(spec: ModelSpec, n_tokens: int, token_correlation: float | np.ndarray) -> tuple[Moments, _Sampling]:
     """The embedding's moments in the smallest form that the spec's attention allows, and what to draw."""
     second_moment = (spec.tensor_table()[0].init_std * spec.embedding_scale) ** 2
-    matrix = np.asarray(token_correlation, dtype=float)
+    try:
+        matrix = np.asarray(token_correlation, dtype=float)
+    except (TypeError, ValueError):
+        matrix = np.asarray(np.nan)
     sink = spec.attention is not None and spec.attention.sink_logit
     draws_heads = spec.attention is not None and not is_exchangeable(spec) and (n_tokens > 1 or sink)
     draws_routers = spec.moe is not None and n_tokens > 1

@@ -47,11 +47,19 @@ def inverse_width(spec: ModelSpec) -> float:
     """
     total = 1 / spec.d_model
     if spec.attention is not None:
-        total += 1 / (spec.n_kv_heads * spec.head_dim)
+        total += 1 / min(
+            _inner(spec, "v", spec.n_kv_heads * spec.head_dim), _inner(spec, "o", spec.n_heads * spec.head_dim)
+        )
     widths = [] if spec.feed_forward is None else [spec.feed_forward.d_ff]
     if spec.moe is not None:
         widths.append((spec.moe.top_k + spec.moe.n_shared_experts) * spec.moe.d_expert)
-    return total + (1 / min(widths) if widths else 0.0)
+    return total + (1 / min(_inner(spec, "down", width) for width in widths) if widths else 0.0)
+
+
+def _inner(spec: ModelSpec, matrix: str, width: int) -> float:
+    """Inner units, or blocks of them that a block mask keeps: these come and go together."""
+    mask = spec.masks.of(matrix)
+    return max(1.0, width * mask.density / mask.block_size) if mask is not None and mask.kind == "block" else width
 
 
 @dataclass(frozen=True)

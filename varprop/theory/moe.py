@@ -27,7 +27,7 @@ from varprop.theory.quadrature import gram_root
 N_THRESHOLDS = 48
 N_LOGITS = 160
 LOGIT_RANGE = 9.5
-MAX_LOGIT_STD = 32
+MAX_LOGIT_STD = 16
 """Beyond this the grid of logits no longer resolves the scores (the gates are one-hot to 2 % long before)."""
 
 
@@ -64,7 +64,7 @@ def gate_second_moment(
 
 @functools.lru_cache(maxsize=1024)
 def _gate_second_moment(n_experts: int, top_k: int, std: float, normalised: bool, router: str) -> float:
-    if normalised and top_k == 1:
+    if (normalised and top_k == 1) or (router == "softmax" and n_experts == 1):
         return 1.0
     if std == 0:
         score = {True: 1 / top_k, False: 1 / n_experts if router == "softmax" else 0.5}[normalised]
@@ -154,17 +154,19 @@ def gate_overlap(
         logits = logit_std * (root @ rng.standard_normal((n_recursions, n_tokens, part.n_experts)))
         chosen = gates(logits, part)
         total += chosen @ chosen.swapaxes(-1, -2)
-    overlap = total / n_draws
-    diagonal = np.arange(n_tokens)
-    overlap[:, diagonal, diagonal] = gate_second_moment(
-        part.n_experts,
-        part.top_k,
-        logit_std,
-        normalize=part.normalize_gates,
-        router=part.router,
-        gate_order=part.gate_order,
+    drawn = np.sqrt(np.diagonal(total, axis1=-2, axis2=-1))  # scaled so that equal tokens have exactly S_2
+    return (
+        total
+        / (drawn[:, :, None] * drawn[:, None, :])
+        * gate_second_moment(
+            part.n_experts,
+            part.top_k,
+            logit_std,
+            normalize=part.normalize_gates,
+            router=part.router,
+            gate_order=part.gate_order,
+        )
     )
-    return overlap
 
 
 def mix_shared(routed, shared, top_k, mixing: str):

@@ -23,6 +23,8 @@ from varprop.theory.quadrature import chi_square_nodes, hermite_basis, normal_no
 Z_MAX = 10.0
 """Normal tails beyond 10 standard deviations hold 1e-23: negligible even summed over 10^9 tokens."""
 N_CHI_SQUARE = 12
+MAX_OVERLAP_STD = 8
+"""Largest logit standard deviation that the two-query series resolves; beyond it heads are drawn (attention.py)."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def softmax_overlap(n_tokens: int, logit_std: float, correlation: float, head_di
     """
     _check(n_tokens, logit_std)
     require(0 <= correlation <= 1, AssumptionError, "correlation", correlation, "outside the domain", "[0, 1]")
+    limit = f"a number in [0, {MAX_OVERLAP_STD}]"
+    require(logit_std <= MAX_OVERLAP_STD, AssumptionError, "logit_std", logit_std, "too large for the series", limit)
     if n_tokens == 1:
         return 1.0
     if head_dim is None:

@@ -49,6 +49,10 @@ class RunDirectory:
             if difference:
                 name, found, expected = difference
                 raise ArgumentError(f"run_dir={str(path)!r} holds a run with {name}={found!r}; expected {expected!r}")
+        elif self.checkpoint.exists():
+            raise ArgumentError(
+                f"run_dir={str(path)!r} has a checkpoint without run.json; expected a whole run directory"
+            )
         else:
             write_text(description, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
 
