@@ -5,6 +5,9 @@ error it states, for dense, masked (density 1/4), grouped-query (one key/value h
 Pre-LN models with causal attention, at widths 128, 256 and 512. Follows the paper's section on variance at
 initialisation, which has no such figure. Cost: about 5 minutes on one H200 with 12 workers; `--smoke` a few seconds.
 Expected: every cell agrees; the claimed error falls as 1/width.
+Outcome: no cell disagrees; simulated over predicted stream within 0.8, 0.5 and 0.3 % at widths 128, 256 and 512. At a
+resolution of 5 % beyond the claim all verdicts are `agrees` but one key/value head at width 128, where 6 attention
+cells stay underpowered (they would show 5.5 %).
 
     python -m experiments.init_profiles --device cuda --n-workers 12
 

@@ -156,7 +156,7 @@ def trained_rows(outcome: Outcome) -> list[list[str]]:
                 label,
                 f"{_stream(start)[-1]:.4g} → {_stream(end)[-1]:.4g}",
                 f"{100 * _block_share(start):.1f} → {100 * _block_share(end):.1f} %",
-                f"{correlation[0] + 0.0:.2f} → {correlation[1] + 0.0:.2f}",
+                f"{round(correlation[0], 2) + 0.0:.2f} → {round(correlation[1], 2) + 0.0:.2f}",
                 f"{start.bits_per_byte.item():.2f} → {end.bits_per_byte.item():.2f}",
             ]
         )
@@ -254,10 +254,11 @@ def _sections(outcome: Outcome) -> list[report.Section]:
                 f"The {dense} and the {sparse} model: the same steps, batches and learning rates. Statistics are read "
                 "in every layer before the final norm, in the forward pass of the step.",
             ],
-            figures=[
-                plot.plot_growth(outcome.trained, "second_moment"),
-                *(plot.plot_training(dataset) for dataset in outcome.trained.values()),
-            ],
+            figures=[plot.plot_growth(outcome.trained, "second_moment")],
+        ),
+        *(
+            report.Section(f"Training: {label}", figures=[plot.plot_training(dataset)])
+            for label, dataset in outcome.trained.items()
         ),
         report.Section(
             "Trained networks against the theory at initialisation",
