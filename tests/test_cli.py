@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,22 @@ BAD = [
     (["compare", "p.nc", "nan.nc"], "is nan at"),
     (["compare", "p.nc", "other.nc"], "spec"),
     (["compare", "s.nc", "p.nc"], "n_networks=1 is too few; expected at least 2"),
+    (["compare", "p.nc", "s.nc", "s.nc"], "hold one seed twice; expected independent replicates"),
+    (["compare", "p.nc", "correlated.nc"], "measured token_correlation=0.9 is another; expected 0.0"),
+    (["compare", "p.nc", "s.nc", "--step", "3"], "step=3 is given for a result without steps"),
+    (["grid", "--spec", "tiny", "--axis", "density=1", "--axis", "density=0.5"], "is given twice"),
+    (["predict", "--spec", "twice.json"], "d_model is given twice in the spec JSON"),
+    (["predict", "--spec", "tiny", "--seed", "-1"], "seed=-1 is outside the domain"),
+    (["predict", "--spec", "tiny", "--set", "attention=3", "--set", "n_heads=4"], "attention=3 is no part"),
+    (["predict", "--spec", "tiny", "--set", "init.overrides=[1]"], "init.overrides=[1] is not a list of pairs"),
+    (["predict", "--spec", "tiny", "--set", "init.gain=1" + "0" * 400], "init.gain"),
+    (["predict", "--spec", "tiny", "--set", "init.gain=1e200"], "gain=1e+200 is outside the domain"),
+    (["predict", "--spec", "tiny", "--set", "d_model=1" + "0" * 20], "is too large"),
+    (["predict", "--spec", "tiny-moe", "--set", 'init.overrides={"router":4}'], "logit_std="),
+    (["predict", "--spec", "tiny", "--out", "pipe"], "is a directory or a device; expected a file"),
+    (["predict", "--spec", "tiny", "--out", "x" * 300], "cannot be written"),
+    (["predict", "--spec", "x" * 300], "is unknown"),
+    (["report", "p.nc", "p.nc"], "hold one file twice"),
     (["report", "truncated.nc"], "file='truncated.nc' is truncated"),
     (["report", "p.nc", "--out", "no/such/folder/r.html"], "cannot be written"),
     (["presets", "tinny"], "preset='tinny' is unknown"),
@@ -155,6 +172,10 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = (folder / "p.nc").read_bytes()
     (folder / "truncated.nc").write_bytes(whole[: len(whole) // 2])
     (folder / "broken.json").write_text('{"d_model": 32,')
+    (folder / "twice.json").write_text('{"d_model": 32, "d_model": 64, "n_layers": 2}')
+    os.mkfifo(folder / "pipe")
+    correlated = [*SMALL, *tokens, "--n-networks", "8", "--token-correlation", "0.9"]
+    assert main(["simulate", *correlated, "--out", str(folder / "correlated.nc")]) == 0
     (folder / "binary.json").write_bytes(bytes(range(128, 256)))
     poisoned = results.load(folder / "s.nc")
     poisoned.second_moment[3, 1, 2] = np.nan

@@ -148,3 +148,10 @@ def test_no_pickle(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None
         content = (tmp_path / name).read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         assert "varprop" in header["__metadata__"]
+
+
+def test_a_checkpoint_without_its_description_is_refused(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+    fit(spec, config, run_dir=tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ArgumentError, match=r"has a checkpoint without run\.json; expected a whole run directory"):
+        fit(spec, dataclasses.replace(config, seed=1), run_dir=tmp_path)
