@@ -25,8 +25,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# In small; `make bench BENCH=` runs them whole (the training benchmark then wants an accelerator).
+BENCH ?= --smoke
 bench: $(STAMP)
-	for program in experiments/benchmarks/*.py; do $(BIN)/python -m $$(echo $${program%.py} | tr / .) || exit 1; done
+	for program in experiments/benchmarks/*.py; do $(BIN)/python -m $$(echo $${program%.py} | tr / .) $(BENCH) || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo
