@@ -15,10 +15,9 @@ from varprop import results
 from varprop.errors import AccuracyWarning, AssumptionError, require
 from varprop.spec import ModelSpec
 from varprop.spec.axes import combinations, dimensions, plain
-from varprop.theory.attention import is_exchangeable
 from varprop.theory.causal import CLOSURE_ERROR, has_closure
 from varprop.theory.error import claims
-from varprop.theory.exchangeable import embedding_second_moment, exchangeable_profile, structure
+from varprop.theory.exchangeable import embedding_second_moment, exchangeable_profile, is_tabulated, structure
 from varprop.theory.gram import GramRecursion
 from varprop.theory.moments import Moments
 
@@ -134,7 +133,7 @@ def _is_exchangeable(point: _Point) -> bool:
     if np.ndim(point.token_correlation):
         return False
     part = point.spec.attention
-    return is_exchangeable(point.spec) or (point.n_tokens == 1 and part is not None and not part.sink_logit)
+    return is_tabulated(point.spec) or (point.n_tokens == 1 and part is not None and not part.sink_logit)
 
 
 def _exchangeable(points: Sequence[_Point]) -> None:

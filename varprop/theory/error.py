@@ -94,37 +94,44 @@ class _Budget:
         self.quadrature = np.zeros(second_moment.shape, dtype=bool)
 
     def run(self) -> Claims:
-        spec, q = self.spec, self.q
-        pre, mid = q[:, 0], q[:, 0 if spec.block == "parallel" else 2]
-        branches = (self._attention(pre), self._feed_forward(mid))
-        one_sum = spec.block == "parallel" and spec.attention is not None
+        spec, q = self.spec, self.q.tolist()  # plain numbers: this loop is long for many specs
+        mid = 0 if spec.block == "parallel" else 2
         present = (spec.attention is not None, spec.feed_forward is not None or spec.moe is not None)
-        absolute, quadrature, relative = 0.0, False, 0.0
+        one_sum = spec.block == "parallel" and spec.attention is not None
+        branches = []
+        for exists, site, rule in zip(present, (1, 3), (self._attention, self._feed_forward), strict=True):
+            if exists:
+                error, by_quadrature = rule(self.q[:, 0 if site == 1 else mid])
+                self.quadrature[:, site] = by_quadrature
+                skip = 1.0 if one_sum and site == 3 else spec.skip_scale**2
+                branches.append((site, skip, error.tolist(), by_quadrature.tolist()))
+        absolute, relative, quadrature = 0.0, 0.0, False
         for i in range(spec.n_layers):
-            self.relative[i, 0], self.quadrature[i, 0] = relative, quadrature
             placement = spec.norm_placement(i + 1)
-            for (error, by_quadrature), site, exists in zip(branches, (1, 3), present, strict=True):
-                if exists:
-                    own = self._branch(float(error[i]), relative, placement, site, i)
-                    skip = 1.0 if one_sum and site == 3 else spec.skip_scale**2
-                    absolute = skip * absolute + own * float(q[i, site])
-                    self.relative[i, site], self.quadrature[i, site] = own, by_quadrature[i]
-                    quadrature |= bool(by_quadrature[i])
-                    if placement == "post":
-                        absolute *= 1 - float(q[i, site + 1])  # the norm forgets the size of its input, but for eps
-                        absolute += 2 * float(q[i, site + 1] * (1 - q[i, site + 1])) * self.inverse_width
-                relative = absolute / float(q[i, site + 1])
-                self.relative[i, site + 1], self.quadrature[i, site + 1] = relative, quadrature
+            row, marks = [relative] * 5, [quadrature] * 5
+            for site, skip, error, by_quadrature in branches:
+                row[site] = self._branch(error[i], relative, placement, q[i][site], i)
+                absolute = skip * absolute + row[site] * q[i][site]
+                if placement == "post":  # the norm forgets the size of its input, but for eps
+                    m = q[i][site + 1]
+                    absolute = (1 - m) * (absolute + 2 * m * self.inverse_width)
+                relative, quadrature = absolute / q[i][site + 1], quadrature or by_quadrature[i]
+                for after in range(site + 1, 5, 2):
+                    row[after], marks[after] = relative, quadrature
+            self.relative[i] = row
+            self.quadrature[i, ::2] = marks[::2]
+        for exists, site in zip(present, (1, 3), strict=True):
+            self.relative[:, site] *= exists
         return self._claims(present)
 
-    def _branch(self, error: float, relative_input: float, placement: str, site: int, index: int) -> float:
+    def _branch(self, error: float, relative_input: float, placement: str, second_moment: float, index: int) -> float:
         """Relative error of what a branch adds, after the norms around it."""
         spec = self.spec
         if placement in ("post", "reordered"):  # the branch reads the stream as it is
             fluctuation = INPUT_POWER * (INPUT_POWER - 1) * self.inverse_width
             error += INPUT_POWER * relative_input + (fluctuation if placement == "reordered" or index == 0 else 0.0)
         if placement in ("peri", "reordered"):  # its output has the second moment m of a normalised vector
-            m = min(1.0, float(self.q[index, site]) / spec.branch_scale**2)
+            m = min(1.0, second_moment / spec.branch_scale**2)
             error = (1 - m) * (error + 2 * m * self.inverse_width)
         return error
 
