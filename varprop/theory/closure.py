@@ -102,3 +102,38 @@ def pair_factor(correlation: Any, log_excess: Any, first_order: Any, variance: A
     """
     exponent = correlation * log_excess + log_excess**2 * variance / 2
     return (np.expm1(exponent) if xp is np else xp.exp(exponent) - 1) / first_order
+
+
+def iid_third_order(n_keys: Any, width: Any) -> Any:
+    """`third_order` of n i.i.d. keys, S = w I, at real n: w^3 (n - 1)(n - 6) / (2 n^3). Exact.
+
+    Source: derived in proofs/prove_closure.py.
+
+    >>> iid_third_order(2, 1.0)
+    -0.25
+    """
+    return width**3 * (n_keys - 1) * (n_keys - 6) / (2 * n_keys**3)
+
+
+def third_order(covariance: np.ndarray) -> Any:
+    """R of E p' S p = S_bar + a Q + a^2 R + ... for logits of covariance a S over n visible keys, base weights 1/n.
+
+    -1/120 of the mean sixth cumulant of the logits over the keys, by Wick's theorem: with D the doubly centred S and
+    means over the keys, E k_6 = 15 <D_jj^3> - 15 (3 <D_jj^2><D_jj> + 12 <D_jj D_jk^2>) - 10 (9 <D_jj D_jk D_kk> +
+    6 <D_jk^3>) + 30 (<D_jj>^3 + 6 <D_jj><D_jk^2> + 8 <D_jk D_kl D_lj>). Exact; arrays of symbols pass.
+    Source: derived in proofs/prove_closure.py.
+
+    >>> round(float(third_order(np.eye(2))), 12)
+    -0.25
+    """
+    n = len(covariance)
+    rows = covariance.sum(axis=0) / n
+    centred = covariance - rows[:, None] - rows + rows.sum() / n
+    own = np.diagonal(centred)
+    mean, mean_square = own.sum() / n, (centred**2).sum() / n**2
+    triple = ((centred @ centred) * centred).sum() / n**3
+    fourth_second = 3 * (own**2).sum() / n * mean + 12 * (own @ centred**2).sum() / n**2
+    third_squared = 9 * (own @ centred @ own) / n**2 + 6 * (centred**3).sum() / n**2
+    second_cubed = mean**3 + 6 * mean * mean_square + 8 * triple
+    sixth = 15 * (own**3).sum() / n - 15 * fourth_second - 10 * third_squared + 30 * second_cubed
+    return -sixth / 120

@@ -1,7 +1,7 @@
-"""What a query sees and how positions enter its logits: visibility, key masks, rotary positions, caps and sinks.
+"""What a query sees, and how positions and a soft cap enter its logits.
 
 With no logits (s = 0) attention is uniform over the n visible keys, sum_j p_j^2 = 1/n: the means over positions below
-are exact there. rho: key_mask_density; a query always keeps its own key.
+are exact there.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from varprop.theory.quadrature import normal_nodes
 N_NODES = 24
 
 
-def _integer(name: str, value: Any, lowest: int) -> None:
-    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= lowest
+def require_integer(name: str, value: Any, lowest: int) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    good = whole and bool(value >= lowest)
     require(good, AssumptionError, name, value, "outside the domain", f"an integer >= {lowest}")
 
 
-def _number(name: str, value: Any, good: Any, domain: str) -> None:
+def require_number(name: str, value: Any, good: Any, domain: str) -> None:
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     require(
         bool(real and math.isfinite(value) and good(value)), AssumptionError, name, value, "outside the domain", domain
@@ -75,7 +76,7 @@ def causal_uniform_participation(n_tokens: Any, xp: Any = np) -> Any:
     0.75
     """
     if xp is np:
-        _integer("n_tokens", n_tokens, 1)
+        require_integer("n_tokens", n_tokens, 1)
     return _harmonic(n_tokens, xp) / n_tokens
 
 
@@ -89,8 +90,8 @@ def window_uniform_participation(n_tokens: Any, window: Any, xp: Any = np) -> An
     0.625
     """
     if xp is np:
-        _integer("n_tokens", n_tokens, 1)
-        _integer("window", window, 1)
+        require_integer("n_tokens", n_tokens, 1)
+        require_integer("window", window, 1)
         window = min(window, n_tokens)
     return (_harmonic(window, xp) + (n_tokens - window) / window) / n_tokens
 
@@ -105,57 +106,8 @@ def document_uniform_participation(lengths: Sequence[int]) -> float:
     """
     require(len(lengths) > 0, AssumptionError, "lengths", lengths, "empty", "one integer >= 1 or more")
     for length in lengths:
-        _integer("lengths", length, 1)
+        require_integer("lengths", length, 1)
     return float(sum(_harmonic(length, np) for length in lengths) / sum(lengths))
-
-
-def kept_inverse(n_keys: Any, density: Any, xp: Any = np) -> Any:
-    """E 1/n of n = 1 + Bin(N - 1, rho) visible keys: (1 - (1 - rho)^N) / (rho N).
-
-    n_keys: N keys (a number or array), the own one included; density: rho in (0, 1]. Exact: uniform attention over keys
-    masked before the softmax, whose variance goes up by about 1/rho. Raises `AssumptionError` for rho outside its
-    domain. Source: derived in proofs/prove_patterns.py.
-
-    >>> round(float(kept_inverse(2, 0.5)), 12), float(kept_inverse(5, 1.0))
-    (0.75, 0.2)
-    """
-    if xp is np:
-        _number("density", density, lambda x: 0 < x <= 1, "a number in (0, 1]")
-        lost = -np.expm1(n_keys * np.log1p(-density)) if density < 1 else 1.0  # 1 - (1 - rho)^N at any small rho
-        return lost / (density * n_keys)
-    return (1 - (1 - density) ** n_keys) / (density * n_keys)
-
-
-def kept_inverse_square(n_keys: int, density: float) -> np.ndarray:
-    """E 1/n^2 of n = 1 + Bin(N - 1, rho) for N = 1..n_keys, by the recursion h_N = (1 - rho) h_{N-1} + u_N.
-
-    h_N = rho N E 1/n^2 = E[1(K >= 1) / K], K ~ Bin(N, rho), and u_N = (1 - (1 - rho)^N) / N. Exact.
-    Source: derived in proofs/prove_patterns.py.
-
-    >>> kept_inverse_square(2, 0.5).tolist()
-    [1.0, 0.625]
-    """
-    _integer("n_keys", n_keys, 1)
-    _number("density", density, lambda x: 0 < x <= 1, "a number in (0, 1]")
-    out, h = np.empty(n_keys), 0.0
-    for n in range(1, n_keys + 1):
-        h = (1 - density) * h - math.expm1(n * math.log1p(-density)) / n if density < 1 else 1 / n
-        out[n - 1] = h / (density * n)
-    return out
-
-
-def masked_output_form(form: Any, squares: Any, own_square: Any, own_row: Any, density: Any) -> Any:
-    """E p' C p after a Bernoulli(rho) mask on the weights p, without renormalisation, the own weight always kept.
-
-    rho^2 form + rho (1 - rho) squares + (1 - rho)(1 - 2 rho) own_square + 2 rho (1 - rho) own_row. form: p' C p;
-    squares: sum_j p_j^2 C_jj; own_square: p_t^2 C_tt; own_row: p_t (C p)_t, before the mask. Exact.
-    Source: derived in proofs/prove_patterns.py.
-
-    >>> masked_output_form(1.0, 0.5, 0.25, 0.5, 1.0)
-    1.0
-    """
-    lost = density * (1 - density)
-    return density**2 * form + lost * squares + (1 - density) * (1 - 2 * density) * own_square + 2 * lost * own_row
 
 
 def rotary_kernel(distance: np.ndarray, theta: float | None, fraction: float, head_dim: int) -> np.ndarray:
@@ -189,7 +141,7 @@ def softcap_slope(logit_std: float, cap: float) -> float:
     >>> round(softcap_slope(1.0, 4.0), 4), round(softcap_slope(0.0, 1.0), 12)
     (0.9442, 1.0)
     """
-    _number("logit_std", logit_std, lambda x: x >= 0, "a finite number >= 0")
-    _number("cap", cap, lambda x: x > 0, "a finite number > 0")
+    require_number("logit_std", logit_std, lambda x: x >= 0, "a finite number >= 0")
+    require_number("cap", cap, lambda x: x > 0, "a finite number > 0")
     z, weight = normal_nodes(N_NODES)
     return float(weight @ (1 - np.tanh(logit_std * z / cap) ** 2))
