@@ -71,7 +71,7 @@ def prove_centred_correlation(rule=centred_correlation):
 
 
 def _delta_method(eps_over_q=(0, 0)):
-    """Second-order mean, first-order variance of S_ab / sqrt((S_aa + e)(S_bb + e')), S = Wishart of d degrees over d."""
+    """Second-order mean, first-order variance of S_ab / sqrt((S_aa + e)(S_bb + e')), S Wishart of d degrees over d."""
     c, d = sympy.symbols("c d", positive=True)
     s = sympy.symbols("s_ab s_aa s_bb", positive=True)
     pairs = ((0, 1), (0, 0), (1, 1))
