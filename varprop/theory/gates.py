@@ -37,13 +37,14 @@ MAX_EXPERTS = 65_536
 
 STD_NODES = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10)
 STD_NODES = (*map(float, STD_NODES), 12.0, MAX_LOGIT_STD, math.inf)
-"""Logit standard deviations that have a table; cubic interpolation of log O in s / (1 + s) between them."""
+"""Logit standard deviations that have a table; polynomials in s / (1 + s) between them. Infinity: softmax only."""
 N_ANGLES = 13
 N_HERMITE = 256
-DRAWN_LOGITS = 1_000_000
+DRAWN_LOGITS = 3_000_000
 """Logits drawn for one table, over all correlations."""
 DRAWN_CORRELATIONS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.87, 0.95, 0.985, 0.997)
-FITTED_POWERS = (2, 3, 4, 6, 9, 14, 22, 36, 60, 110, 250)
+SLOPE_ANGLES = (0.003, 0.01)
+FITTED_POWERS = (2, 3, 4, 6, 9, 14, 22, 36, 60, 100, 170, 300, 600, 1500, 5000, 20_000)
 
 
 class Router(NamedTuple):
@@ -148,8 +149,7 @@ def gate_first_moment(
 def _moment_at(law: Router, std: float, power: int) -> float:
     if std <= MAX_LOGIT_STD:
         return _gate_moment(law, std, power)
-    nodes, weights = _std_weights(np.asarray(std))
-    return math.exp(sum(float(w) * math.log(_gate_moment(law, STD_NODES[n], power)) for n, w in zip(nodes, weights)))
+    return float(np.exp(_log_moment(law, np.asarray(std), power)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,15 +173,15 @@ def _thresholds(n_experts: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     if top_k == n_experts:
         return np.array([-np.inf]), np.ones(1)
     low, high = _threshold_range(n_experts - top_k, top_k + 1)
-    x, weight = np.polynomial.legendre.leggauss(N_THRESHOLDS)
+    x, weight = _legendre(N_THRESHOLDS)
     t = low + (high - low) * (x + 1) / 2
     mass = weight * np.exp(_log_threshold_density(t, n_experts - top_k, top_k + 1))
     return t, mass / mass.sum()
 
 
 def _threshold_range(a: int, b: int) -> tuple[float, float]:
-    low, high = (float(scipy.special.ndtri(p)) for p in scipy.special.betaincinv(a, b, [1e-13, 1 - 1e-13]))
-    return low, high
+    below, above = (scipy.special.ndtri(scipy.special.betaincinv(*shape, 1e-13)) for shape in ((a, b), (b, a)))
+    return float(below), float(-above)
 
 
 def _log_threshold_density(t: np.ndarray, a: int, b: int) -> np.ndarray:
@@ -191,10 +191,16 @@ def _log_threshold_density(t: np.ndarray, a: int, b: int) -> np.ndarray:
     return below + above + log_phi - scipy.special.betaln(a, b)
 
 
+@functools.cache
+def _legendre(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights on [-1, 1]."""
+    return np.polynomial.legendre.leggauss(n_nodes)
+
+
 def _interval(low: float, high: float, n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and probabilities of a normal variable given that it lies in (low, high)."""
     low, high = max(low, -LOGIT_RANGE), min(high, LOGIT_RANGE)
-    x, weight = np.polynomial.legendre.leggauss(n_nodes)
+    x, weight = _legendre(n_nodes)
     z = low + (high - low) * (x + 1) / 2
     mass = weight * np.exp(-(z**2) / 2 + min(abs(low), abs(high)) ** 2 / 2 * (low * high > 0))
     return z, mass / mass.sum()
@@ -250,10 +256,10 @@ def _own_gate(law: Router, std: float) -> tuple[np.ndarray, np.ndarray, np.ndarr
     h(z) = int_{t < z} p(t) H(t, z) dt, t the k-th largest logit of the others, Phi(t) ~ Beta(E - k, k), and
     H(t, z) = int f(z) e^{-u f(z)} E[e^{-u Z} | t] du. H is analytic in t: it is interpolated from Chebyshev nodes.
     """
-    n_experts, top_k, router, _ = law
+    n_experts, top_k = law.n_experts, law.top_k
     everyone = top_k == n_experts
     low, high = (-LOGIT_RANGE, -LOGIT_RANGE) if everyone else _threshold_range(n_experts - top_k, top_k)
-    x, weight = np.polynomial.legendre.leggauss(_n_logits(std))
+    x, weight = _legendre(_n_logits(std))
     pieces = [(a, b) for a, b in ((low, high), (high, LOGIT_RANGE)) if b > a]
     z = np.concatenate([a + (b - a) * (x + 1) / 2 for a, b in pieces])
     mass = np.concatenate([(b - a) / 2 * weight for a, b in pieces]) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
@@ -264,7 +270,7 @@ def _own_gate(law: Router, std: float) -> tuple[np.ndarray, np.ndarray, np.ndarr
     table = _gate_given(law, std, low + (high - low) * (1 - np.cos(angle)) / 2, z)
     coefficients = 2 / n_nodes * np.cos(np.outer(np.arange(n_nodes), angle)) @ table
     coefficients[0] /= 2
-    x, weight = np.polynomial.legendre.leggauss(64)
+    x, weight = _legendre(64)
     reach = np.minimum(z, high) - low
     share = reach / (high - low) * (x[:, None] + 1) / 2
     density = (
@@ -323,59 +329,117 @@ def _log_overlap(law: Router, std: float) -> np.ndarray:
     series = _own_series(law, z, mass, own)
     total = _gate_moment(law, std, 2)
     interaction = total - series.sum()
-    if interaction > 1e-9 * total:
-        series = series + interaction * _drawn_series(law, std, CubicSpline(z, own))
-    series[0] = _gate_moment(law, std, 1) ** 2 / law.n_experts
-    series[-1] += total - series.sum()
     angle = (1 - np.cos(np.linspace(0, math.pi, N_ANGLES))) * math.pi / 4
     overlap = np.polynomial.polynomial.polyval(np.cos(angle), series)
+    if interaction > 1e-9 * total:
+        overlap += interaction * _drawn_shape(law, std, CubicSpline(z, own), interaction, np.cos(angle))
+    overlap[0], overlap[-1] = total, _gate_moment(law, std, 1) ** 2 / law.n_experts
     return np.linalg.solve(np.polynomial.chebyshev.chebvander(4 * angle / math.pi - 1, N_ANGLES - 1), np.log(overlap))
 
 
-def _drawn_series(law: Router, std: float, own: CubicSpline, seed: int = 0) -> np.ndarray:
-    """Coefficients d_m >= 0, adding up to 1, of E sum e_i(t) e_i(s) = sum d_m c^m over its value for equal tokens.
+def _drawn_shape(
+    law: Router, std: float, own: CubicSpline, interaction: float, cosine: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """E sum e_i(t) e_i(s) = sum_m d_m c^m over its value for equal tokens (`interaction`), at the given cosines.
+
+    d_1 = E (E - 1) E[g_1 z_2]^2 is a mean over all draws. The other d_m >= 0 are fitted by non-negative least squares
+    to drawn values, to d's sum, 1, and to the slope at small angles (`_swap_rate`).
+    """
+    first, drawn = _draw_families(law, std, own, np.random.default_rng(seed))
+    slope = _swap_rate(law, std) / interaction
+    c = np.array([1.0, *np.cos(SLOPE_ANGLES), *DRAWN_CORRELATIONS])
+    target = np.array([1.0, *(1 - slope * np.array(SLOPE_ANGLES)), *drawn])
+    weight = 1 / np.sqrt(1e-6 + 1 - np.clip(target, 0, 1) ** 2)
+    powers = np.array(FITTED_POWERS)
+    fitted, _ = nnls(c[:, None] ** powers * weight[:, None], (target - first * c) * weight)
+    return first * cosine + cosine[:, None] ** powers @ fitted
+
+
+def _draw_families(law: Router, std: float, own: CubicSpline, rng: np.random.Generator) -> tuple[float, list[float]]:
+    """d_1, and E sum e_i(t) e_i(s) over E sum e_i^2 at DRAWN_CORRELATIONS.
 
     Tokens are drawn in families sqrt(c) u + sqrt(1 - c) w_j of one u each: every two of a family have correlation c.
-    d_1 = E (E - 1) E[g_1 z_2]^2 is a mean over all draws; the rest is fitted by non-negative least squares.
     """
-    rng = np.random.default_rng(seed)
-    grid = np.linspace(own.x[0], own.x[-1], 4096)
-    h = np.clip(own(grid), 0.0, None)
-    shape, first_degree, power, count = np.empty(len(DRAWN_CORRELATIONS)), 0.0, 0.0, 0
-    for index, c in enumerate(DRAWN_CORRELATIONS):
-        size = int(np.clip(4 / c**2, 2, 32))
-        n_families = max(8, DRAWN_LOGITS // (len(DRAWN_CORRELATIONS) * law.n_experts * size))
-        common = rng.standard_normal((n_families, 1, law.n_experts))
-        logits = math.sqrt(c) * common + math.sqrt(1 - c) * rng.standard_normal((n_families, size, law.n_experts))
+    low, n_grid = own.x[0], 1 << 14
+    step = (own.x[-1] - low) / (n_grid - 1)
+    h = np.clip(own(low + step * np.arange(n_grid)), 0.0, None)
+    shape, first_degree, power, count = [], 0.0, 0.0, 0
+    for c in DRAWN_CORRELATIONS:
+        size = int(np.clip(2 / c**2, 2, 32))
+        share = c / sum(DRAWN_CORRELATIONS)
+        n_families = max(8, int(share * DRAWN_LOGITS / (law.n_experts * size)))
+        logits = math.sqrt(1 - c) * rng.standard_normal((n_families, size, law.n_experts))
+        logits += math.sqrt(c) * rng.standard_normal((n_families, 1, law.n_experts))
         active = gates(std * logits, law)
-        excess = active - np.interp(logits, grid, h, left=0.0)
+        nearest = np.clip((logits - (low - step / 2)) / step, 0, n_grid - 1).astype(np.int32)
+        excess = active - h[nearest]
         squares = np.sum(excess**2)
-        shape[index] = (np.sum(excess.sum(axis=1) ** 2) - squares) / ((size - 1) * squares)
+        shape.append((np.sum(excess.sum(axis=1) ** 2) - squares) / ((size - 1) * squares))
         first_degree += np.sum(active.sum(axis=-1) * logits.sum(axis=-1) - np.sum(active * logits, axis=-1))
         power, count = power + squares, count + n_families * size
     first = (first_degree / count) ** 2 / (law.n_experts * (law.n_experts - 1) * power / count)
-    c = np.array([1.0, *DRAWN_CORRELATIONS])
-    target = np.array([1.0, *shape]) - first * c
-    weight = 1 / np.sqrt(1e-6 + 1 - np.clip(np.array([1.0, *shape]), 0, 1) ** 2)
-    fitted, _ = nnls(c[:, None] ** FITTED_POWERS * weight[:, None], target * weight)
-    series = np.zeros(N_HERMITE)
-    series[1], series[list(FITTED_POWERS)] = first, fitted
-    return series / series.sum()
+    return float(first), shape
 
 
-def _std_weights(std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into STD_NODES and Lagrange weights (n_nodes, *std.shape) of cubic interpolation in s / (1 + s)."""
-    nodes = np.array([s / (1 + s) if s < math.inf else 1.0 for s in STD_NODES])
+def _swap_rate(law: Router, std: float) -> float:
+    """-dO/d(angle) at equal tokens: the k-th and (k+1)-th expert change places with probability ~ angle.
+
+    k / sqrt(pi) E_t[phi(t) / Phi(-t) E[r^2 | t]], r the gate of a logit equal to t, the (k+1)-th largest.
+    """
+    if law.top_k == law.n_experts:
+        return 0.0
+    thresholds, probability = _thresholds(law.n_experts, law.top_k)
+    hazard = np.exp(-(thresholds**2) / 2 - scipy.special.log_ndtr(-thresholds)) / math.sqrt(2 * math.pi)
+    squares = [_tied_square(law, std, float(t)) for t in thresholds]
+    return law.top_k / math.sqrt(math.pi) * float((probability * hazard) @ squares)
+
+
+def _tied_square(law: Router, std: float, t: float) -> float:
+    """E[r^2 | (k+1)-th largest logit = t], r the gate of an active expert of logit t."""
+    score = float(_score(t, std, law.score))
+    if law.normalised and law.top_k == 1:
+        return 1.0
+    if law.score == "sigmoid" and not law.normalised:
+        return score**2
+    z, above = _interval(t, np.inf, _n_logits(std))
+    log_u = np.arange(-np.log(_score(z[-1], std, law.score) * law.n_experts) - 20, -np.log(score) + 5, LOG_U_STEP)
+    u = np.exp(log_u)
+    others = np.exp(-np.exp(np.minimum(log_u[:, None] + np.log(_score(z, std, law.score)), 30.0))) @ above
+    integrand = (u * score) ** 2 * np.exp(-u * score) * others ** (law.top_k - 1)
+    return float(np.sum(integrand if law.normalised else integrand * _below(law, std, t, u)) * LOG_U_STEP)
+
+
+def _std_weights(law: Router, std: np.ndarray, n_points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and Lagrange weights (n_nodes, *std.shape) of polynomial interpolation in s / (1 + s)."""
+    stds = np.array(STD_NODES if law.score == "softmax" else STD_NODES[:-1])
+    nodes = np.where(stds < math.inf, stds / (1 + np.minimum(stds, 1e300)), 1.0)
     at = std / (1 + std)
-    first = np.clip(np.searchsorted(nodes, at, side="right") - 2, 0, len(nodes) - 4)
+    first = np.clip(np.searchsorted(nodes, at, side="right") - n_points // 2, 0, len(nodes) - n_points)
     weights = np.zeros((len(nodes), *std.shape))
-    for i in range(4):
-        others = [nodes[first + j] for j in range(4) if j != i]
-        own = nodes[first + i]
+    for i in range(n_points):
+        own, others = nodes[first + i], [nodes[first + j] for j in range(n_points) if j != i]
         value = np.prod([(at - other) / (own - other) for other in others], axis=0)
         np.put_along_axis(weights, np.expand_dims(first + i, 0), np.expand_dims(value, 0), axis=0)
     used = np.flatnonzero(weights.reshape(len(nodes), -1).any(axis=1))
-    return used, weights[used]
+    return stds[used], weights[used]
+
+
+def _log_moment(law: Router, std: np.ndarray, power: int) -> np.ndarray:
+    """log E sum g^power, interpolated between the nodes: relative error below 1e-5."""
+    nodes, weights = _std_weights(law, std, 8)
+    return np.tensordot(np.log([_gate_moment(law, float(s), power) for s in nodes]), weights, axes=(0, 0))
+
+
+def _coefficients(law: Router, std: np.ndarray) -> np.ndarray:
+    """Chebyshev coefficients of log O, (N_ANGLES, *std.shape), between the nodes; ends as exact as the moments."""
+    nodes, weights = _std_weights(law, std, 4)
+    coefficients = np.tensordot(np.array([_log_overlap(law, float(s)) for s in nodes]), weights, axes=(0, 0))
+    signs = (-1.0) ** np.arange(N_ANGLES)
+    equal = _log_moment(law, std, 2) - np.tensordot(signs, coefficients, axes=(0, 0))
+    apart = 2 * _log_moment(law, std, 1) - math.log(law.n_experts) - coefficients.sum(axis=0)
+    coefficients[0] += (equal + apart) / 2
+    coefficients[1] += (apart - equal) / 2
+    return coefficients
 
 
 def gate_overlap(
@@ -403,11 +467,9 @@ def gate_overlap(
     good = cosine is not None and bool((np.abs(cosine) <= 1 + 1e-9).all())
     require(good, AssumptionError, "correlation", correlation, "outside the domain", "numbers in [-1, 1]")
     assert cosine is not None
-    nodes, weights = _std_weights(std)
-    coefficients = np.tensordot(np.array([_log_overlap(law, STD_NODES[n]) for n in nodes]), weights, axes=(0, 0))
+    coefficients = _coefficients(law, std)
     angle = np.arccos(np.minimum(np.abs(cosine), 1.0))
     log_overlap = np.polynomial.chebyshev.chebval(4 * angle / math.pi - 1, coefficients, tensor=False)
     if (cosine < 0).any():
-        apart = np.polynomial.chebyshev.chebval(np.ones_like(std), coefficients, tensor=False)
-        log_overlap = np.where(cosine < 0, 2 * apart - log_overlap, log_overlap)
+        log_overlap = np.where(cosine < 0, 2 * coefficients.sum(axis=0) - log_overlap, log_overlap)
     return np.exp(log_overlap)
