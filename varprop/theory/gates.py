@@ -35,8 +35,8 @@ MAX_LOGIT_STD = 16.0
 """Beyond this the grid of logits no longer resolves the scores; a softmax is interpolated to its one-hot limit."""
 MAX_EXPERTS = 65_536
 
-STD_NODES = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10)
-STD_NODES = (*map(float, STD_NODES), 12.0, MAX_LOGIT_STD, math.inf)
+STD_NODES = (0, 0.03, 0.08, 0.15, 0.22, 0.3, 0.4, 0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6)
+STD_NODES = (*map(float, STD_NODES), 8.0, 10.0, 12.0, MAX_LOGIT_STD, math.inf)
 """Logit standard deviations that have a table; polynomials in s / (1 + s) between them. Infinity: softmax only."""
 N_ANGLES = 13
 N_HERMITE = 256
