@@ -75,18 +75,18 @@ def checked_std(logit_std: Any, law: Router) -> np.ndarray:
 def gate_second_moment(
     n_experts: int,
     top_k: int,
-    logit_std: float,
+    logit_std: Any,
     *,
     normalize: bool,
     router: str = "softmax",
     gate_order: str = "score_then_top_k",
-) -> float:
+) -> Any:
     """E of the sum of squared gates over the active experts, S_2.
 
-    n_experts: E; top_k: k; logit_std: of the i.i.d. normal router logits; normalize: gates divided by their sum over
+    n_experts: E; top_k: k; logit_std: of the i.i.d. normal router logits, a number or an array; normalize: gates divided by their sum over
     the top k; router: "softmax" or "sigmoid"; gate_order: as in `MoESpec` (a softmax over the top k is the normalised
-    case). Quadrature, relative error below 1e-10 for logit_std <= 4 and 1e-8 up to 16; a softmax beyond that is
-    interpolated to its one-hot limit, error below 1e-5. Raises `AssumptionError` for top_k outside 1..E, a negative
+    case). Quadrature, relative error below 1e-10 for logit_std <= 4 and 1e-8 up to 16; arrays, and a
+    softmax beyond 16, are interpolated (to the one-hot limit): error below 1e-5, 1e-4 for E > 1024. Raises `AssumptionError` for top_k outside 1..E, a negative
     logit_std, or one above 16 with sigmoid scores. Source: derived in proofs/prove_gates.py. Checked by:
     tests/theory/test_gates.py.
 
@@ -104,12 +104,12 @@ def gate_second_moment(
 def gate_first_moment(
     n_experts: int,
     top_k: int,
-    logit_std: float,
+    logit_std: Any,
     *,
     normalize: bool,
     router: str = "softmax",
     gate_order: str = "score_then_top_k",
-) -> float:
+) -> Any:
     """E of the sum of gates over the active experts, S_1: 1 for normalised gates, else the share the top k hold.
 
     Arguments, exactness and errors as in `gate_second_moment`. Two tokens with independent logits have the gate
@@ -124,10 +124,11 @@ def gate_first_moment(
     return _moment_at(law, logit_std, 1)
 
 
-def _moment_at(law: Router, logit_std: Any, power: int) -> float:
+def _moment_at(law: Router, logit_std: Any, power: int) -> Any:
     std = checked_std(logit_std, law)
-    require(std.ndim == 0, AssumptionError, "logit_std", logit_std, "an array", "one number")
-    return float(gate_moment(law, float(std), power) if std <= MAX_LOGIT_STD else np.exp(log_moment(law, std, power)))
+    if std.ndim == 0 and std <= MAX_LOGIT_STD:
+        return gate_moment(law, float(std), power)
+    return np.exp(log_moment(law, std, power))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -144,10 +145,7 @@ def gate_moment(law: Router, std: float, power: int) -> float:
 
 
 def threshold_nodes(n_experts: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and probabilities of the (k+1)-th largest of E normals; -infinity when every expert is active.
-
-    Gauss-Legendre over the central interval of its Beta law, without 1e-13 of probability on either side.
-    """
+    """Gauss-Legendre nodes and probabilities of the (k+1)-th largest of E normals; -infinity if all are active."""
     if top_k == n_experts:
         return np.array([-np.inf]), np.ones(1)
     low, high = threshold_range(n_experts - top_k, top_k + 1)
@@ -158,6 +156,7 @@ def threshold_nodes(n_experts: int, top_k: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def threshold_range(a: int, b: int) -> tuple[float, float]:
+    """Central interval of t with Phi(t) ~ Beta(a, b), without 1e-13 of probability on either side."""
     below, above = (scipy.special.ndtri(scipy.special.betaincinv(*shape, 1e-13)) for shape in ((a, b), (b, a)))
     return float(below), float(-above)
 
@@ -172,7 +171,10 @@ def log_threshold_density(t: np.ndarray, a: int, b: int) -> np.ndarray:
 @functools.cache
 def legendre(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Legendre nodes and weights on [-1, 1]."""
-    return np.polynomial.legendre.leggauss(n_nodes)
+    nodes, weights = np.polynomial.legendre.leggauss(n_nodes)
+    for array in (nodes, weights):
+        array.setflags(write=False)
+    return nodes, weights
 
 
 def interval(low: float, high: float, n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -185,10 +187,12 @@ def interval(low: float, high: float, n_nodes: int) -> tuple[np.ndarray, np.ndar
 
 
 def score_of(z: Any, std: float, router: str) -> np.ndarray:
+    """e^{std z} or sigmoid(std z)."""
     return np.exp(std * np.asarray(z)) if router == "softmax" else scipy.special.expit(std * np.asarray(z))
 
 
 def n_logits(std: float) -> int:
+    """Nodes that resolve the scores of logits of this standard deviation."""
     return int(N_LOGITS * max(1.0, std / 4))
 
 

@@ -21,6 +21,7 @@ from varprop.theory.feed_forward import (
     feed_forward_gains,
     feed_forward_second_moment,
 )
+from varprop.theory.gates import gate_first_moment
 from varprop.theory.linear import effective_gain
 from varprop.theory.namespace import checked
 from varprop.theory.norm import cosine_mean, cosine_variance
@@ -69,19 +70,27 @@ def mix_shared(routed: Any, shared: Any, top_k: Any, mixing: str) -> Any:
     return routed + shared if mixing == "sum" else (shared + top_k**2 * routed) / (top_k + 1) ** 2
 
 
-def router_overlap(part: MoESpec, logit_std: Any, correlation: Any) -> Any:
-    """`gate_overlap` of a mixture's router, times gate_multiplier^2. Raises `AssumptionError` for expert choice."""
+def router_overlap(part: MoESpec, logit_std: Any, correlation: Any, other_std: Any = None) -> Any:
+    """`gate_overlap` of a mixture's router for two tokens of logit stds s and s', times gate_multiplier^2.
+
+    other_std: s', None for the same. Unlike stds take O at their geometric mean, times S_1(s) S_1(s') / S_1(mean)^2:
+    exact at c = 0, within 0.5 % for s'^2 = 2 s^2 and 1.6 % for s'^2 = 5 s^2 (E = 64, k = 8, s near 0.7).
+    Raises `AssumptionError` for expert choice (`expert_choice_gates`). Source: derived in proofs/prove_overlap.py.
+    Checked by: tests/theory/test_moe.py.
+
+    >>> part = MoESpec(n_experts=4, top_k=1, d_expert=8, normalize_gates=True, gate_multiplier=2.0)
+    >>> float(router_overlap(part, 1.0, 0.0)), float(router_overlap(part, 1.0, 0.0, 2.0))
+    (1.0, 1.0)
+    """
     require(part.routing == "token_choice", AssumptionError, "moe.routing", part.routing, "not covered", "token_choice")
-    overlap = gate_overlap(
-        part.n_experts,
-        part.top_k,
-        logit_std,
-        correlation,
-        normalize=part.normalize_gates,
-        router=part.router,
-        gate_order=part.gate_order,
-    )
-    return part.gate_multiplier**2 * overlap
+    law = {"normalize": part.normalize_gates, "router": part.router, "gate_order": part.gate_order}
+    size = part.n_experts, part.top_k
+    scale = part.gate_multiplier**2
+    if other_std is None or np.array_equal(logit_std, other_std):
+        return scale * gate_overlap(*size, logit_std, correlation, **law)
+    middle = np.sqrt(np.asarray(logit_std) * other_std)
+    first, second, mean = (gate_first_moment(*size, std, **law) for std in (logit_std, other_std, middle))
+    return scale * first * second / mean**2 * gate_overlap(*size, middle, correlation, **law)
 
 
 def moe_second_moment(second_moment: Any, gains: MoEGains, part: MoESpec) -> Any:
@@ -114,10 +123,9 @@ def moe_covariance(
 
     second_moment, other: m and m' of the two inputs; cosine: correlation of their entries, which is also that of the
     router logits. All broadcast. The cosine fluctuates at width d_model, as in `feed_forward_covariance`: the product
-    is averaged over it by the three-point Gauss rule, up to O(1/d^2). Tokens of unlike second moments take the overlap
-    at their geometric mean, scaled to the two diagonals: exact at c = 1 only up to the change of S_2 with the logit
-    std (0.2 % for m' = 2 m, 1.5 % for m' = 5 m, E = 64, k = 8, un-normalised). Raises `AssumptionError` as
-    `moe_second_moment` does. Source: derived in proofs/prove_moe.py. Checked by: tests/theory/test_moe.py.
+    is averaged over it by the three-point Gauss rule, up to O(1/d^2). O carries the error of `router_overlap`: a
+    standard error below 0.3 % for top_k >= 4. Raises `AssumptionError` as `moe_second_moment` does. Source: derived in
+    proofs/prove_moe.py. Checked by: tests/theory/test_moe.py.
 
     >>> part = MoESpec(n_experts=4, top_k=1, d_expert=8, activation="relu", gated=False, normalize_gates=True)
     >>> gains = MoEGains(1.0, FeedForwardGains(1.0, 1.0, 1.0))
@@ -129,7 +137,7 @@ def moe_covariance(
     c = np.asarray(checked("cosine", cosine, "numbers in [-1, 1]", -1 - 1e-9, 1 + 1e-9), dtype=float)
     total = np.zeros(())
     for moved, probability in _cosine_law(np.clip(c, -1.0, 1.0), d_model):
-        routed = _pair_overlap(m, n, moved, gains.router, part)
+        routed = router_overlap(part, np.sqrt(gains.router * m), moved, np.sqrt(gains.router * n))
         routed = routed * feed_forward_covariance(m, n, moved, gains.experts, part.activation, part.gated)
         if gains.shared is not None:
             shared = feed_forward_covariance(m, n, moved, gains.shared, part.activation, part.gated)
@@ -148,16 +156,6 @@ def _cosine_law(cosine: np.ndarray, d_model: float) -> list[tuple[np.ndarray, fl
     centre, spread = cosine_mean(cosine, d_model), np.sqrt(cosine_variance(cosine, d_model))
     points, probabilities = normal_nodes(3)
     return [(np.clip(centre + x * spread, -1.0, 1.0), float(p)) for x, p in zip(points, probabilities, strict=True)]
-
-
-def _pair_overlap(m: np.ndarray, n: np.ndarray, cosine: np.ndarray, router_gain: Any, part: MoESpec) -> Any:
-    """Gate overlap of two tokens of second moments m and n."""
-    if np.array_equal(m, n):
-        return router_overlap(part, np.sqrt(router_gain * m), cosine)
-    middle = np.sqrt(router_gain * np.sqrt(m * n))
-    first, second = (router_overlap(part, np.sqrt(router_gain * x), 1.0) for x in (m, n))
-    shape = router_overlap(part, middle, cosine) / router_overlap(part, middle, 1.0)
-    return shape * np.sqrt(first * second)
 
 
 def moe_gram(gram: np.ndarray, rows: Mapping[str, TensorRow], part: MoESpec, d_model: int) -> np.ndarray:

@@ -42,6 +42,7 @@ from varprop.theory.gates import (
 )
 from varprop.theory.namespace import checked
 
+SMALLEST_STD = 1e-6
 N_ANGLES = 13
 N_HERMITE = 256
 DRAWN_LOGITS = 3_000_000
@@ -126,6 +127,7 @@ def _log_overlap(law: Router, std: float) -> np.ndarray:
     """Chebyshev coefficients of log O over the angle arccos c in [0, pi/2], highest degree N_ANGLES - 1."""
     if std == math.inf:
         law, std = Router(law.n_experts, 1, "softmax", True), 1.0
+    std = max(std, SMALLEST_STD)  # without it, draws could not tell which experts are active
     z, mass, own = _own_gate(law, std)
     series = _own_series(law, z, mass, own)
     total = gate_moment(law, std, 2)
