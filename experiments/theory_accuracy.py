@@ -26,6 +26,7 @@ Writes `results/theory_accuracy.json` (rows, extrapolations, verdicts) and `resu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -39,13 +40,12 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from experiments.common import options, run_all
+from experiments.common import device_work, extrapolate, judge, options, run_all
 from varprop import presets, results
 from varprop.errors import AssumptionError, SchemaError
 from varprop.files import write_text
 from varprop.simulate import sample
-from varprop.simulate.explicit import networks_per_block
-from varprop.spec import ModelSpec, layer_table
+from varprop.spec import ModelSpec
 from varprop.theory import predict
 
 Task = dict[str, Any]
@@ -79,8 +79,6 @@ BLOCK_SITES = ("attn_out", "mlp_out", "resid_post")
 TOLERANCE = {"block": 0.01, "stack": 0.03, "correlation": 0.02}
 CORRELATION_TARGET = 0.005
 FIRST_ROUND, MOST_NETWORKS = 32, 4096
-DEVICE_RATES = {"flops": 3e13, "normals": 5e10, "launches": 2e5}
-"""Work per second of one accelerator, for `--dry-run`: rough, float32."""
 
 
 # Tasks ----------------------------------------------------------------------------------------------------------------
@@ -187,10 +185,8 @@ def simulated(task: Task, folder: Path, device: str, draw_device: str, deadline:
     """The task's networks, from its file where that is complete, else drawn and saved; None past the deadline."""
     path = folder / f"accuracy-{task_id(task)}.nc"
     kept = None
-    try:
+    with contextlib.suppress(SchemaError):
         kept = results.load(path)
-    except SchemaError:
-        pass
     if (kept is not None and kept.attrs["end_condition"] == "complete") or time.time() > deadline:
         return kept
     started = time.time()
@@ -243,19 +239,6 @@ def compare(task: Task, measured: xr.Dataset) -> list[Row]:
     return rows
 
 
-def extrapolate(widths: Sequence[float], values: Sequence[float], stderrs: Sequence[float]) -> tuple[float, float]:
-    """Value at infinite width and its standard error: a line in 1/width, weighted by 1/stderr^2.
-
-    >>> value, stderr = extrapolate([256, 512, 1024], [1.04, 1.02, 1.01], [0.01, 0.01, 0.01])
-    >>> round(value, 6), round(stderr, 6)
-    (1.0, 0.012247)
-    """
-    weights = 1 / np.asarray(stderrs, dtype=float) ** 2
-    design = np.stack([np.ones(len(widths)), 1 / np.asarray(widths, dtype=float)], axis=1)
-    covariance = np.linalg.inv(design.T @ (weights[:, None] * design))
-    return float((covariance @ design.T @ (weights * np.asarray(values)))[0]), float(covariance[0, 0] ** 0.5)
-
-
 def stacks(rows: Sequence[Row]) -> dict[tuple[str, str, int], list[Row]]:
     """Rows of the stream of each stack, (case, pattern, depth) -> one row a width, narrow to wide."""
     found: dict[tuple[str, str, int], list[Row]] = {}
@@ -277,17 +260,6 @@ def extrapolations(rows: Sequence[Row]) -> list[Row]:
                 entry[name], entry[error] = line
             found.append(entry)
     return found
-
-
-def judge(deviation: float, stderr: float, tolerance: float) -> str:
-    """`within`, `outside` or `undecided` at two standard errors.
-
-    >>> judge(0.01, 0.005, 0.03), judge(-0.05, 0.005, 0.03), judge(0.029, 0.005, 0.03)
-    ('within', 'outside', 'undecided')
-    """
-    if abs(deviation) + 2 * stderr <= tolerance:
-        return "within"
-    return "outside" if abs(deviation) - 2 * stderr > tolerance else "undecided"
 
 
 def verdicts(rows: Sequence[Row], extrapolated: Sequence[Row]) -> list[Row]:
@@ -346,21 +318,10 @@ def figure(rows: Sequence[Row], extrapolated: Sequence[Row]) -> Figure:
 
 
 def work(task: Task) -> dict[str, float]:
-    """Expected networks, float operations, random numbers, kernel launches and seconds of a task on an accelerator."""
-    spec, n_tokens, block = make_spec(task), task["n_tokens"], task["depth"] == 1
-    spread = (2.0 if task["case"] == "mqa" or task["case"] == "masked" else 1.0) if block else 1.1
+    """Expected networks and the work of a task on an accelerator, from spreads measured at d_model 128."""
+    spread = (2.0 if task["case"] in ("mqa", "masked") else 1.0) if task["depth"] == 1 else 1.1
     networks = min(MOST_NETWORKS, max(FIRST_ROUND, spread**2 / task["d_model"] / task["target"] ** 2))
-    table = layer_table(spec, 1).values()
-    size = networks_per_block(spec, n_tokens)
-    blocks = math.ceil(networks / size)
-    drawn = sum(row.n_parameters * (1 if row.mask is None else 2) for row in table) * size * blocks * spec.n_layers
-    active = sum(row.n_active for row in table) + 2 * n_tokens * spec.d_model
-    flops = 2 * n_tokens * active * size * blocks * spec.n_layers
-    per_layer = 400 + (20 * size * spec.moe.n_experts if spec.moe else 0)
-    launches = blocks * spec.n_layers * per_layer
-    amounts = {"flops": flops, "normals": float(drawn), "launches": float(launches)}
-    seconds = sum(amount / DEVICE_RATES[name] for name, amount in amounts.items())
-    return {"networks": networks, **amounts, "seconds": seconds}
+    return {"networks": networks, **device_work(make_spec(task), task["n_tokens"], networks)}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -418,32 +379,30 @@ def _compare_pair(pair: tuple[Task, xr.Dataset]) -> list[Row]:
 
 def _print_work(todo: Sequence[Task]) -> int:
     total = 0.0
-    print(
-        f"{'task':<40} {'networks':>8} {'Tflop':>8} {'1e9 numbers':>11} {'1e3 launches':>12} {'seconds':>8} {'sum':>8}"
-    )
+    columns = ("networks", "Tflop", "1e9 draws", "1e3 launches", "seconds", "sum")
+    print(f"{'task':<38}", *(f"{name:>12}" for name in columns))
     for task in todo:
         w = work(task)
         total += w["seconds"]
-        amounts = f"{w['flops'] / 1e12:>8.1f} {w['normals'] / 1e9:>11.1f} {w['launches'] / 1e3:>12.0f}"
-        print(f"{_label(task):<40} {w['networks']:>8.0f} {amounts} {w['seconds']:>8.1f} {total:>8.0f}")
+        amounts = (w["networks"], w["flops"] / 1e12, w["draws"] / 1e9, w["launches"] / 1e3, w["seconds"], total)
+        print(f"{_label(task):<38}", *(f"{amount:>12.1f}" for amount in amounts))
     print("seconds: a rough guess for one worker on one accelerator; launches dominate and overlap between workers")
     return 0
 
 
 def _print(table: Mapping[str, Any]) -> None:
-    print(
-        f"{'case':<16} {'pattern':<7} {'L':>3} {'d':>5} {'site':<10} {'ratio - 1':>20} {'claimed':>8} {'correlation':>20}"
-    )
+    head = f"{'case':<16} {'pattern':<7} {'L':>3} {'d':>5} {'site':<10}"
+    print(head, f"{'ratio - 1':>18} {'claimed':>8} {'correlation':>18}")
     for row in [*table["rows"], *table["extrapolated"]]:
+        place = f"{row['depth']:>3} {row.get('d_model', 'inf'):>5} {row.get('site', 'resid_post'):<10}"
         ratio = f"{row['ratio'] - 1:+9.4f} ± {row['stderr']:.4f}"
         correlation = f"{row['correlation_difference']:+9.4f} ± {row['correlation_stderr']:.4f}"
-        place = f"{row.get('d_model', 'inf'):>5} {row.get('site', 'resid_post'):<10}"
         claim = f"{row['theory_error']:8.4f}" if "theory_error" in row else " " * 8
-        print(f"{row['case']:<16} {row['pattern']:<7} {row['depth']:>3} {place} {ratio:>20} {claim} {correlation:>20}")
+        print(f"{row['case']:<16} {row['pattern']:<7} {place} {ratio:>18} {claim} {correlation:>18}")
     for row in table["verdicts"]:
         print("verdict:", " ".join(f"{value}" if key == "case" else f"{key}={value}" for key, value in row.items()))
     for row in table["not_covered"]:
-        print(f"not covered: {row['case']} {row['pattern']} L={row['depth']} d={row['d_model']}: {row['not_covered']}")
+        print(f"not covered: {_label(row)}: {row['not_covered']}")
 
 
 if __name__ == "__main__":
