@@ -67,13 +67,12 @@ READING = 0.1
 """Relative error allowed on a published value."""
 
 
-def tasks(tokens: Sequence[int], n_networks: int, smoke: bool = False) -> list[Task]:
-    """Explicit networks: one dictionary per length, model and inputs, the short ones first."""
-    names = ("paper_dense_1b_l32", "paper_moe_7b_1b") if smoke else MODELS
+def tasks(tokens: Sequence[int], models: Sequence[str], n_networks: int, smoke: bool = False) -> list[Task]:
+    """One dictionary per length, model and inputs, the short ones first."""
     return [
         {"model": model, "inputs": inputs, "n_tokens": n_tokens, "n_networks": n_networks, "smoke": smoke}
         for n_tokens in tokens
-        for model in names
+        for model in models
         for inputs in INPUTS
     ]
 
@@ -120,9 +119,11 @@ def simulated(task: Task, folder: Path, device: str, draw_device: str, run: bool
         if not run:
             return None
     started = time.time()
-    tokens = {"inputs": text(task["n_tokens"])} if task["inputs"] == "text" else {"n_tokens": task["n_tokens"]}
+    ids = text(task["n_tokens"]) if task["inputs"] == "text" else None
+    n_tokens = task["n_tokens"] if ids is None else None
     spec, count = make_spec(task["model"], task["smoke"]), task["n_networks"]
-    dataset = sample(spec, n_networks=count, **tokens, device=device, draw_device=draw_device, progress=False)
+    draw = functools.partial(sample, device=device, draw_device=draw_device, progress=False)
+    dataset = draw(spec, n_networks=count, n_tokens=n_tokens, inputs=ids)
     results.save(dataset, path)
     print(f"{task['model']} {task['inputs']} T={task['n_tokens']}: {time.time() - started:.1f} s", flush=True)
     return dataset
@@ -174,13 +175,15 @@ def layer_rows(task: Task, predicted: xr.Dataset, networks: xr.Dataset) -> list[
     for layer in networks.layer.values:
         at = {"layer": layer, "site": "resid_post"}
         q, c = networks.second_moment.sel(at), networks.token_correlation.sel(at)
-        count = q.sizes["network"]
+        theory = float(predicted.second_moment.sel(at))
+        own = float(predicted.second_moment_stderr.sel(at)) / theory
+        stderr = float(q.std(ddof=1)) / q.sizes["network"] ** 0.5 / theory
         rows.append(
             {
                 **{name: task[name] for name in ("model", "inputs", "n_tokens")},
                 "layer": int(layer),
-                "ratio": float(q.mean() / predicted.second_moment.sel(at)),
-                "stderr": float(q.std(ddof=1) / count**0.5 / predicted.second_moment.sel(at)),
+                "ratio": float(q.mean()) / theory,
+                "stderr": float(np.hypot(stderr, own * float(q.mean()) / theory)),
                 "theory_error": float(predicted.theory_error.sel(at)),
                 "correlation_difference": float((q * c).mean() / q.mean() - predicted.token_correlation.sel(at)),
             }
@@ -210,7 +213,8 @@ def figure(profiles: Sequence[tuple[str, Task, xr.DataArray]]) -> Figure:
                 axis.errorbar([n_layers - 1], [(low + high) / 2], reading, fmt="s", ms=4, color="0.1", capsize=3)
                 axis.annotate(label, (n_layers - 1, high * (1 + READING)), fontsize=6, ha="right")
         axis.set(title=model.removeprefix("paper_"), xlabel="layer")
-    axes[0].set_ylabel("second moment of the stream\n(squares: published, at the layer before the last)")
+    axes[0].set_ylabel("second moment of the stream")
+    drawing.suptitle("lines: predict; squares: published, drawn at the layer before the last", fontsize=8)
     axes[-1].legend(frameon=False, fontsize=6)
     return drawing
 
@@ -221,6 +225,7 @@ def figure(profiles: Sequence[tuple[str, Task, xr.DataArray]]) -> Figure:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draw-device", default="cpu", help="where weights are drawn (default %(default)s)")
     parser.add_argument("--stage", choices=("all", "simulate", "compare"), default="compare")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="only these")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512], help="lengths of the predictions")
     parser.add_argument("--explicit-tokens", type=int, nargs="+", default=[128], help="lengths of explicit networks")
     parser.add_argument("--n-networks", type=int, default=8, help="explicit networks a model (default %(default)s)")
@@ -232,8 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options(__doc__, arguments, extend=_arguments)
     if chosen.smoke:
         chosen.tokens, chosen.explicit_tokens, chosen.stage = [8], [8], "all"
-        chosen.n_networks = 2
-    explicit = tasks(chosen.explicit_tokens, chosen.n_networks, chosen.smoke)
+        chosen.n_networks, chosen.models = 2, MODELS[:2]
+    explicit = tasks(chosen.explicit_tokens, chosen.models, chosen.n_networks, chosen.smoke)
     if chosen.dry_run:
         for task in explicit:
             w = device_work(make_spec(task["model"], task["smoke"]), task["n_tokens"], task["n_networks"])
@@ -250,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     networks = run_all(draw, explicit, chosen.n_workers)
     if chosen.stage == "simulate":
         return 0
-    asked = tasks(chosen.tokens, chosen.n_networks, chosen.smoke)
+    asked = tasks(chosen.tokens, chosen.models, chosen.n_networks, chosen.smoke)
     predicted = run_all(expected, asked, chosen.n_workers)
     profiles = [("theory", task, dataset.second_moment) for task, dataset in zip(asked, predicted, strict=True)]
     layers: list[Row] = []

@@ -156,7 +156,8 @@ def shortfall(found: Mapping[str, xr.DataArray], task: Task) -> float:
 
 def simulate(task: Task, device: str, draw_device: str, deadline: float) -> xr.Dataset:
     """Networks in rounds until the standard errors are at their targets, the cap, or the deadline (wall clock)."""
-    spec, pieces, size = make_spec(task), [], FIRST_ROUND
+    spec, size = make_spec(task), FIRST_ROUND
+    pieces: list[xr.Dataset] = []
     while True:
         arguments = {"n_networks": size, "n_tokens": task["n_tokens"], "seed": len(pieces), "device": device}
         pieces.append(sample(spec, **arguments, draw_device=draw_device, progress=False))
