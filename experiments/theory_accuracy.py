@@ -18,6 +18,9 @@ else `undecided`. The standard error has the prediction's own sampling error in 
     python -m experiments.theory_accuracy --stage simulate --device cuda --draw-device cuda --n-workers 8 --runs runs
     python -m experiments.theory_accuracy --stage compare --runs runs
 
+`--max-seconds` ends the simulations: what is finished is kept, and the next call goes on. A task in its first round
+ends it, so leave a margin of two minutes.
+
 Cost: see `--dry-run`; the comparison predicts on the CPU, seconds a task. `--smoke` takes seconds. Simulations are kept
 by content id in the folder `--runs` and do not depend on the theory: a better theory needs `--stage compare` alone.
 Writes `results/theory_accuracy.json` (rows, extrapolations, verdicts) and `results/theory_accuracy.png`.
@@ -155,8 +158,11 @@ def shortfall(found: Mapping[str, xr.DataArray], task: Task) -> float:
 
 
 def simulate(task: Task, device: str, draw_device: str, deadline: float) -> xr.Dataset:
-    """Networks in rounds until the standard errors are at their targets, the cap, or the deadline (wall clock)."""
-    spec, size = make_spec(task), FIRST_ROUND
+    """Networks in rounds until the standard errors are at their targets, or the cap, or the deadline (wall clock).
+
+    A round is as large as the spread asks for, at most three times all before it, and as the time left allows.
+    """
+    spec, size, started = make_spec(task), FIRST_ROUND, time.time()
     pieces: list[xr.Dataset] = []
     while True:
         arguments = {"n_networks": size, "n_tokens": task["n_tokens"], "seed": len(pieces), "device": device}
@@ -164,10 +170,12 @@ def simulate(task: Task, device: str, draw_device: str, deadline: float) -> xr.D
         networks = xr.concat(pieces, "network", combine_attrs="override")
         found, count = summary(networks), networks.sizes["network"]
         short = shortfall(found, task)
-        if short <= 1 or count >= MOST_NETWORKS or time.time() > deadline:
+        done = short <= 1 or count >= MOST_NETWORKS
+        affordable = count * (deadline - time.time()) / (time.time() - started)
+        if done or affordable < FIRST_ROUND:
             break
-        size = int(np.clip(math.ceil(count * (1.1 * short**2 - 1)), FIRST_ROUND, min(3 * count, MOST_NETWORKS - count)))
-    done = short <= 1 or count >= MOST_NETWORKS
+        wanted = max(FIRST_ROUND, math.ceil(count * (1.1 * short**2 - 1)))
+        size = int(min(wanted, 3 * count, MOST_NETWORKS - count, affordable))
     return results.new(
         {name: (("layer", "site"), values.transpose("layer", "site").values) for name, values in found.items()},
         source="simulation",
