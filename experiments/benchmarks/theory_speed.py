@@ -16,7 +16,7 @@ checked against it on a very wide model (`differs`: relative difference of the l
 in its analytic mode on a torch stack of the same blocks, width 16; it also sets the weights, has no softmax attention
 and no covariance of tokens. It is optional: absent, its row says so.
 
-    python -m experiments.benchmarks.theory_speed            # 2 minutes; `--smoke` a few seconds
+    python -m experiments.benchmarks.theory_speed            # minutes; `--smoke` a few seconds
 """
 
 from __future__ import annotations
@@ -296,18 +296,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="also write the rows as JSON to this file")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    jobs: list[Callable[[], list[Row]]]
     if chosen.smoke:
-        jobs = [*exchangeable_rows(8, 1), gram_row(2, 12, 1), sweep_row(2, 2, 2), depth_row((4, 8, 16))]
-        jobs.append(feed_forward_row(8, 4))
+        jobs = [lambda: exchangeable_rows(8, 1), lambda: [gram_row(2, 12, 1)], lambda: [sweep_row(2, 2, 2)]]
+        jobs += [lambda: [depth_row((4, 8, 16))], lambda: [feed_forward_row(8, 4)]]
     else:
-        jobs = [*exchangeable_rows(1000, 3), gram_row(128, 128, 2), sweep_row(100, 32, 20)]
-        jobs += [depth_row((125, 250, 500, 1000, 2000)), feed_forward_row(1000, 100)]
+        jobs = [lambda: exchangeable_rows(1000, 3), lambda: [gram_row(128, 128, 2)], lambda: [sweep_row(100, 32, 20)]]
+        jobs += [lambda: [depth_row((125, 250, 500, 1000, 2000))], lambda: [feed_forward_row(1000, 100)]]
     head = f"{'job':<40} {'predict s':>10} {'aim s':>6} {'loop s':>9} {'loop/predict':>12}"
     print(head, f"{'peer s':>7} {'differs':>8}  note")
-    for row in jobs:
-        print(_line(row))
+    rows = []
+    for job in jobs:
+        for row in job():
+            rows.append(row)
+            print(_line(row), flush=True)
     if chosen.out is not None:
-        write_text(chosen.out, json.dumps({"python": sys.version.split()[0], "rows": jobs}, indent=1) + "\n")
+        write_text(chosen.out, json.dumps({"python": sys.version.split()[0], "rows": rows}, indent=1) + "\n")
     return 0
 
 
