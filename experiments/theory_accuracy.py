@@ -24,6 +24,8 @@ ends it, so leave a margin of two minutes.
 Cost: see `--dry-run`; the comparison predicts on the CPU, seconds a task. `--smoke` takes seconds. Simulations are kept
 by content id in the folder `--runs` and do not depend on the theory: a better theory needs `--stage compare` alone.
 Writes `results/theory_accuracy.json` (rows, extrapolations, verdicts) and `results/theory_accuracy.png`.
+
+Expected: every block `within`; stacks `within` at d_model 1024 or after the extrapolation.
 """
 
 from __future__ import annotations
