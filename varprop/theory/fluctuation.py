@@ -161,7 +161,7 @@ def fluctuation(spec: ModelSpec, *, n_tokens: int, token_correlation: float = 0.
     >>> relu = FeedForwardSpec(d_ff=683, activation="relu", gated=False)
     >>> spec = ModelSpec(d_model=256, n_layers=4, feed_forward=relu)
     >>> fluctuation(spec, n_tokens=128).second_moment[[0, 1, 4], 4].round(4)
-    array([0.0078, 0.011 , 0.02  ])
+    array([0.0078, 0.0124, 0.0252])
     """
     profile = predict(spec, n_tokens=n_tokens, token_correlation=token_correlation, seed=seed)
     return spread_profile(
