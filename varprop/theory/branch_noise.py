@@ -22,10 +22,11 @@ import scipy.special
 
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec, MoESpec, TensorRow, layer_table
-from varprop.theory.activation import SERIES
+from varprop.theory.activation import SERIES, gelu
 from varprop.theory.attention import allowed_keys, attention_gains, attention_weights
+from varprop.theory.gates import Router, gates
 from varprop.theory.linear import effective_gain
-from varprop.theory.moe import gates
+from varprop.theory.moe import overlap_of
 from varprop.theory.namespace import normal_density
 from varprop.theory.quadrature import gram_root, normal_nodes
 
@@ -39,11 +40,7 @@ PATTERN_BUDGET = 2**21
 """Attention entries drawn per correlation: between 8 and 192 groups of heads."""
 GATE_BUDGET = 2**19
 """Router logits drawn per correlation: between 256 and 4096 draws of four tokens."""
-FUNCTIONS = {
-    "identity": lambda x: x,
-    "gelu": lambda x: x * scipy.special.ndtr(x),
-    **SERIES,
-}
+FUNCTIONS = {"identity": lambda x: x, "gelu": gelu, **SERIES}
 
 
 def mean_covariance(patterns: Any, n_tokens: Any) -> np.ndarray:
@@ -239,17 +236,20 @@ class _Gates:
 
 
 def _draw_gates(part: MoESpec, correlation: float, logit_std: float, rng: np.random.Generator) -> _Gates:
-    """Gates of four exchangeable tokens, drawn with the same random numbers at every correlation."""
+    """Means by quadrature; the rest from gates of four exchangeable tokens, the same random numbers at every c."""
     n_draws = int(np.clip(GATE_BUDGET // (4 * part.n_experts), 256, 4096))
     common, own = rng.standard_normal((n_draws, 1, part.n_experts)), rng.standard_normal((n_draws, 4, part.n_experts))
     logits = logit_std * (np.sqrt(correlation) * common + np.sqrt(1 - correlation) * own)
-    g = part.gate_multiplier * gates(logits, part)
+    sums_to_one = part.gate_order == "top_k_then_score" or part.top_k == part.n_experts
+    normalised = part.normalize_gates or (part.router == "softmax" and sums_to_one)
+    g = gates(logits, Router(part.n_experts, part.top_k, part.router, normalised))
     overlap = g @ g.swapaxes(-1, -2)
-    q, off = np.trace(overlap.mean(axis=0)) / 4, (overlap.mean(axis=0).sum() - np.trace(overlap.mean(axis=0))) / 12
-    products = np.array([np.mean(overlap[:, a, b] * overlap[:, c, d]) for a, b, c, d in PATTERNS])
-    centred = products - [overlap[:, a, b].mean() * overlap[:, c, d].mean() for a, b, c, d in PATTERNS]
+    pairs = [(overlap[:, a, b], overlap[:, c, d]) for a, b, c, d in PATTERNS]
+    covariance = np.array([np.mean(x * y) - x.mean() * y.mean() for x, y in pairs])
     same = np.array([np.mean(np.sum(g[:, a] * g[:, b] * g[:, c] * g[:, d], axis=-1)) for a, b, c, d in PATTERNS])
-    return _Gates(float(q), float(off), centred, same)
+    power = part.gate_multiplier**2
+    diagonal, off = (power * float(overlap_of(part, logit_std, c)) for c in (1.0, correlation))
+    return _Gates(diagonal, off, power**2 * covariance, power**2 * same)
 
 
 def attention_law(spec: ModelSpec, layer: int, n_tokens: int, input_moment: float, seed: int) -> BranchLaw:

@@ -25,10 +25,14 @@ import numpy as np
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec
 from varprop.theory.branch_noise import BranchLaw, attention_law, mlp_law
-from varprop.theory.depth import predict
+from varprop.theory.causal import has_closure
+from varprop.theory.depth import MAX_GRAM_TOKENS, _check_integer, _checked_correlation, predict
+from varprop.theory.exchangeable import embedding_second_moment, is_tabulated
+from varprop.theory.gram import GramRecursion
+from varprop.theory.moments import Moments
 
 SPREAD_ERROR = 0.1
-"""Relative error of `fluctuation` claimed for d_model >= 64; twice that for causal attention."""
+"""Relative error of `fluctuation` claimed for d_model >= 64."""
 
 
 def gaussian_relative_variance(token_correlation: Any, n_tokens: Any, degrees: Any) -> Any:
@@ -147,14 +151,16 @@ class Fluctuation:
     token_correlation: np.ndarray
 
 
-def fluctuation(spec: ModelSpec, *, n_tokens: int, token_correlation: float = 0.0, seed: int = 0) -> Fluctuation:
+def fluctuation(
+    spec: ModelSpec, *, n_tokens: int, token_correlation: float | np.ndarray = 0.0, seed: int = 0
+) -> Fluctuation:
     """Spread across networks of the token-averaged second moment and of the token correlation at every layer and site.
 
-    Networks differ in their weights and in their tokens: Gaussian at the embedding, of this correlation, as
-    `simulate.sample` draws them. Relative error of `second_moment` below SPREAD_ERROR for d_model >= 64, below
-    twice that for causal attention, where the mean correlation stands for all pairs of positions. Attention patterns
-    and routers are drawn (seed). `token_correlation` of attn_out is a lower bound: the Gram matrix of the realised
-    tokens moves it too. Raises `AssumptionError` as `predict` does.
+    Networks differ in their weights and in their tokens: Gaussian at the embedding, of this correlation (a number or a
+    matrix, as in `predict`), as `simulate.sample` draws them. Relative error of `second_moment` below SPREAD_ERROR for
+    d_model >= 64; without bound where a block mask makes few large blocks. Attention patterns and routers are drawn
+    (seed). `token_correlation` of attn_out is a lower bound: the Gram matrix of the realised tokens moves it too.
+    Raises `AssumptionError` as `predict` does, and for other norm placements than "pre".
     Source: derived in proofs/prove_fluctuation.py. Checked by: tests/theory/test_fluctuation.py.
 
     >>> from varprop.spec import FeedForwardSpec, ModelSpec
@@ -163,14 +169,39 @@ def fluctuation(spec: ModelSpec, *, n_tokens: int, token_correlation: float = 0.
     >>> fluctuation(spec, n_tokens=128).second_moment[[0, 1, 4], 4].round(4)
     array([0.0078, 0.0124, 0.0252])
     """
-    profile = predict(spec, n_tokens=n_tokens, token_correlation=token_correlation, seed=seed)
-    return spread_profile(
-        spec,
-        n_tokens=n_tokens,
-        second_moment=np.asarray(profile.second_moment),
-        token_correlation=np.asarray(profile.token_correlation),
-        seed=seed,
-    )
+    if is_tabulated(spec) and np.ndim(token_correlation) == 0:
+        profile = predict(spec, n_tokens=n_tokens, token_correlation=token_correlation, seed=seed)
+        q, c, wishart = np.asarray(profile.second_moment), np.asarray(profile.token_correlation), None
+    else:
+        q, c, wishart = _resolved(spec, n_tokens, token_correlation, seed)
+    return spread_profile(spec, n_tokens=n_tokens, second_moment=q, token_correlation=c, wishart=wishart, seed=seed)
+
+
+def _resolved(
+    spec: ModelSpec, n_tokens: int, token_correlation: float | np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Second moments, correlations and Wishart covariances from the position-resolved Gram matrices."""
+    _check_integer("n_tokens", n_tokens, 1)
+    wrong, domain = "too many for a position-resolved recursion", f"at most {MAX_GRAM_TOKENS}"
+    require(n_tokens <= MAX_GRAM_TOKENS, AssumptionError, "n_tokens", n_tokens, wrong, domain)
+    matrix = np.asarray(_checked_correlation(token_correlation, n_tokens))
+    if matrix.ndim == 0:
+        matrix = (1 - matrix) * np.eye(n_tokens) + matrix
+    start = embedding_second_moment(spec) * matrix
+    q, c = np.full((2, spec.n_layers + 1, 5), np.nan)
+    wishart = np.full((spec.n_layers + 1, 5, 2, 2), np.nan)
+
+    def write(layer: int, site: int, gram: np.ndarray) -> None:
+        mean = Moments(gram.mean(axis=0, keepdims=True), n_tokens)
+        q[layer, site], c[layer, site] = mean.second_moment[0], mean.token_correlation[0]
+        wishart[layer, site] = gram_covariance(mean.gram[0], spec.d_model)
+
+    write(0, POST, start[None])
+    recursion = GramRecursion(spec, start, None if has_closure(spec) else seed)
+    for layer, sites in enumerate(recursion, start=1):
+        for site, gram in enumerate(sites):
+            write(layer, site, gram)
+    return q, c, wishart
 
 
 def spread_profile(
@@ -179,17 +210,17 @@ def spread_profile(
     n_tokens: int,
     second_moment: np.ndarray,
     token_correlation: np.ndarray,
-    gram: np.ndarray | None = None,
+    wishart: np.ndarray | None = None,
     seed: int = 0,
 ) -> Fluctuation:
     """`fluctuation` around given means (n_layers + 1, 5): second moments and token correlations at every site.
 
-    gram: mean Gram matrices (n_layers + 1, 5, T, T) where tokens are not exchangeable (causal attention); they replace
-    the mean correlation in the Wishart part.
+    wishart: `gram_covariance` of the mean Gram matrix at every site, (n_layers + 1, 5, 2, 2), where tokens are not
+    exchangeable; else that of exchangeable tokens.
     """
     placement = spec.norm.placement
     require(placement == "pre", AssumptionError, "norm.placement", placement, "not covered by the theory", "'pre'")
-    recursion = _Recursion(spec, n_tokens, second_moment, np.clip(token_correlation, 0.0, 1.0), gram, seed)
+    recursion = _Recursion(spec, n_tokens, second_moment, np.clip(token_correlation, 0.0, 1.0), wishart, seed)
     for layer in range(1, spec.n_layers + 1):
         recursion.advance(layer)
     return Fluctuation(recursion.spread, recursion.correlation_spread)
@@ -202,9 +233,9 @@ class _Recursion:
     """Carries the covariance of (q, s) of the stream down the layers."""
 
     def __init__(
-        self, spec: ModelSpec, n_tokens: int, q: np.ndarray, c: np.ndarray, gram: np.ndarray | None, seed: int
+        self, spec: ModelSpec, n_tokens: int, q: np.ndarray, c: np.ndarray, wishart: np.ndarray | None, seed: int
     ) -> None:
-        self.spec, self.n_tokens, self.q, self.c, self.gram, self.seed = spec, n_tokens, q, c, gram, seed
+        self.spec, self.n_tokens, self.q, self.c, self.wishart, self.seed = spec, n_tokens, q, c, wishart, seed
         self.spread, self.correlation_spread = np.full_like(q, np.nan), np.full_like(q, np.nan)
         self.laws: dict[Any, BranchLaw] = {}
         self.covariance = self._gaussian(0, POST)
@@ -260,8 +291,8 @@ class _Recursion:
         return np.zeros(2) if others == 0 else np.array([-(1 / others + c) / q, self.n_tokens / others / q])
 
     def _gaussian(self, layer: int, site: int) -> np.ndarray:
-        if self.gram is not None:
-            return gram_covariance(self.gram[layer, site], self.spec.d_model)
+        if self.wishart is not None:
+            return self.wishart[layer, site]
         q, c = self.q[layer, site], self.c[layer, site]
         return gaussian_covariance(q, c, self.n_tokens, self.spec.d_model)
 
