@@ -15,12 +15,13 @@ from varprop import results
 from varprop.errors import AccuracyWarning, AssumptionError, require
 from varprop.spec import ModelSpec
 from varprop.spec.axes import combinations, dimensions, plain
-from varprop.theory.causal import CLOSURE_ERROR, has_closure
+from varprop.theory.causal import has_closure
 from varprop.theory.error import claims
 from varprop.theory.exchangeable import embedding_second_moment, exchangeable_profile, is_tabulated, structure
 from varprop.theory.gram import GramRecursion
 from varprop.theory.moments import Moments
 
+CLOSURE_ERROR = 0.01
 METHODS = ("auto", "sampled")
 MAX_GRAM_TOKENS = 4096
 """A position-resolved recursion holds several (n_tokens, n_tokens) matrices."""

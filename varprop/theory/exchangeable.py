@@ -33,7 +33,7 @@ from varprop.theory.linear import effective_gain
 from varprop.theory.moe import mix_shared, overlap_of
 from varprop.theory.norm import centred_second_moment, cosine_mean, normalised_second_moment
 from varprop.theory.pair_table import PairTable, Rule
-from varprop.theory.softmax_table import softmax_table
+from varprop.theory.exchangeable_table import exchangeable_table
 
 MARGIN = 1.05
 MAX_ROUNDS = 40
@@ -175,7 +175,7 @@ def _attention_rule(specs: Sequence[ModelSpec], n_tokens: int, low: np.ndarray, 
     d_model, tables = specs[0].d_model, {}
     for head_dim in set(head_dims.tolist()):
         std = unit_std[head_dims == head_dim], low[head_dims == head_dim], high[head_dims == head_dim]
-        tables[head_dim] = softmax_table(
+        tables[head_dim] = exchangeable_table(
             n_tokens, head_dim, d_model, float((std[0] * std[1]).min()), float((std[0] * std[2]).max())
         )
 

@@ -63,7 +63,7 @@ class GramRecursion:
         if self.seed is None:
             return closed_attention(self.spec, layer, tokens, documents=self.documents)
         rng = np.random.default_rng([self.seed, layer])
-        return sampled_attention(self.spec, layer, tokens, self.n_heads, rng)
+        return sampled_attention(self.spec, layer, tokens, self.n_heads, rng, documents=self.documents)
 
     def feed_forward(self, state: np.ndarray, layer: int) -> np.ndarray:
         spec, rows = self.spec, layer_table(self.spec, layer)
