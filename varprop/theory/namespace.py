@@ -21,9 +21,9 @@ def erf(x: Any, xp: Any = np) -> Any:
     return scipy.special.erf(x) if xp is np else xp.erf(x)
 
 
-def erfinv(x: Any, xp: Any = np) -> Any:
-    """The inverse error function."""
-    return scipy.special.erfinv(x) if xp is np else xp.erfinv(x)
+def erfcinv(x: Any, xp: Any = np) -> Any:
+    """The inverse of 1 - erf, accurate for tiny x."""
+    return scipy.special.erfcinv(x) if xp is np else xp.erfinv(1 - x)
 
 
 def normal_density(x: Any, xp: Any = np) -> Any:
