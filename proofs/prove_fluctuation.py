@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import mpmath
 import numpy as np
@@ -12,7 +11,7 @@ import sympy
 from proofs.check import Proof, close, equal, expect, normal_average, normal_moments
 from varprop.theory.branch_noise import PATTERNS, activation_unit, mean_covariance, normal_unit, rectified_moments
 from varprop.theory.fluctuation import (
-    attention_relative_variance,
+    averaged_attention_variance,
     feed_forward_relative_variance,
     gaussian_covariance,
     gaussian_relative_variance,
@@ -137,21 +136,36 @@ def _sorted(powers):
     return tuple(sorted((*powers, *(0,) * (3 - len(powers))), reverse=True))
 
 
-def prove_attention(rule=attention_relative_variance):
-    """Values of `head_dim` coordinates: outputs o[t][h] of two tokens and two heads of a group, jointly Gaussian."""
-    forms: Any = sympy.Matrix(4, 4, lambda i, j: _form(i, j))
-    n_groups, head_dim = sympy.symbols("n_kv d_h", positive=True)
-    values = 2 * sum(entry**2 for entry in forms) / 16 / (n_groups * head_dim)  # Var sum o_i^2 = 2 sum F_ij^2
-    # A token pair in one head has correlation c, any pair across heads z: 16 entries, 4 of them equal to 1.
-    output = gaussian_relative_variance(c, 2, d)
-    equal(rule(c, z, 2, d, 2 * n_groups, head_dim, 2), values + output)
-    one_head = 2 * (2 + 2 * c**2) / 4 / (n_groups * head_dim)
-    equal(rule(c, z, 2, d, n_groups, head_dim), one_head + output)
+def prove_attention(rule=averaged_attention_variance):
+    """Given head outputs o[t][h], power has mean tr K / T and variance 2/d sum K_ts^2 / T^2, K = sum_h o_h o_h' / n.
+
+    Two tokens, head_dim 1, two heads that share keys or do not; then E over o by Isserlis.
+    """
+    for group in (1, 2):
+        first, second = 0, 0
+        for t, s in itertools.product(range(2), repeat=2):
+            for h, g in itertools.product(range(2), repeat=2):
+                # K_tt K_ss and K_ts^2 over heads h and g
+                first += _isserlis([(t, h), (t, h), (s, g), (s, g)], group)
+                second += _isserlis([(t, h), (s, h), (t, g), (s, g)], group)
+        equal(rule(c, z, 2, d, 2, 1, group), (first + 2 * second / d) / 16 - 1)
+    kappa, heads, size = sympy.symbols("kappa n_h g", positive=True)
+    r = 2 * (1 + (size - 1) * kappa**2) / (heads * n)
+    equal(rule(c, kappa, 1, d, heads, n, size), (1 + 2 / d) * (1 + r) - 1)
 
 
-def _form(i, j):
-    same_head = i // 2 == j // 2
-    return 1 if i == j else c if same_head else z
+def _isserlis(indices, group):
+    a, b, u, v = indices
+    pairs = (((a, b), (u, v)), ((a, u), (b, v)), ((a, v), (b, u)))
+    return sum(_form(*one, group) * _form(*other, group) for one, other in pairs)
+
+
+def _form(first, second, group):
+    """E o o' of (token, head) pairs: 1, c across tokens, z across heads of a group, 0 across groups."""
+    (t, h), (s, g) = first, second
+    if h != g:
+        return z if group == 2 else 0
+    return 1 if t == s else c
 
 
 def _normal_fourth(correlation):

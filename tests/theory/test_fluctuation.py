@@ -15,7 +15,7 @@ from varprop.theory.branch_noise import FUNCTIONS, activation_unit, normal_unit
 from varprop.theory.depth import predict
 from varprop.theory.fluctuation import (
     SPREAD_ERROR,
-    attention_relative_variance,
+    averaged_attention_variance,
     feed_forward_relative_variance,
     fluctuation,
     gaussian_covariance,
@@ -76,7 +76,7 @@ def test_relu_at_128_tokens(correlation, measured):
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_attention_law_at_fixed_patterns(group):
-    """4,000 draws of values and outputs at random patterns over equal-size groups; terms of order 1/width^2 allowed."""
+    """4,000 draws of values and outputs at random patterns; 5 % for the spread of the forms around their means."""
     rng = np.random.default_rng(1)
     n_tokens, d, n_heads, head_dim = 5, 48, 4, 16
     weights = rng.dirichlet(np.full(n_tokens, 2.0), (n_heads, n_tokens))
@@ -90,12 +90,12 @@ def test_attention_law_at_fixed_patterns(group):
     measured, stderr = log_spread_and_stderr((out**2).mean(axis=(1, 2)))
     square = np.mean(np.mean(forms[range(n_heads), range(n_heads)] ** 2, axis=0)) * n_tokens / power**2
     correlation = np.sqrt((square - 1) / (n_tokens - 1))
-    predicted = attention_relative_variance(correlation, np.sqrt(across) / power, n_tokens, d, n_heads, head_dim, group)
+    predicted = averaged_attention_variance(correlation, np.sqrt(across) / power, n_tokens, d, n_heads, head_dim, group)
     assert abs(measured - np.log(predicted) / 2) < 4.5 * stderr + 0.05
 
 
 def test_group_size_one_is_multi_head():
-    assert attention_relative_variance(0.3, 0.9, 8, 64, 4, 16, 1) == attention_relative_variance(0.3, 0.1, 8, 64, 4, 16)
+    assert averaged_attention_variance(0.3, 0.9, 8, 64, 4, 16, 1) == averaged_attention_variance(0.3, 0.1, 8, 64, 4, 16)
 
 
 # The recursion against real networks

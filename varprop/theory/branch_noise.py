@@ -23,11 +23,12 @@ import scipy.special
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec, MoESpec, TensorRow, layer_table
 from varprop.theory.activation import SERIES, gelu
-from varprop.theory.attention import allowed_keys, attention_gains, attention_weights
+from varprop.theory.attention import AttentionGains, attention_gains, attention_weights
 from varprop.theory.gates import Router, gates
 from varprop.theory.linear import effective_gain
 from varprop.theory.moe import overlap_of
 from varprop.theory.namespace import normal_density
+from varprop.theory.patterns import allowed_keys
 from varprop.theory.quadrature import gram_root, normal_nodes
 
 PATTERNS = ((0, 0, 0, 0), (0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 1, 2), (0, 1, 0, 1), (0, 1, 0, 2), (0, 1, 2, 3))
@@ -275,8 +276,10 @@ def _attention(
     group, allowed = spec.kv_group_size, allowed_keys(spec, layer, n_tokens)
     n_groups = int(np.clip(PATTERN_BUDGET // (group * n_tokens**2), 8, 192))
     means, values = np.empty((n_groups, 2)), np.zeros(3)
+    gains, gram = attention_gains(spec, layer), input_moment * cosine[None]
+    root = gram_root(gram)
     for index in range(n_groups):
-        weights = _draw_patterns(spec, layer, cosine, input_moment, allowed, group, rng)
+        weights = _draw_patterns(spec, gains, gram, root, allowed, rng)
         square = np.einsum("hts,htr->sr", weights, weights) / (n_tokens * group)
         token_mean = weights.mean(axis=1)
         mixed = square @ cosine
@@ -292,18 +295,14 @@ def _attention(
 
 def _draw_patterns(
     spec: ModelSpec,
-    layer: int,
-    cosine: np.ndarray,
-    input_moment: float,
+    gains: AttentionGains,
+    gram: np.ndarray,
+    root: np.ndarray,
     allowed: np.ndarray,
-    group: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Attention rows (group, T, T) of heads that share their keys."""
-    gains = attention_gains(spec, layer)
-    gram = input_moment * cosine[None]
-    root = gram_root(gram)
-    queries = gains.query**0.5 * (root @ rng.standard_normal((1, group, len(cosine), spec.head_dim)))
-    keys = gains.key**0.5 * (root @ rng.standard_normal((1, 1, len(cosine), spec.head_dim)))
-    keys = np.broadcast_to(keys, queries.shape)
+    """Attention rows (kv_group_size, T, T) of heads that share their keys; gram: (1, T, T), root: its root."""
+    shape = (gram.shape[-1], spec.head_dim)
+    queries = gains.query**0.5 * (root @ rng.standard_normal((1, spec.kv_group_size, *shape)))
+    keys = np.broadcast_to(gains.key**0.5 * (root @ rng.standard_normal((1, 1, *shape))), queries.shape)
     return attention_weights(spec, queries, keys, gains, gram, allowed, rng)[0]

@@ -98,7 +98,7 @@ def feed_forward_relative_variance(
     return 2 * (square * (d_ff - 1) + inner) / (d_model * d_ff) + (inner - 1) / d_ff
 
 
-def attention_relative_variance(
+def averaged_attention_variance(
     output_correlation: Any,
     group_correlation: Any,
     n_tokens: Any,
@@ -109,17 +109,19 @@ def attention_relative_variance(
 ) -> Any:
     """Relative variance of the output power of attention over the values and output weights, at fixed patterns:
 
-    2 A (1/d + 1/(n_heads head_dim)) + 2 (kv_group_size - 1) z^2 / (n_heads head_dim),  A = (1 + (T - 1) c^2) / T.
+    2 r + (2/d)(A + r + (1 + (g - 1) z^2) / n),  r = (A + (g - 1) z^2) / n,  A = (1 + (T - 1) c^2) / T,
 
-    output_correlation: c = p_t' C p_s / p_t' C p_t of two tokens in a head; group_correlation: z, the same for two
-    heads that share keys. Leading order in 1/width. Source: derived in proofs/prove_fluctuation.py.
+    n = n_heads * head_dim, g = kv_group_size. output_correlation: c = p_t' C p_s / p_t' C p_t of two tokens in a head;
+    group_correlation: z, the same for two heads that share keys, at any two tokens. Exact for patterns with these
+    forms. Source: derived in proofs/prove_fluctuation.py. Checked by: tests/theory/test_fluctuation.py.
 
-    >>> attention_relative_variance(1, 1, 10, 64, 4, 16), attention_relative_variance(1, 1, 10, 64, 4, 16, 4)
-    (0.0625, 0.15625)
+    >>> averaged_attention_variance(1, 1, 10, 64, 4, 16), averaged_attention_variance(1, 1, 10, 64, 4, 16, 4)
+    (0.0634765625, 0.16015625)
     """
     square = (1 + (n_tokens - 1) * output_correlation**2) / n_tokens
-    inner = square + (kv_group_size - 1) * group_correlation**2
-    return 2 * square / d_model + 2 * inner / (n_heads * head_dim)
+    shared, units = (kv_group_size - 1) * group_correlation**2, n_heads * head_dim
+    values = (square + shared) / units
+    return 2 * values + 2 * (square + values + (1 + shared) / units) / d_model
 
 
 def required_networks_for(relative_stderr: float, spread: float) -> int:
