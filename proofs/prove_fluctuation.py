@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -115,7 +116,14 @@ def prove_gram_covariance(rule=gram_covariance):
 def prove_feed_forward(rule=feed_forward_relative_variance):
     """E over output weights w of the squared power, for any inner units; then the moments of two i.i.d. units."""
     fourth, pair, kappa = sympy.symbols("m_4 m_2 kappa", positive=True)
-    moment = {(0, 0, 0): 1, (2, 0, 0): 1, (1, 1, 0): c, (4, 0, 0): fourth, (2, 2, 0): pair, (2, 1, 1): z}
+    moment: dict[tuple[int, ...], Any] = {
+        (0, 0, 0): 1,
+        (2, 0, 0): 1,
+        (1, 1, 0): c,
+        (4, 0, 0): fourth,
+        (2, 2, 0): pair,
+        (2, 1, 1): z,
+    }
     for n_tokens, d_model, d_ff in ((2, 2, 2), (3, 1, 2)):
         w, a = sympy.symbols(f"w:{d_model}_:{d_ff}"), sympy.symbols(f"a:{n_tokens}_:{d_ff}")
         rows = [w[i * d_ff : (i + 1) * d_ff] for i in range(d_model)]
