@@ -9,6 +9,7 @@ from proofs import (
     prove_activation,
     prove_attention,
     prove_feed_forward,
+    prove_fluctuation,
     prove_linear,
     prove_moe,
     prove_norm,
@@ -25,6 +26,7 @@ MODULES = (
     prove_softmax,
     prove_attention,
     prove_moe,
+    prove_fluctuation,
 )
 
 

@@ -60,7 +60,9 @@ def inverse_width(spec: ModelSpec) -> float:
 def _inner(spec: ModelSpec, matrix: str, width: int) -> float:
     """Inner units, or blocks of them that a block mask keeps: these come and go together."""
     mask = spec.masks.of(matrix)
-    return max(1.0, width * mask.density / mask.block_size) if mask is not None and mask.kind == "block" else width
+    if mask is None or mask.kind != "block" or mask.density == 1:
+        return width
+    return max(1.0, width * mask.density / mask.block_size)
 
 
 @dataclass(frozen=True)
