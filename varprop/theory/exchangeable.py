@@ -7,14 +7,14 @@ the cost is linear in depth, and almost independent of the number of specs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from varprop.errors import AssumptionError
-from varprop.spec import ModelSpec, TensorRow, layer_table
+from varprop.spec import ModelSpec, MoESpec, layer_table
 from varprop.spec.tensors import init_std
-from varprop.theory.activation import activation_kernel
 from varprop.theory.attention import (
     attention_gains,
     attention_logit_std,
@@ -23,17 +23,15 @@ from varprop.theory.attention import (
     value_key_coupling,
 )
 from varprop.theory.block import Frame, block
+from varprop.theory.exchangeable_table import exchangeable_table
 from varprop.theory.feed_forward import (
-    FeedForwardGains,
     feed_forward_covariance,
     feed_forward_gains,
     feed_forward_second_moment,
 )
-from varprop.theory.linear import effective_gain
-from varprop.theory.moe import mix_shared, overlap_of
+from varprop.theory.moe import MoEGains, expert_choice_moments, moe_covariance, moe_gains, moe_second_moment
 from varprop.theory.norm import centred_second_moment, cosine_mean, normalised_second_moment
 from varprop.theory.pair_table import PairTable, Rule
-from varprop.theory.exchangeable_table import exchangeable_table
 
 MARGIN = 1.05
 MAX_ROUNDS = 40
@@ -52,7 +50,7 @@ def structure(spec: ModelSpec) -> tuple[object, ...]:
         spec.block,
         spec.attention is None,
         None if feed_forward is None else (feed_forward.activation, feed_forward.gated),
-        None if moe is None else replace(moe, d_expert=1, gate_multiplier=1.0),
+        None if moe is None else replace(moe, d_expert=1),
         spec.moe_pattern,
     )
 
@@ -140,7 +138,7 @@ class _Rules:
         if specs[0].feed_forward is not None or specs[0].moe is not None:
             for is_moe in set(self._kinds):
                 layer = self._kinds.index(is_moe) + 1
-                self._feed_forward[is_moe] = PairTable(_feed_forward_rule(specs, layer), low, high)
+                self._feed_forward[is_moe] = PairTable(_feed_forward_rule(specs, layer, self._n_tokens), low, high)
 
     def covers_what_it_met(self) -> bool:
         """Whether the tables covered every input; if not, they are built again over a wider range."""
@@ -197,61 +195,59 @@ def _attention_rule(specs: Sequence[ModelSpec], n_tokens: int, low: np.ndarray, 
     return rule
 
 
-def _feed_forward_rule(specs: Sequence[ModelSpec], layer: int) -> Rule:
-    tables = [layer_table(spec, layer) for spec in specs]
-    first = specs[0]
-    if not first.is_moe(layer):
-        part = first.feed_forward
-        assert part is not None
-        return _two_layer_rule(tables, "mlp.", part.activation, part.gated, first.d_model)
-    mixture = first.moe
-    assert mixture is not None
-    experts = _two_layer_rule(tables, "moe.experts.", mixture.activation, mixture.gated, first.d_model)
-    router = np.array([effective_gain(rows["moe.router"]) for rows in tables])[:, None, None]
-    multiplier = np.array([spec.moe.gate_multiplier for spec in specs if spec.moe is not None])[:, None, None]
-
-    def routed(second_moment: np.ndarray, correlation: np.ndarray, chosen: slice) -> tuple[np.ndarray, np.ndarray]:
-        diagonal, covariance = experts(second_moment, correlation, chosen)
-        std = np.sqrt(router[chosen] * second_moment)
-        square = multiplier[chosen] ** 2
-        return (
-            square * overlap_of(mixture, std, 1.0) * diagonal,
-            square * overlap_of(mixture, std, correlation) * covariance,
-        )
-
-    if not mixture.n_shared_experts:
-        return routed
-    shared = _two_layer_rule(tables, "moe.shared.", mixture.activation, mixture.gated, first.d_model)
-    gate = np.array([rows["moe.shared_gate"].gain if mixture.shared_gate else 0.0 for rows in tables])[:, None, None]
-
-    def mixed(second_moment: np.ndarray, correlation: np.ndarray, chosen: slice) -> tuple[np.ndarray, np.ndarray]:
-        own = shared(second_moment, correlation, chosen)
-        if mixture.shared_gate:
-            variance = gate[chosen] * second_moment
-            own = tuple(
-                x * activation_kernel("sigmoid", variance, c) for x, c in zip(own, (1.0, correlation), strict=True)
-            )
-        both = zip(routed(second_moment, correlation, chosen), own, strict=True)
-        return tuple(mix_shared(r, x, mixture.top_k, mixture.shared_mixing) for r, x in both)  # type: ignore[return-value]
-
-    return mixed
-
-
-def _two_layer_rule(
-    tables: Sequence[dict[str, TensorRow]], prefix: str, activation: str, gated: bool, d_model: int
-) -> Rule:
-    """Feed-forward whose tensors start with `prefix`, for a pair of tokens and many specs."""
-    each = [
-        feed_forward_gains({n.removeprefix(prefix): r for n, r in t.items() if n.startswith(prefix)}) for t in tables
-    ]
-    inner, up, down = (np.array([getattr(g, name) for g in each])[:, None, None] for name in ("inner", "up", "down"))
+def _feed_forward_rule(specs: Sequence[ModelSpec], layer: int, n_tokens: int) -> Rule:
+    tables, d_model = [layer_table(spec, layer) for spec in specs], specs[0].d_model
+    if specs[0].is_moe(layer):
+        return _mixture_rule(_stacked([moe_gains(rows) for rows in tables]), _part(specs[0]), d_model, n_tokens)
+    part = specs[0].feed_forward
+    assert part is not None
+    names = {name: row for name, row in tables[0].items() if name.startswith("mlp.")}
+    gains = _stacked([feed_forward_gains({n.removeprefix("mlp."): rows[n] for n in names}) for rows in tables])
 
     def rule(second_moment: np.ndarray, correlation: np.ndarray, chosen: slice) -> tuple[np.ndarray, np.ndarray]:
-        gains = FeedForwardGains(inner[chosen], up[chosen], down[chosen])
-        diagonal = feed_forward_second_moment(second_moment, gains, activation, gated)
+        own = _chosen(gains, chosen)
+        diagonal = feed_forward_second_moment(second_moment, own, part.activation, part.gated)
         covariance = feed_forward_covariance(
-            second_moment, second_moment, correlation, gains, activation, gated, d_model
+            second_moment, second_moment, correlation, own, part.activation, part.gated, d_model
         )
         return np.broadcast_to(diagonal, covariance.shape), covariance
 
     return rule
+
+
+def _part(spec: ModelSpec) -> MoESpec:
+    assert spec.moe is not None
+    return spec.moe
+
+
+def _mixture_rule(gains: MoEGains, part: MoESpec, d_model: int, n_tokens: int) -> Rule:
+    def token_choice(m: np.ndarray, correlation: np.ndarray, chosen: slice) -> tuple[np.ndarray, np.ndarray]:
+        own = _chosen(gains, chosen)
+        covariance = moe_covariance(m, m, correlation, own, part, d_model)
+        return np.broadcast_to(moe_second_moment(m, own, part), covariance.shape), covariance
+
+    def expert_choice(m: np.ndarray, correlation: np.ndarray, chosen: slice) -> tuple[np.ndarray, np.ndarray]:
+        return expert_choice_moments(m, correlation, _chosen(gains, chosen), part, n_tokens)
+
+    return token_choice if part.routing == "token_choice" else expert_choice
+
+
+def _stacked(each: Sequence[Any]) -> Any:
+    """Gains of many specs as one: numbers become arrays (n_specs, 1, 1)."""
+    first = each[0]
+    values = {}
+    for item in fields(first):
+        found = [getattr(gains, item.name) for gains in each]
+        if found[0] is None:
+            values[item.name] = None
+        else:
+            values[item.name] = _stacked(found) if is_dataclass(found[0]) else np.array(found)[:, None, None]
+    return type(first)(**values)
+
+
+def _chosen(gains: Any, chosen: slice) -> Any:
+    """Some of the specs of stacked gains."""
+    values = {item.name: getattr(gains, item.name) for item in fields(gains)}
+    return type(gains)(
+        **{n: None if v is None else _chosen(v, chosen) if is_dataclass(v) else v[chosen] for n, v in values.items()}
+    )
