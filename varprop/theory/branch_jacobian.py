@@ -194,17 +194,19 @@ def _attention_powers(
     key, query = variance * (1 - c), variance * (1 - c) * (1 - key_c)
     own_query = query * (mean.square + mean.spread / d_model)
     pair_query = query * (mean.pair_square + mean.pair_spread / d_model)
-    sources = softmax_sources(mean.participation, mean.square, mean.spread, variance, c, key_c, d_model)
+    sources = softmax_sources(
+        mean.participation, mean.key_square, mean.square, mean.spread, variance, c, key_c, d_model
+    )
     values = {
         "all_sources": tokens.own * sources,
-        "own_token": tokens.own * (mean.own_weight + key * mean.own_square + own_query),
+        "own_token": tokens.own * (mean.own_weight + key * mean.own_key_square + own_query),
         "token_mean": token_mean(tokens.own * (1 + own_query), tokens.pair * (1 + pair_query), n_tokens),
     }
     others = max(n_tokens - 1, 1)
     return BranchPowers(
         values,
         own_pair=tokens.own * (n_tokens - 1) * (mean.pair_overlap + key * c * mean.pair_square),
-        pair_own=tokens.pair * (1 - mean.participation - key * mean.square) / others,
+        pair_own=tokens.pair * (1 - mean.participation - key * mean.key_square) / others,
         pair=tokens.pair * (1 - mean.pair_overlap - key * c * mean.pair_square + pair_query),
         forward=np.nan,
     )
