@@ -8,6 +8,7 @@ import sys
 from proofs import (
     prove_activation,
     prove_attention,
+    prove_backward,
     prove_feed_forward,
     prove_linear,
     prove_moe,
@@ -25,6 +26,7 @@ MODULES = (
     prove_softmax,
     prove_attention,
     prove_moe,
+    prove_backward,
 )
 
 

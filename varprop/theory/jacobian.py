@@ -17,7 +17,8 @@ import numpy as np
 
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec
-from varprop.theory.branch_jacobian import BranchPowers, Jacobian, branch_powers, norm_powers
+from varprop.theory.attention import attention_gains
+from varprop.theory.branch_jacobian import BranchPowers, Jacobian, branch_powers, logit_std, norm_powers
 from varprop.theory.namespace import checked
 
 DEFINITIONS = ("all_sources", "own_token", "token_mean")
@@ -53,6 +54,7 @@ def attention_jacobian(
     >>> attention_jacobian(spec, 1, n_tokens=1, second_moment=2.0, token_correlation=1.0)["all_sources"]  # one key
     0.4921...
     """
+    _present(spec, "attention")
     arrays = checked_moments(spec, layer, n_tokens, second_moment=second_moment, token_correlation=token_correlation)
     return _output(branch_powers(spec, layer, n_tokens, "attention", *arrays).values)
 
@@ -74,6 +76,7 @@ def feed_forward_jacobian(
     >>> round(j["own_token"], 3), round(j["token_mean"], 3)
     (0.246, 0.121)
     """
+    _present(spec, "mlp")
     arrays = checked_moments(spec, layer, n_tokens, second_moment=second_moment, token_correlation=token_correlation)
     return _output(branch_powers(spec, layer, n_tokens, "mlp", *arrays).values)
 
@@ -125,10 +128,39 @@ def block_jacobian(
     return _output({name: identity_deviation(power, trace) for name, power in powers.items()})
 
 
+def jacobian_error(spec: ModelSpec, layer: int) -> float:
+    """Claimed relative error of `block_jacobian` at the width of the spec; positions of causal attention apart.
+
+    Feed-forward 3 / d. Attention (3 + 4 s^2) / d + s^2 / head_dim, s^2 the variance of the logits: sharing |u|^2 = d
+    between the attended direction and the rest takes 3 s^2 to 4 s^2 in d, tilted keys add s^2 in head_dim. A norm after
+    the branch or the sum: 4 / d each for the fluctuation of what it divides by.
+    Checked by: tests/theory/test_backward.py.
+
+    >>> from varprop.spec import FeedForwardSpec
+    >>> spec = ModelSpec(d_model=300, n_layers=1, feed_forward=FeedForwardSpec(d_ff=64))
+    >>> jacobian_error(spec, 1)
+    0.01
+    """
+    norms = 4 if spec.norm_placement(layer) in ("post", "peri", "reordered") else 0
+    error = 0.0
+    for name in branch_names(spec):
+        error += (3 + norms) / spec.d_model
+        if name == "attention":
+            gains = attention_gains(spec, layer)
+            variance = float(logit_std(spec, gains.query * gains.key, 1.0)) ** 2
+            error += 4 * variance / spec.d_model + variance / spec.head_dim
+    return error
+
+
 def branch_names(spec: ModelSpec) -> tuple[str, ...]:
     """The branches of a block in order: `attention`, `mlp`."""
     has = (spec.attention is not None, spec.feed_forward is not None or spec.moe is not None)
     return tuple(name for name, present in zip(("attention", "mlp"), has, strict=True) if present)
+
+
+def _present(spec: ModelSpec, name: str) -> None:
+    field = "attention" if name == "attention" else "feed_forward"
+    require(name in branch_names(spec), AssumptionError, field, None, "absent", "a spec with this branch")
 
 
 def checked_moments(spec: ModelSpec, layer: int, n_tokens: int, **moments: Any) -> list[np.ndarray]:
