@@ -1,7 +1,7 @@
 """Proofs of varprop/theory/backward.py and of the Jacobians in *jacobian.py beside it.
 
-Weights that multiply a derivative are symbols independent of those in the pre-activation: the norm removes the direction
-of the token, and orthogonal projections of a Gaussian row are independent.
+Weights that multiply a derivative are symbols independent of those in the pre-activation: the norm removes the
+direction of the token, and orthogonal projections of a Gaussian row are independent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from varprop import presets
 from varprop.theory.backward import gradient_growth, jacobian_product, weight_gradient_second_moment
 from varprop.theory.branch_jacobian import gated_jacobian, gated_sum_jacobian, norm_jacobian, plain_jacobian
 from varprop.theory.gate_jacobian import gate_jacobian
-from varprop.theory.jacobian import identity_deviation
+from varprop.theory.jacobian import identity_deviation, product_excess
 from varprop.theory.softmax_jacobian import centred_overlap, mean_rotation, power_moments, softmax_sources
 
 D = 2
@@ -52,8 +52,19 @@ def prove_norm_jacobian(rule=norm_jacobian):
 
 def prove_identity_deviation(rule=identity_deviation):
     j: Any = sympy.Matrix(D, D, sympy.symbols(f"j:{D * D}", real=True))
-    gap = j - sympy.eye(D)
-    equal(rule((j.T * j).trace() / D, j.trace() / D), (gap.T * gap).trace() / D)
+    gap, trace = j - sympy.eye(D), j.trace() / D
+    equal(rule((j.T * j).trace() / D - trace**2, trace), (gap.T * gap).trace() / D)
+
+
+def prove_product_excess(rule=product_excess):
+    """Powers and traces multiply for J_i = t_i I + X_i with zero-mean independent X_i of i.i.d. entries."""
+    t, std = sympy.symbols("t:2", positive=True), sympy.symbols("sigma:2", positive=True)
+    parts = [_matrix(f"x{i}_", D, D) for i in range(2)]
+    moments = _normals(parts[0], std[0]) | _normals(parts[1], std[1])
+    product = (t[1] * sympy.eye(D) + parts[1]) * (t[0] * sympy.eye(D) + parts[0])
+    power = expect((product.T * product).trace() / D, moments)
+    excess = [D * v**2 for v in std]
+    equal(rule(excess[0], t[0], excess[1], t[1]), power - (t[0] * t[1]) ** 2)
 
 
 def _matrix(name, rows, columns):
@@ -294,13 +305,12 @@ def prove_weight_gradient(rule=weight_gradient_second_moment):
 
 PROOFS = [
     Proof("norm Jacobian of one token and of two, rms and layer", "equal second moments", prove_norm_jacobian),
-    Proof("||J - I||^2 = ||J||^2 - 2 tr J + d", "none", prove_identity_deviation),
+    Proof("||J - I||^2 from power and trace", "none", prove_identity_deviation),
+    Proof("power of a product", "independent zero-mean parts", prove_product_excess),
     Proof("plain feed-forward Jacobian", "slopes independent of the weights after them", prove_plain_jacobian),
     Proof("gated feed-forward Jacobian", "slopes independent of the weights after them", prove_gated_jacobian),
     Proof("Jacobian of a gated sum of experts", "independent zero-mean experts and router", prove_gated_sum),
-    Proof(
-        "softmax Jacobian: value, key and query path", "weights independent of tokens; Gaussian", prove_softmax_sources
-    ),
+    Proof("softmax Jacobian: value, key and query path", "Gaussian tokens, fixed weights", prove_softmax_sources),
     Proof("overlap of centring matrices", "none", prove_centred_overlap),
     Proof("softmax power moments, two and three keys (1e-8)", "i.i.d. normal logits", prove_power_moments),
     Proof("gate Jacobian, two experts (1e-7)", "i.i.d. normal router logits", prove_gate_two_experts),

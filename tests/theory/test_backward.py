@@ -146,7 +146,7 @@ def test_gates_against_autograd():
             assert abs(float(sample.mean()) - value) < 5 * float(sample.std()) / 20_000**0.5 + 1e-3 * value
 
 
-@pytest.mark.parametrize("std", [0.03, 0.2, 0.95, 2.2, 14.0])
+@pytest.mark.parametrize("std", [0.03, 0.2, 0.95, 2.2, 6.0])
 def test_gate_table_between_its_nodes(std):
     table = gate_jacobian(16, 4, std, normalize=True)
     np.testing.assert_allclose(table, gate_jacobian_at(Router(16, 4, "softmax", True), std), rtol=1e-3)
@@ -202,13 +202,14 @@ def test_relu_gradients_telescope():
 def test_interval_of_xiong():
     """Relu Pre-LN: 1 + L/2 <= q_L <= 1 + 3L/2 (arXiv 2002.04745, lemma 2); the gradient grows by the same factor at
     the upper end, where one token's attention is linear."""
-    for n_tokens, upper in ((1, True), (64, False)):
-        spec = model(activation="relu", gated=False, n_layers=6, d_model=2**16, n_heads=2**11, d_ff=64)
-        q = 1 + 1.5 * np.arange(6)
-        moments = {"second_moment": q, "token_correlation": q * 0, "middle_second_moment": q + 1}
+    spec = model(activation="relu", gated=False, n_layers=6, d_model=2**16, n_heads=2**11, d_ff=64)
+    layers = np.arange(6)
+    for n_tokens, step in ((1, 1.5), (64, 0.5)):
+        q = 1 + step * layers
+        moments = {"second_moment": q, "token_correlation": q * 0, "middle_second_moment": q + step - 0.5}
         found = gradient_second_moment(spec, n_tokens=n_tokens, middle_token_correlation=q * 0, **moments)
         growth = found.second_moment[0]
-        assert growth == pytest.approx(10, rel=1e-3) if upper else 4 < growth < 10
+        assert growth == pytest.approx(10, rel=1e-3) if n_tokens == 1 else 4 < growth < 10
 
 
 def test_gelu_residual_stack_of_partial_jacobians():
@@ -308,7 +309,7 @@ def test_paper_model_at_step_zero():
     np.testing.assert_allclose(found, [0.0083, 0.0056], rtol=0.12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     q=st.floats(1e-3, 1e6),
     c=st.floats(0.0, 1.0),
@@ -325,7 +326,7 @@ def test_own_is_part_of_all(q, c, n_tokens, scale, pattern, placement):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 10**7])
-@pytest.mark.parametrize("scale", [1e-12, 50.0])
+@pytest.mark.parametrize("scale", [1e-10, 50.0])
 def test_extremes(n_tokens, scale):
     for pattern in ("full", "causal"):
         values = deviation(model(pattern=pattern, logit_scale=scale / 32**0.5), 1.0, 0.0, n_tokens)
@@ -378,21 +379,15 @@ def test_errors(spec, arguments, message):
 
 
 def test_errors_of_other_functions():
-    with pytest.raises(AssumptionError, match="moe.routing='expert_choice' is not covered"):
+    with pytest.raises(AssumptionError, match=r"moe\.routing='expert_choice' is not covered"):
         feed_forward_jacobian(mixture(routing="expert_choice"), 1, n_tokens=4, second_moment=1.0, token_correlation=0.0)
+    two = {"second_moment": [1.0, 2.0], "token_correlation": [0.0, 0.0]}
+    middle = {f"middle_{name}": value for name, value in two.items()}
     with pytest.raises(AssumptionError, match="expected one number for each of the 1 layers"):
-        profile(model(), 1.0).second_moment
-        gradient_second_moment(
-            model(),
-            n_tokens=4,
-            second_moment=[1.0, 2.0],
-            token_correlation=[0.0, 0.0],
-            middle_second_moment=[1.0, 2.0],
-            middle_token_correlation=[0.0, 0.0],
-        )
-    with pytest.raises(AssumptionError, match="increment=0.0 is outside the domain"):
+        gradient_second_moment(model(), n_tokens=4, **two, **middle)
+    with pytest.raises(AssumptionError, match=r"increment=0\.0 is outside the domain"):
         jacobian_product(1.0, 0.0, 0.5, 4)
     with pytest.raises(AssumptionError, match="top_k=9 is outside the domain"):
         gate_jacobian(8, 9, 1.0, normalize=True)
-    with pytest.raises(AssumptionError, match="logit_std=-1.0"):
+    with pytest.raises(AssumptionError, match=r"logit_std=-1\.0"):
         power_moments(np.array([4.0]), -1.0)

@@ -21,7 +21,7 @@ import scipy.special
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec
 from varprop.theory.branch_jacobian import BranchPowers, branch_powers
-from varprop.theory.jacobian import branch_names, checked_moments, half_powers
+from varprop.theory.jacobian import branch_names, checked_moments, residual_powers
 from varprop.theory.namespace import checked
 
 
@@ -98,7 +98,9 @@ def gradient_transfers(
         total[members] = np.eye(2)
         for name in names:  # the last residual sum acts on the gradient first
             at = (x[members] for x in moments[name])
-            total[members] = total[members] @ transfer(half_powers(spec, layer, n_tokens, name, *at)[0])
+            rest, trace = residual_powers(spec, layer, n_tokens, name, *at)
+            identity = np.multiply.outer(np.square(trace), np.eye(2))
+            total[members] = total[members] @ (identity + transfer(rest))
     return total
 
 

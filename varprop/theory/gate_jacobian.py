@@ -39,7 +39,7 @@ def gate_jacobian(
 ) -> np.ndarray:
     """E sum_ij (dg_i / dl_j)^2 and E sum_i dg_i / dl_i of the active experts' gates g, stacked.
 
-    softmax: dg_i / dl_j = g_i (delta_ij - g_j), over the top k if normalised, so that the first is E[S_2 - 2 S_3 + S_2^2]
+    softmax: dg_i / dl_j = g_i (delta_ij - g_j), over the top k if normalised: the first is E[S_2 - 2 S_3 + S_2^2]
     with S_a = sum_i g_i^a, else with the sum of squares over all experts in the last factor. sigmoid: g_i' = g_i (1 -
     g_i), or the quotient rule if normalised. The choice of experts is piecewise constant and has no derivative.
 

@@ -33,6 +33,8 @@ EXACT_COUNTS = 32
 PAIR_POSITIONS = 64
 """Pairs of positions are resolved on at most this many, longer sequences are shrunk: 1 % of a
 term O(1/T), 15 % of it for windows near T/64."""
+MAX_STD = 32.0
+"""Beyond it one key dominates, and the shares of all others fall like 1 / s (relative error O(1 / s))."""
 TINY = 1e-300
 
 
@@ -229,7 +231,7 @@ def _pair_averages(spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarra
 
 def _table_limit(largest: float) -> float:
     """Upper end of a table that holds `largest`: a power of sqrt(2), so that nearby profiles share one."""
-    return 2.0 ** (math.ceil(2 * math.log2(max(largest, 0.5)) + 1e-9) / 2)
+    return min(2.0 ** (math.ceil(2 * math.log2(max(largest, 0.5))) / 2), MAX_STD)
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,12 @@ class _Table:
 
     def at(self, std: np.ndarray) -> np.ndarray:
         """(3, *std.shape, counts)."""
-        x = 2 * std / (1 + std) / self.upper - 1
+        inside = np.minimum(std, MAX_STD)
+        x = 2 * inside / (1 + inside) / self.upper - 1
         values = np.polynomial.chebyshev.chebval(x, self.series)  # (3, counts, *std.shape)
-        return np.exp(np.moveaxis(values, 1, -1))
+        y, square, spread = np.exp(np.moveaxis(values, 1, -1))
+        beyond = (inside / np.maximum(std, TINY))[..., None] if (std > MAX_STD).any() else 1.0
+        return np.stack([1 - (1 - y) * beyond, square * beyond, spread * beyond])
 
 
 @functools.lru_cache(maxsize=64)
@@ -280,7 +285,10 @@ def power_moments(counts: np.ndarray, logit_std: float) -> np.ndarray:
     t_e = np.exp(np.minimum(x[:, None] + s * z, 30.0))  # exp(-e^30) is zero already
     survival = np.exp(-t_e)
     log_m0 = np.log1p(-np.minimum(-np.expm1(-t_e) @ weight, 1 - 1e-15))
-    second, third, fourth = ((t_e**a * survival) @ weight for a in (2, 3, 4))
+    second, third, fourth = np.empty((3, x.size))
+    for moment in (second, third, fourth):
+        survival *= t_e if moment is not second else t_e * t_e
+        moment[:] = survival @ weight
     others = np.exp((n[:, None] - 1) * log_m0)
     y, cubes, fourths = (n * step * (others @ m) / math.gamma(a) for a, m in ((2, second), (3, third), (4, fourth)))
     squares = fourths + n * (n - 1) / 6 * step * (np.exp((n[:, None] - 2) * log_m0) @ second**2)
