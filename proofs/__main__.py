@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
+from pathlib import Path
+from types import ModuleType
 
-from proofs import (
-    prove_activation,
-    prove_attention,
-    prove_feed_forward,
-    prove_fluctuation,
-    prove_linear,
-    prove_moe,
-    prove_norm,
-    prove_residual,
-    prove_softmax,
-)
+PREFIX = "prove_"
 
-MODULES = (
-    prove_linear,
-    prove_norm,
-    prove_activation,
-    prove_feed_forward,
-    prove_residual,
-    prove_softmax,
-    prove_attention,
-    prove_moe,
-    prove_fluctuation,
-)
+
+def modules() -> list[ModuleType]:
+    """Every module proofs/prove_<component>.py, by name."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob(f"{PREFIX}*.py"))
+    return [importlib.import_module(f"proofs.{name}") for name in names]
 
 
 def main() -> int:
     """Print statement, assumption and status of every proof; the number of failures."""
     failures = 0
-    for module in MODULES:
-        component = module.__name__.rsplit("_", 1)[-1] if module is not prove_feed_forward else "feed_forward"
+    for module in modules():
+        component = module.__name__.rsplit(PREFIX, 1)[-1]
         for proof in module.PROOFS:
             try:
                 proof.function()
