@@ -1,13 +1,8 @@
-"""Growth laws of the second moment q_l of the stream: which law a recursion is in, and its asymptote.
+"""Growth laws: how the second moment q_L of the last layer grows with the depth L, with exact asymptotes.
 
-One residual sum: q' = a^2 q + v + 2 a r sqrt(v q), a the skip scale, v the second moment of the branch, r the
-correlation of branch and stream. A norm before the branch makes v independent of q. With y = sqrt(q):
-
-    y' = sqrt((a y + r sqrt(v))^2 + (1 - r^2) v),
-
-so for a = 1 and constant v: r = 0 linear; r > 0 quadratic; r < 0 settles at v / (4 r^2); exponential only for a > 1 or
-for a branch that grows with the stream, which a norm forbids: sqrt(q_L) <= sqrt(q_0) + sum_l sqrt(v_l) whatever r.
-Blocks of several branches (`Increment`) and increments that fall with the layer or the depth: `classify`.
+`classify` takes the increments of one block's branches (`Increment`: constant, falling with the layer as in LNS, or
+with the depth as in scaled initialisation), the branch correlation r and the skip scale; `classify_spec` reads them off
+a `ModelSpec`. The recursion and its proofs are in stream.py.
 """
 
 from __future__ import annotations
@@ -18,143 +13,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import scipy.special
 
 from varprop.errors import AssumptionError, require
+from varprop.spec import ModelSpec, layer_table
+from varprop.theory.collapse import attention_strength, feed_forward_kernel, token_collapse
 from varprop.theory.domain import check_number
+from varprop.theory.linear import effective_gain
+from varprop.theory.stream import (
+    aligned_asymptote,
+    check_correlation,
+    power_sum,
+    stationary_second_moment,
+    stream_step,
+    zeta,
+)
 
 Law = Literal["bounded", "logarithmic", "linear", "polynomial", "exponential"]
 N_ITERATED = 4096
 """Layers that are iterated where a limit has no closed form."""
-
-
-def stream_step(second_moment: Any, increment: Any, correlation: Any = 0, skip_scale: Any = 1, xp: Any = np) -> Any:
-    """Second moment after one residual sum: a^2 q + v + 2 a r sqrt(v q).
-
-    second_moment: q >= 0; increment: v >= 0, second moment of the branch; correlation: r in [-1, 1] of branch and
-    stream (r = 0: independent zero-mean output weights); skip_scale: a > 0. Exact. Raises `AssumptionError` outside
-    the domain. Source: derived in proofs/prove_growth.py.
-
-    >>> float(stream_step(4.0, 1.0)), float(stream_step(4.0, 1.0, correlation=1.0))
-    (5.0, 9.0)
-    """
-    if xp is np:
-        check_number("second_moment", second_moment, 0)
-        check_number("increment", increment, 0)
-        _check_correlation(correlation)
-        check_number("skip_scale", skip_scale, 0, above=True)
-    return skip_scale**2 * second_moment + increment + 2 * skip_scale * correlation * xp.sqrt(increment * second_moment)
-
-
-def stream_profile(
-    start: float, increments: Sequence[float] | np.ndarray, correlation: Any = 0.0, skip_scale: float = 1.0
-) -> np.ndarray:
-    """q_0 .. q_L by `stream_step`, (L + 1,). increments: v_1 .. v_L; correlation: one number, or one per block. Exact.
-
-    >>> stream_profile(1.0, [1.0, 1.0, 1.0]).tolist()
-    [1.0, 2.0, 3.0, 4.0]
-    """
-    steps = np.atleast_1d(np.asarray(increments, dtype=float))
-    values = [float(start)]
-    for increment, r in zip(steps, np.broadcast_to(correlation, steps.shape), strict=True):
-        values.append(float(stream_step(values[-1], increment, r, skip_scale)))
-    return np.array(values)
-
-
-def triangle_bound(start: Any, root_sum: Any) -> Any:
-    """Largest second moment that block outputs of given size can reach, whatever they correlate with, skip scale 1:
-
-    (sqrt(q_0) + sum_l sqrt(v_l))^2. start: q_0 >= 0; root_sum: the sum of sqrt(v_l). Attained at correlation 1. With
-    bounded v it grows like l^2: never exponentially. Exact. Source: derived in proofs/prove_growth.py.
-
-    >>> float(triangle_bound(1.0, 3.0))
-    16.0
-    """
-    return (start**0.5 + root_sum) ** 2
-
-
-def stationary_second_moment(increment: Any, correlation: Any, skip_scale: Any = 1, xp: Any = np) -> Any:
-    """Fixed point of `stream_step`: v / (sqrt(1 - a^2 (1 - r^2)) - a r)^2, for a < 1, or a = 1 and r < 0.
-
-    v / (4 r^2) for a = 1, where the distance shrinks by 1 - 2 r^2 per block; v / (1 - a^2) for r = 0. Exact. Raises
-    `AssumptionError` outside the domain. Source: derived in proofs/prove_growth.py.
-
-    >>> float(stationary_second_moment(1.0, -0.5)), round(float(stationary_second_moment(3.0, 0.0, skip_scale=0.5)), 9)
-    (1.0, 4.0)
-    """
-    if xp is np:
-        check_number("increment", increment, 0)
-        _check_correlation(correlation)
-        check_number("skip_scale", skip_scale, 0, 1, above=True)
-        r = np.asarray(correlation)
-        settles = bool(np.all((np.asarray(skip_scale) < 1) | ((r < 0) & (r > -1))))
-        require(settles, AssumptionError, "correlation", correlation, "not settling", "(-1, 0), or skip_scale < 1")
-    return increment / (xp.sqrt(1 - skip_scale**2 * (1 - correlation**2)) - skip_scale * correlation) ** 2
-
-
-def aligned_asymptote(layer: Any, power: Any, amplitude: Any, correlation: Any, start: Any = 0, xp: Any = np) -> Any:
-    """Second moment of a stream whose branches keep a correlation r > 0 with it:
-
-    (y_0 + r A l + (1 - r^2) V / (2 r A) ln(1 + 2 r^2 A^2 l / ((1 - r^2) V + 2 r A y_0)))^2,   y_0 = sqrt(q_0),
-
-    power: V, the sum of the block's increments v; amplitude: A, the sum of their roots (sqrt(v) for one branch).
-    The leading r^2 A^2 l^2 and the next term (1 - r^2) V l ln(l) are exact; sqrt(q) is off by a bounded amount.
-    Source: derived in proofs/prove_growth.py. Checked by: tests/theory/test_growth.py.
-
-    >>> round(float(aligned_asymptote(1000, 1.0, 1.0, 0.5) / stream_profile(0.0, np.ones(1000), 0.5)[-1]), 3)
-    1.001
-    """
-    drift, spread = correlation * amplitude, (1 - correlation**2) * power / 2
-    root = xp.sqrt(start)
-    if xp is np and np.all(spread == 0):
-        return (root + drift * layer) ** 2
-    growth = xp.log(1 + drift**2 * layer / (spread + drift * root))
-    return (root + drift * layer + spread / drift * growth) ** 2
-
-
-def aligned_bounds(layer: int, increment: float, correlation: float, start: float = 0.0) -> tuple[float, float]:
-    """Rigorous bounds on q_l of one branch with correlation r > 0 and constant v, from y' - y - r sqrt(v):
-
-    y_0 + r sqrt(v) l <= sqrt(q_l) <= y_0 + r sqrt(v) l + (1 - r^2) sqrt(v) / (2 r) * sum_{k=1}^l 1 / (k + y_0 / (r
-    sqrt(v))). Raises `AssumptionError` outside the domain. Source: derived in proofs/prove_growth.py.
-
-    >>> low, high = aligned_bounds(100, 1.0, 0.5)
-    >>> bool(low < stream_profile(0.0, np.ones(100), 0.5)[-1] < high)
-    True
-    """
-    check_number("layer", layer, 0, integer=True)
-    check_number("increment", increment, 0, above=True)
-    check_number("correlation", correlation, 0, 1, above=True)
-    check_number("start", start, 0)
-    drift, root = correlation * math.sqrt(increment), math.sqrt(start)
-    offset = root / drift
-    harmonic = float(scipy.special.digamma(layer + 1 + offset) - scipy.special.digamma(1 + offset))
-    low = root + drift * layer
-    return low**2, (low + (1 - correlation**2) * increment / (2 * drift) * harmonic) ** 2
-
-
-def power_sum(n_terms: Any, power: float) -> Any:
-    """sum_{k=1}^n k^{-p} by its asymptotic series (error below n^{-p-3} for n >= 2): exact for p = 0.
-
-    n^{1-p} / (1-p) + zeta(p) + n^{-p} / 2 - p n^{-p-1} / 12, and ln n + gamma + 1/(2n) - 1/(12 n^2) for p = 1.
-
-    >>> round(float(power_sum(100, 1.0)), 6), float(power_sum(7, 0.0))
-    (5.187378, 7.0)
-    """
-    n = np.asarray(n_terms, dtype=float)
-    if power == 0:
-        return n
-    if power == 1:
-        return np.log(n) + np.euler_gamma + 1 / (2 * n) - 1 / (12 * n**2)
-    return n ** (1 - power) / (1 - power) + _zeta(power) + n**-power / 2 - power * n ** (-power - 1) / 12
-
-
-def _zeta(power: float) -> float:
-    """The Riemann zeta function for power > 0, != 1, by Euler-Maclaurin from 64 terms (error below 1e-13)."""
-    n, p = 64.0, power
-    head = float(np.sum(np.arange(1.0, n) ** -p))
-    tail = n ** (1 - p) / (p - 1) + n**-p / 2 + p * n ** (-p - 1) / 12 - p * (p + 1) * (p + 2) * n ** (-p - 3) / 720
-    return head + tail + p * (p + 1) * (p + 2) * (p + 3) * (p + 4) * n ** (-p - 5) / 30240
 
 
 @dataclass(frozen=True)
@@ -216,7 +92,7 @@ def classify(
         check_number("increments", increments, 0)
         increments = (Increment(float(increments)),)
     branches = [b for b in increments if b.value > 0]
-    _check_correlation(correlation)
+    check_correlation(correlation)
     check_number("start", start, 0)
     check_number("skip_scale", skip_scale, 0, above=True)
     if proportional:
@@ -257,7 +133,7 @@ def _sum_limit(branch: Increment) -> float:
     """Limit of v L^-s sum_{l <= L} l^-p where it is finite and not 0."""
     if branch.depth_power > 0 and branch.layer_power < 1:
         return branch.value / (1 - branch.layer_power)
-    return branch.value * _zeta(branch.layer_power) if branch.depth_power == 0 else 0.0
+    return branch.value * zeta(branch.layer_power) if branch.depth_power == 0 else 0.0
 
 
 def _aligned(branches: Sequence[Increment], correlation: float, start: float) -> GrowthLaw:
@@ -300,7 +176,7 @@ def _summable(branches: Sequence[Increment], correlation: float, start: float, a
         for b in branches:
             value = float(stream_step(value, b.value * layer**-b.layer_power, correlation))
     powers = [(math.sqrt(b.value), b.layer_power / 2) for b in branches]
-    rest = sum(root * (_zeta(power) - float(power_sum(N_ITERATED, power))) for root, power in powers)
+    rest = sum(root * (zeta(power) - float(power_sum(N_ITERATED, power))) for root, power in powers)
     limit = (math.sqrt(value) + correlation * rest) ** 2
     return GrowthLaw("bounded", 0.0, limit, assumption, lambda depth: limit + 0 * np.asarray(depth, dtype=float))
 
@@ -363,5 +239,106 @@ def _proportional(branches: Sequence[Increment], correlation: float, start: floa
     return GrowthLaw(law, exponent, coefficient, text, lambda depth: start * np.exp(rate * np.asarray(depth)))
 
 
-def _check_correlation(correlation: Any) -> None:
-    check_number("correlation", correlation, -1, 1)
+def classify_spec(
+    spec: ModelSpec, *, correlation: float = 0.0, token_correlation: float | None = None
+) -> GrowthLaw:
+    """The growth law of a model family in its depth: `classify` with the increments of `spec`.
+
+    correlation: r of every branch with the stream (0 at initialisation); token_correlation: c of the tokens, which sets
+    the attention's increment sigma_OV^2 c (infinitely many tokens); None: the limit c* of `token_collapse`.
+    Norm placements: pre, lns, peri and reordered (increments 1 per branch), mix (the pre layers), post (1). Residual
+    rules and output scaling enter as powers of the depth. Exact coefficients for infinite width and many tokens; for
+    lns with gated or smooth activations the leading power of 1 / l. Raises `AssumptionError` for mixed MoE patterns, and
+    where `classify` or `token_collapse` does.
+    Source: derived in proofs/prove_growth.py. Checked by: tests/theory/test_growth.py.
+
+    >>> from varprop.spec import FeedForwardSpec, ModelSpec, NormSpec
+    >>> spec = ModelSpec(d_model=64, n_layers=4, feed_forward=FeedForwardSpec(d_ff=64, activation="relu", gated=False))
+    >>> round(classify_spec(spec).coefficient, 9), classify_spec(spec.with_fields(norm=NormSpec(placement="lns"))).law
+    (0.5, 'logarithmic')
+    """
+    placement = spec.norm.placement
+    start = (spec.tensor_table()[0].init_std * spec.embedding_scale) ** 2
+    require(len(set(spec.moe_pattern)) < 2, AssumptionError, "moe_pattern", spec.moe_pattern, "mixed", "equal layers")
+    if placement == "post":
+        text = "the norm holds the stream at 1"
+        return GrowthLaw("bounded", 0.0, 1.0, text, lambda depth: 1.0 + 0 * np.asarray(depth, dtype=float))
+    if placement == "mix":
+        post = spec.norm.post_fraction
+        pre = spec.with_fields({"norm.placement": "pre", "embedding_scale": spec.embedding_scale / start**0.5})
+        return _stretched(classify_spec(pre, correlation=correlation, token_correlation=token_correlation), 1 - post)
+    branches = _increments(spec, token_correlation)
+    return classify(branches, correlation=correlation, start=start, skip_scale=spec.skip_scale)
+
+
+def _stretched(law: GrowthLaw, fraction: float) -> GrowthLaw:
+    """The law of a stack where only this fraction of the layers adds to the stream."""
+    if fraction == 0:
+        return GrowthLaw("bounded", 0.0, 1.0, law.assumption, lambda depth: 1.0 + 0 * np.asarray(depth, dtype=float))
+    coefficient = law.coefficient * fraction**law.exponent if _is_power(law) else law.coefficient
+    exponent = law.exponent * fraction if law.law == "exponential" else law.exponent
+    asymptote = law.asymptote
+    return GrowthLaw(law.law, exponent, coefficient, law.assumption, lambda depth: asymptote(fraction * depth))
+
+
+def _is_power(law: GrowthLaw) -> bool:
+    return law.law in ("linear", "polynomial")
+
+
+def _increments(spec: ModelSpec, token_correlation: float | None) -> list[Increment]:
+    """Increments of the branches of a block, for any layer and depth."""
+    power = {"one": 0.0, "inverse_sqrt_2L": 1.0, "inverse_sqrt_L": 1.0, "inverse_L": 2.0, "deepnorm": 0.0}
+    residual = power[spec.residual.rule]
+    has_feed_forward = spec.feed_forward is not None or spec.moe is not None
+    if spec.norm.placement in ("peri", "reordered"):
+        count = (spec.attention is not None) + has_feed_forward
+        return [Increment(spec.branch_scale**2 * spec.n_layers**residual, 0.0, residual)] * count
+    if spec.init.output_scaling == "inverse_sqrt_2L":
+        kept = [name for name, _ in spec.init.overrides if name in ("o", "down")]
+        require(not kept, AssumptionError, "init.overrides", kept, "without the output scaling", "no 'o' or 'down'")
+        residual += 1
+    scale, lns = spec.n_layers**residual, spec.norm.placement == "lns"
+    found = []
+    if spec.attention is not None:
+        c = _asymptotic_correlation(spec) if token_correlation is None else token_correlation
+        check_number("token_correlation", c, 0, 1)
+        found.append(Increment(scale * attention_strength(spec, spec.n_layers) * c, float(lns), residual))
+    if has_feed_forward:
+        value, layer_power = _small_signal(spec) if lns else (feed_forward_kernel(spec, spec.n_layers)[0], 0.0)
+        found.append(Increment(scale * value, layer_power, residual))
+    if spec.block == "parallel" and len(found) == 2 and found[0].layer_power == found[1].layer_power:
+        return [Increment(found[0].value + found[1].value, found[0].layer_power, residual)]
+    return found
+
+
+def _asymptotic_correlation(spec: ModelSpec) -> float:
+    """c* of the spec; under lns smooth feed-forward parts become linear in depth and attention makes tokens equal."""
+    if spec.norm.placement != "lns" or spec.feed_forward is None:
+        return token_collapse(spec, spec.n_layers).fixed_point
+    part = spec.feed_forward
+    if part.gated or part.activation not in ("relu", "identity"):
+        return 1.0
+    return token_collapse(spec.with_fields({"norm.placement": "pre"}), spec.n_layers).fixed_point
+
+
+SMALL_SIGNAL = {
+    "relu": (0.5, 1),
+    "relu2": (1.5, 2),
+    "identity": (1.0, 1),
+    "gelu": (0.25, 1),
+    "gelu_tanh": (0.25, 1),
+    "silu": (0.25, 1),
+}
+"""E phi(h)^2 -> coefficient * variance^power for small variance (exact for relu, relu2, identity)."""
+
+
+def _small_signal(spec: ModelSpec) -> tuple[float, float]:
+    """(value, p) with v_l -> value * l^-p of a feed-forward part under lns, where its input has variance 1 / l."""
+    part = spec.feed_forward
+    require(part is not None, AssumptionError, "moe", spec.moe, "not covered with norm.placement='lns'", "feed_forward")
+    assert part is not None
+    rows = {name: effective_gain(row) for name, row in layer_table(spec, 1).items() if name.startswith("mlp.")}
+    coefficient, power = SMALL_SIGNAL[part.activation]
+    inner = rows["mlp.gate" if part.gated else "mlp.up"]
+    value = spec.branch_scale**2 * rows["mlp.down"] * coefficient * inner**power
+    return (value * rows["mlp.up"], power + 1.0) if part.gated else (value, float(power))
