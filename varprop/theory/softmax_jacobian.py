@@ -1,0 +1,265 @@
+"""Averages that the derivative of softmax attention needs, over queries that see n = 1..T keys, and its closed forms.
+
+The Jacobian of p = softmax(l) is B = diag(p) - p p', with tr B = 1 - sum p^2 and tr B^2 = sum p^2 - 2 sum p^3 +
+(sum p^2)^2. For n i.i.d. normal logits of standard deviation s, 1 / Z^a = int t^{a-1} e^{-tZ} dt / Gamma(a) gives
+
+    E sum_j p_j^a                 = n / Gamma(a) int t^a E[e^{asz - t e^{sz}}] M_0^{n-1} dx,   x = log t,
+    E sum_{j != k} p_j^2 p_k^2    = n (n-1) / 6 int (t^2 E[e^{2sz - t e^{sz}}])^2 M_0^{n-2} dx.
+
+The integrals are taken by the trapezoidal rule at Chebyshev points of s / (1 + s); between them the logarithms are
+interpolated, so that a profile over depth costs one table.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from varprop.errors import AssumptionError, require
+from varprop.spec import ModelSpec
+from varprop.theory.quadrature import chi_square_nodes
+
+Z_MAX = 10.0
+N_STD = 48
+"""Chebyshev points in s / (1 + s)."""
+N_QUERY = 12
+"""Nodes of the average over the squared norm of a query."""
+EXACT_COUNTS = 32
+"""Prefixes up to this length are taken one by one, longer ones by Gauss-Legendre in log n (relative error 1e-4)."""
+PAIR_POSITIONS = 256
+"""Pairs of positions are resolved on at most this many; longer sequences are shrunk, error O(1/256) of a term O(1/T)."""
+TINY = 1e-300
+
+
+def softmax_sources(
+    participation: Any, square: Any, spread: Any, variance: Any, correlation: Any, logit_correlation: Any, d_model: Any
+) -> Any:
+    """E||d out_t / d u||^2 / d over all tokens u, for unit sigma_OV^2:
+
+    Y + s^2 (1 - c) tr B^2 + s^2 (1 - c)(1 - c_l) (tr B^2 + (tr B)^2 / d).
+
+    participation: Y = E sum p^2; square: E tr B^2; spread: E (tr B)^2; variance: s^2 of the logits of uncorrelated
+    tokens; correlation: c of tokens; logit_correlation: c_l of one query's logits, c without positions. The value, key
+    and query path; their cross terms are O(1/d). Leading order in 1/d and 1/head_dim.
+    Source: derived in proofs/prove_backward.py.
+
+    >>> softmax_sources(0.25, 0.0, 0.0, 1.0, 0.0, 0.0, 64), softmax_sources(0.25, 0.25, 0.5, 1.0, 0.0, 0.0, 2)
+    (0.25, 1.0)
+    """
+    query = (1 - logit_correlation) * (square + spread / d_model)
+    return participation + variance * (1 - correlation) * (square + query)
+
+
+def centred_overlap(common: Any, n_keys: Any, n_other: Any) -> Any:
+    """tr[(I_n - 11'/n)(I_m - 11'/m)] for sets of n and m keys with `common` ones: k - k/n - k/m + k^2/(n m).
+
+    Mean softmax Jacobians are multiples of these matrices. Exact. Source: derived in proofs/prove_backward.py.
+
+    >>> centred_overlap(4, 4, 4)
+    3.0
+    """
+    return common - common / n_keys - common / n_other + common**2 / (n_keys * n_other)
+
+
+@dataclass(frozen=True)
+class SoftmaxAverages:
+    """Averages over query positions (own: one query; pair: two different queries of one head), arrays of one shape.
+
+    participation: sum p^2; own_weight: p_tt^2; square: tr B^2; own_square: tr B^2 / n, one source's share;
+    spread: (tr B)^2; pair_overlap: p_t.p_t'; pair_square: tr B_t B_t'; pair_spread: tr B_t tr B_t'.
+    """
+
+    participation: np.ndarray
+    own_weight: np.ndarray
+    square: np.ndarray
+    own_square: np.ndarray
+    spread: np.ndarray
+    pair_overlap: np.ndarray
+    pair_square: np.ndarray
+    pair_spread: np.ndarray
+
+
+def softmax_averages(
+    spec: ModelSpec, layer: int, n_tokens: int, logit_std: np.ndarray, correlation: np.ndarray
+) -> SoftmaxAverages:
+    """`SoftmaxAverages` of a layer; squares and spreads are times |q|^2 / E|q|^2, because they multiply s^2.
+
+    logit_std: s sqrt(1 - c) of the i.i.d. part of the logits, any shape; correlation: c between two queries. Averaged
+    over the squared norm of the query (chi-square with head_dim degrees; fixed under a QK-norm).
+    Quadrature: relative error below 1e-4 for one query (`EXACT_COUNTS`); pairs take independent softmax matrices at
+    c = 0, exact, and the factor (n Y)^c on their overlap, exact at c = 1.
+    """
+    counts, weight = visible_counts(spec, layer, n_tokens)
+    ratio, probability = _query_nodes(spec)
+    std = np.asarray(logit_std, dtype=float)[..., None] * np.sqrt(ratio)  # (..., query)
+    table = _table(tuple(counts.tolist()), _table_limit(float(std.max(initial=0.0))))
+    participation, square, spread = table.at(std)  # (..., query, count)
+    one = ratio[:, None] * weight
+
+    def mean(values: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+        return np.einsum("...qn,qn,q->...", values, tilt, probability)
+
+    flat = np.broadcast_to(weight, one.shape)
+    pairs = _pair_averages(spec, layer, n_tokens, counts, np.einsum("...qn,q->...n", participation, probability))
+    overlap, pair_square = pairs.at(np.asarray(correlation, dtype=float))
+    trace = mean(1 - participation, flat)
+    return SoftmaxAverages(
+        participation=mean(participation, flat),
+        own_weight=mean(participation / counts, flat),
+        square=mean(square, one),
+        own_square=mean(square / counts, one),
+        spread=mean(spread, one),
+        pair_overlap=overlap,
+        pair_square=pair_square,
+        pair_spread=trace**2,
+    )
+
+
+def visible_counts(spec: ModelSpec, layer: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of keys that queries see, and the share of queries that see each; real numbers for long prefixes.
+
+    >>> from varprop.spec import AttentionSpec
+    >>> spec = ModelSpec(d_model=8, n_layers=1, attention=AttentionSpec(n_heads=1, pattern="window", window=2))
+    >>> visible_counts(spec, 1, 4)
+    (array([1., 2.]), array([0.25, 0.75]))
+    """
+    limit = longest_view(spec, layer, n_tokens)
+    if spec.attention is not None and spec.attention.pattern == "full":
+        return np.array([float(n_tokens)]), np.ones(1)
+    counts = np.arange(1.0, min(limit, EXACT_COUNTS) + 1)
+    weight = np.ones_like(counts)
+    if limit > EXACT_COUNTS:
+        low, high = math.log(EXACT_COUNTS + 0.5), math.log(limit + 0.5)
+        x, w = np.polynomial.legendre.leggauss(16)
+        longer = np.exp(low + (high - low) * (x + 1) / 2)
+        mass = w * longer
+        counts, weight = np.append(counts, longer), np.append(weight, mass * (limit - EXACT_COUNTS) / mass.sum())
+    if limit < n_tokens:
+        if counts[-1] != limit:
+            counts, weight = np.append(counts, float(limit)), np.append(weight, 0.0)
+        weight[-1] += n_tokens - limit
+    return counts, weight / n_tokens
+
+
+def longest_view(spec: ModelSpec, layer: int, n_tokens: int) -> int:
+    """Most keys that a query sees; sink tokens widen the window."""
+    part = spec.attention
+    window = spec.window(layer) if part is not None and part.pattern == "window" else None
+    return n_tokens if part is None or window is None else min(n_tokens, window + part.n_sink_tokens)
+
+
+def _query_nodes(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray]:
+    if spec.attention is not None and spec.attention.qk_norm != "none":
+        return np.ones(1), np.ones(1)
+    return chi_square_nodes(N_QUERY, spec.head_dim)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Two different positions: common keys over the product of counts, and the centred overlap, (P, P) with weights."""
+
+    weight: np.ndarray
+    overlap: np.ndarray
+    centred: np.ndarray
+    gain: np.ndarray
+    trace: np.ndarray
+
+    def at(self, correlation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        factor = self.gain ** correlation[..., None, None]
+        pair = self.trace[..., :, None] * self.trace[..., None, :] * self.centred
+        return (factor * self.overlap * self.weight).sum((-2, -1)), (factor * pair * self.weight).sum((-2, -1))
+
+
+def _pair_averages(
+    spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarray, participation: np.ndarray
+) -> _Pairs:
+    """Geometry of the pairs of positions; participation: (..., count), interpolated to the positions kept."""
+    limit = longest_view(spec, layer, n_tokens)
+    full = spec.attention is not None and spec.attention.pattern == "full"
+    size = 2 if full and n_tokens > 1 else min(n_tokens, PAIR_POSITIONS)
+    if full or n_tokens == 1:
+        common = np.full((size, size), float(n_tokens))
+        own = np.full(size, float(n_tokens))
+    else:
+        shrink = n_tokens / size
+        position = shrink * np.arange(1, size + 1)
+        own = np.minimum(position, limit)
+        first = position - own
+        common = np.minimum(position[:, None], position) - np.maximum(first[:, None], first)
+        common = np.maximum(common, 0.0)
+    weight = 1.0 - np.eye(size) if size > 1 else np.zeros((1, 1))
+    weight /= max(weight.sum(), 1.0)
+    degrees = np.maximum(own - 1, 1.0)
+    nearest = np.stack([np.interp(np.log(own), np.log(counts), row) for row in participation.reshape(-1, counts.size)])
+    y = nearest.reshape(*participation.shape[:-1], size)
+    trace = np.where(own > 1, 1 - y, 0.0) / degrees
+    larger = np.argmax(np.stack(np.broadcast_arrays(own[:, None], own)), axis=0)
+    gain = own * y
+    gain = np.where(larger == 0, gain[..., :, None], gain[..., None, :])
+    overlap = common / (own[:, None] * own)
+    return _Pairs(weight, overlap, centred_overlap(common, own[:, None], own), np.maximum(gain, 1.0), trace)
+
+
+def _table_limit(largest: float) -> float:
+    """Upper end of a table that holds `largest`: a power of sqrt(2), so that nearby profiles share one."""
+    return 2.0 ** (math.ceil(2 * math.log2(max(largest, 0.5)) + 1e-9) / 2)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Logarithms of (sum p^2, tr B^2, (tr B)^2) as Chebyshev series in s / (1 + s)."""
+
+    upper: float
+    series: np.ndarray
+
+    def at(self, std: np.ndarray) -> np.ndarray:
+        """(3, *std.shape, counts)."""
+        x = 2 * std / (1 + std) / self.upper - 1
+        values = np.polynomial.chebyshev.chebval(x, self.series)  # (3, counts, *std.shape)
+        return np.exp(np.moveaxis(values, 1, -1))
+
+
+@functools.lru_cache(maxsize=64)
+def _table(counts: tuple[float, ...], limit: float) -> _Table:
+    upper = limit / (1 + limit)
+    angle = np.pi * (np.arange(N_STD) + 0.5) / N_STD
+    v = upper * (np.cos(angle) + 1) / 2
+    values = np.array([power_moments(np.array(counts), s) for s in v / (1 - v)])
+    logs = np.log(np.maximum(values, TINY))
+    transform = np.cos(np.outer(np.arange(N_STD), angle)) * 2 / N_STD
+    transform[0] /= 2
+    return _Table(upper, np.tensordot(transform, logs, axes=1))
+
+
+def power_moments(counts: np.ndarray, logit_std: float) -> np.ndarray:
+    """(E sum p^2, E tr B^2, E (tr B)^2) for each number of keys, (3, counts); counts >= 1 may be real numbers.
+
+    Trapezoidal rule, relative error below 1e-8 for s <= 8. Raises `AssumptionError` for a negative or infinite std.
+
+    >>> [round(float(x), 8) for x in power_moments(np.array([4.0]), 0.0)[:, 0]]
+    [0.25, 0.1875, 0.5625]
+    """
+    good = math.isfinite(logit_std) and logit_std >= 0
+    require(good, AssumptionError, "logit_std", logit_std, "outside the domain", "a finite number >= 0")
+    n = np.asarray(counts, dtype=float)
+    if logit_std == 0:
+        return np.stack([1 / n, (1 - 1 / n) / n, (1 - 1 / n) ** 2])
+    s = logit_std
+    z = np.arange(-Z_MAX, Z_MAX + 1e-9, min(0.5, 0.3 / s))
+    weight = np.exp(-(z**2) / 2)
+    weight /= weight.sum()
+    step = max(0.2, s / 40)
+    x = np.arange(-Z_MAX * s - math.log(n.max()) - 22, Z_MAX * s + 5, step)
+    t_e = np.exp(np.minimum(x[:, None] + s * z, 30.0))  # exp(-e^30) is zero already
+    survival = np.exp(-t_e)
+    log_m0 = np.log1p(-np.minimum(-np.expm1(-t_e) @ weight, 1 - 1e-15))
+    second, third, fourth = ((t_e**a * survival) @ weight for a in (2, 3, 4))
+    others = np.exp((n[:, None] - 1) * log_m0)
+    y, cubes, fourths = (n * step * (others @ m) / math.gamma(a) for a, m in ((2, second), (3, third), (4, fourth)))
+    squares = fourths + n * (n - 1) / 6 * step * (np.exp((n[:, None] - 2) * log_m0) @ second**2)
+    alone = n == 1
+    return np.where(alone, np.array([[1.0], [0.0], [0.0]]), np.stack([y, y - 2 * cubes + squares, 1 - 2 * y + squares]))
