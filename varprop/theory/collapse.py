@@ -21,19 +21,28 @@ import scipy.optimize
 
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec, MoESpec, TensorRow, layer_table
+from varprop.theory.activation import activation_derivative_kernel, activation_kernel, activation_second_moment
 from varprop.theory.attention import attention_gains
 from varprop.theory.domain import check_number
-from varprop.theory.feed_forward import feed_forward_gram
+from varprop.theory.feed_forward import feed_forward_gains, feed_forward_second_moment
 from varprop.theory.linear import effective_gain
-from varprop.theory.moe import gate_second_moment, gates, mix_shared
+from varprop.theory.moe import mix_shared, overlap_of
 
-Kernel = Callable[[np.ndarray], np.ndarray]
-INFINITE_WIDTH = 10**12
-"""Width at which the O(1/d) terms of the feed-forward kernel are below rounding."""
 GRID = np.concatenate([np.linspace(0.0, 0.99, 100), 1 - np.geomspace(0.99e-2, 1e-8, 60), [1.0]])
 """Correlations between which roots are looked for: top-k routing puts c* within (v / a)^2 of 1."""
-ROUTER_PAIRS = 8192
-"""Router draws for the overlap of two tokens' gates, the same ones at every correlation (standard error below 1 %)."""
+
+CUSP = 0.01
+"""Closer to c = 1 the overlap of top-k gates is continued by its law 1 - O / S_2 ~ sqrt(1 - c), a cusp that the
+tabulated overlap smooths; (1 - c*) is then within 40 %."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A feed-forward part at unit input and infinite width: v, and kappa(c) with its derivative, functions of arrays."""
+
+    increment: float
+    ratio: Callable[[np.ndarray], np.ndarray]
+    slope: Callable[[float], float]
 
 
 def correlation_step(second_moment: Any, correlation: Any, power: Any, covariance: Any) -> tuple[Any, Any]:
@@ -119,7 +128,7 @@ def token_collapse(spec: ModelSpec, layer: int = 1, *, token_correlation: float 
     """Fixed point of the token correlation of a Pre-LN model and its stability, infinite width and many tokens.
 
     layer: whose gains are used; token_correlation: where the flow starts (0: just above 0). Roots of
-    `correlation_drift`; quadrature (mixtures: 8192 drawn routers, fixed seed). Raises `AssumptionError` for other norm
+    `correlation_drift`; quadrature. Raises `AssumptionError` for other norm
     placements than "pre", for windows and for expert-choice routing. Source: derived in proofs/prove_collapse.py.
     Checked by: tests/theory/test_collapse.py.
 
@@ -133,25 +142,23 @@ def token_collapse(spec: ModelSpec, layer: int = 1, *, token_correlation: float 
     placement = spec.norm_placement(layer)
     require(placement == "pre", AssumptionError, "norm.placement", placement, "not covered here", "'pre'")
     gain = attention_strength(spec, layer)
-    increment, kernel = feed_forward_kernel(spec, layer)
+    kernel = feed_forward_kernel(spec, layer)
+    increment = kernel.increment
 
     def drift(c: Any) -> Any:
-        return correlation_drift(c, gain, increment, kernel(np.atleast_1d(c)))
+        return correlation_drift(c, gain, increment, kernel.ratio(np.atleast_1d(c)))
 
-    at_zero = float(kernel(np.zeros(1))[0])
-    opens = at_zero > 1e-12
-    line = increment * (1 - _slope(kernel, 0.0))
-    balance = float("inf") if gain > 0 else 0.0
-    if opens:
+    line = increment * (1 - kernel.slope(0.0))
+    if float(kernel.ratio(np.zeros(1))[0]) > 1e-12:
         balance = float("inf")
     elif line > 0:
         balance = gain / line
+    else:
+        balance = float("inf") if gain > 0 else 0.0
     fixed_point = _attractor(drift, token_correlation, balance > 1)
     if gain * fixed_point + increment == 0:
         return TokenCollapse(gain, increment, balance, fixed_point, 0.0)
-    routed = spec.is_moe(layer) and spec.moe is not None and spec.moe.top_k < spec.moe.n_experts
-    slope = _slope(kernel, fixed_point, 0.3 * (1 - fixed_point) if routed and fixed_point > 0 else None)
-    exponent = float(approach_exponent(fixed_point, gain, increment, slope))
+    exponent = float(approach_exponent(fixed_point, gain, increment, kernel.slope(fixed_point)))
     return TokenCollapse(gain, increment, balance, fixed_point, exponent)
 
 
@@ -168,64 +175,71 @@ def attention_strength(spec: ModelSpec, layer: int) -> float:
     return spec.branch_scale**2 * kept * attention_gains(spec, layer).value_output
 
 
-def feed_forward_kernel(spec: ModelSpec, layer: int) -> tuple[float, Kernel]:
-    """v of the feed-forward part or mixture at unit input, and kappa(c) at infinite width; (0, identity) without one."""
+def feed_forward_kernel(spec: ModelSpec, layer: int) -> Kernel:
+    """The feed-forward part or mixture of a layer, branch scale included; increment 0 and kappa(c) = c without one."""
     rows, scale = layer_table(spec, layer), spec.branch_scale**2
     if spec.is_moe(layer):
         assert spec.moe is not None
-        value, kernel = _mixture(spec.moe, rows)
-        return scale * value, kernel
-    part = spec.feed_forward
-    if part is None:
-        return 0.0, lambda c: np.asarray(c, dtype=float)
-    value, kernel = _dense(rows, "mlp.", part.activation, part.gated)
-    return scale * value, kernel
+        kernel = _mixture(spec.moe, rows)
+    elif spec.feed_forward is not None:
+        kernel = _dense(rows, "mlp.", spec.feed_forward.activation, spec.feed_forward.gated)
+    else:
+        kernel = Kernel(0.0, lambda c: np.asarray(c, dtype=float), lambda c: 1.0)
+    return Kernel(scale * kernel.increment, kernel.ratio, kernel.slope)
 
 
-def _dense(rows: dict[str, TensorRow], prefix: str, activation: str, gated: bool) -> tuple[float, Kernel]:
+def _dense(rows: dict[str, TensorRow], prefix: str, activation: str, gated: bool) -> Kernel:
     matrices = {name.removeprefix(prefix): row for name, row in rows.items() if name.startswith(prefix)}
-    value = float(feed_forward_gram(np.ones((1, 1, 1)), matrices, activation, gated, INFINITE_WIDTH)[0, 0, 0])
+    gains = feed_forward_gains(matrices)
+    value = float(feed_forward_second_moment(1.0, gains, activation, gated))
+    power = float(activation_second_moment(activation, gains.inner))
 
-    def kernel(c: np.ndarray) -> np.ndarray:
-        c = np.asarray(c, dtype=float)
-        gram = np.stack([np.stack([np.ones_like(c), c], -1), np.stack([c, np.ones_like(c)], -1)], -2)
-        return feed_forward_gram(gram, matrices, activation, gated, INFINITE_WIDTH)[..., 0, 1] / value
+    def pair(c: Any) -> Any:
+        return activation_kernel(activation, gains.inner, c) / power
 
-    return value, kernel
+    def ratio(c: np.ndarray) -> np.ndarray:
+        return pair(c) * (c if gated else 1.0)
+
+    def slope(c: float) -> float:
+        inner = gains.inner * float(activation_derivative_kernel(activation, gains.inner, c)) / power
+        return float(pair(c)) + c * inner if gated else inner
+
+    return Kernel(value, ratio, slope)
 
 
-def _mixture(part: MoESpec, rows: dict[str, TensorRow]) -> tuple[float, Kernel]:
+def _mixture(part: MoESpec, rows: dict[str, TensorRow]) -> Kernel:
     """Routed experts, whose kernel takes the overlap of the gates as a factor, and shared ones."""
     require(part.routing == "token_choice", AssumptionError, "moe.routing", part.routing, "not covered", "token_choice")
-    expert, kernel = _dense(rows, "moe.experts.", part.activation, part.gated)
+    require(not part.shared_gate, AssumptionError, "moe.shared_gate", part.shared_gate, "not covered here", "false")
+    expert = _dense(rows, "moe.experts.", part.activation, part.gated)
     std = effective_gain(rows["moe.router"]) ** 0.5
-    order, normalize = part.gate_order, part.normalize_gates
-    moment = gate_second_moment(
-        part.n_experts, part.top_k, std, normalize=normalize, router=part.router, gate_order=order
-    )
-    first, second = np.random.default_rng(0).standard_normal((2, ROUTER_PAIRS, part.n_experts))
-    own = gates(std * first, part)
+    moment = float(overlap_of(part, std, 1.0))
+    routed = part.gate_multiplier**2 * moment * expert.increment
+    shared = Kernel(0.0, lambda c: np.asarray(c, dtype=float), lambda c: 1.0)
+    if part.n_shared_experts:
+        shared = _dense(rows, "moe.shared.", part.activation, part.gated)
+    mixing = part.shared_mixing if part.n_shared_experts else "sum"
+    total = mix_shared(routed, shared.increment, part.top_k, mixing)
 
-    def overlap(c: float) -> float:
-        other = gates(std * (c * first + max(0.0, 1 - c**2) ** 0.5 * second), part)
-        norm = np.sqrt(np.mean(np.sum(own**2, -1)) * np.mean(np.sum(other**2, -1)))
-        return float(np.mean(np.sum(own * other, -1)) / norm)
+    def overlap(c: Any) -> Any:
+        inside = np.minimum(c, 1 - CUSP) if part.top_k < part.n_experts else c
+        beyond = np.sqrt(np.where(np.asarray(c) > 1 - CUSP, np.maximum(1 - np.asarray(c), 0.0) / CUSP, 1.0))
+        return 1 - (1 - overlap_of(part, std, inside) / moment) * beyond
 
-    def routed(c: np.ndarray) -> np.ndarray:
-        return kernel(c) * np.array([overlap(float(x)) for x in c])
+    def ratio(c: np.ndarray) -> np.ndarray:
+        own = routed * overlap(c) * expert.ratio(c)
+        return mix_shared(own, shared.increment * shared.ratio(c), part.top_k, mixing) / total
 
-    value = part.gate_multiplier**2 * moment * expert
-    if part.n_shared_experts == 0:
-        return value, routed
-    shared, shared_kernel = _dense(rows, "moe.shared.", part.activation, part.gated)
-    require(not part.shared_gate, AssumptionError, "moe.shared_gate", True, "not covered here", "false")
-    total = mix_shared(value, shared, part.top_k, part.shared_mixing)
+    def slope(c: float) -> float:
+        if c == 1.0 and part.top_k < part.n_experts:
+            return float("inf")  # equal tokens part at once: 1 - O falls like sqrt(1 - c)
+        step = min(1e-4, 0.1 * (1 - c)) if c < 1 else 1e-6
+        high = min(c + step, 1.0)
+        rise = float(overlap(high) - overlap(c - step)) / (high - c + step)
+        own = float(overlap(c)) * expert.slope(c) + rise * float(expert.ratio(np.float64(c)))
+        return mix_shared(routed * own, shared.increment * shared.slope(c), part.top_k, mixing) / total
 
-    def mixed(c: np.ndarray) -> np.ndarray:
-        both = mix_shared(value * routed(c), shared * shared_kernel(c), part.top_k, part.shared_mixing)
-        return both / total
-
-    return total, mixed
+    return Kernel(total, ratio, slope)
 
 
 def _attractor(drift: Callable[[Any], Any], start: float, leaves_zero: bool) -> float:
@@ -257,19 +271,3 @@ def _root(drift: Callable[[Any], Any], low: float, high: float) -> float:
     if drift(low)[0] <= 0 or drift(high)[0] >= 0:
         return low
     return float(scipy.optimize.brentq(lambda c: float(drift(c)[0]), low, high, xtol=1e-12))
-
-
-def _slope(kernel: Kernel, c: float, step: float | None = None) -> float:
-    """kappa'(c) by differences; at 1 from below, where relu kernels have half-integer powers of 1 - c.
-
-    Richardson over (1 - c)^{1/2, 1, 3/2, 2}: error below 1e-6 for dense networks.
-    """
-    if step is not None or c < 1 - 1e-4:
-        step = 1e-5 if step is None else step
-        below, above = kernel(np.array([c - step, c + step]))
-        return float(above - below) / (2 * step)
-    steps = 1e-3 / 4.0 ** np.arange(5)
-    table = list((1 - kernel(1 - steps)) / steps)
-    for order in (2, 4, 8, 16):
-        table = [(order * finer - coarser) / (order - 1) for coarser, finer in zip(table, table[1:], strict=False)]
-    return float(table[0])

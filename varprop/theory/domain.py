@@ -1,4 +1,4 @@
-"""One check of the numbers that a closed form takes."""
+"""The check of a closed form's arguments, with the text of the interval made from its ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from varprop.errors import AssumptionError, require
+from varprop.theory.namespace import checked
 
 
 def check_number(
@@ -24,8 +25,6 @@ def check_number(
     """
     kind = "an integer" if integer else "a number"
     bracket = "(" if above else "["
-    interval = f" in {bracket}{low:g}, {high:g}]" if math.isfinite(high) else f" {'>' if above else '>='} {low:g}"
-    array = np.asarray(value)
-    good = array.dtype.kind in ("iu" if integer else "iuf") and bool(np.isfinite(array).all())
-    good = good and bool(((array > low) if above else (array >= low)).all() and (array <= high).all())
-    require(good, AssumptionError, name, value, "outside the domain", kind + (interval if low > -math.inf else ""))
+    domain = f" in {bracket}{low:g}, {high:g}]" if math.isfinite(high) else f" {'>' if above else '>='} {low:g}"
+    array = np.asarray(checked(name, value, kind + domain, math.nextafter(low, math.inf) if above else low, high))
+    require(not integer or array.dtype.kind in "iu", AssumptionError, name, value, "not an integer", kind + domain)

@@ -304,7 +304,7 @@ def _increments(spec: ModelSpec, token_correlation: float | None) -> list[Increm
         check_number("token_correlation", c, 0, 1)
         found.append(Increment(scale * attention_strength(spec, spec.n_layers) * c, float(lns), residual))
     if has_feed_forward:
-        value, layer_power = _small_signal(spec) if lns else (feed_forward_kernel(spec, spec.n_layers)[0], 0.0)
+        value, layer_power = _small_signal(spec) if lns else (feed_forward_kernel(spec, spec.n_layers).increment, 0.0)
         found.append(Increment(scale * value, layer_power, residual))
     if spec.block == "parallel" and len(found) == 2 and found[0].layer_power == found[1].layer_power:
         return [Increment(found[0].value + found[1].value, found[0].layer_power, residual)]
