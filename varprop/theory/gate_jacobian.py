@@ -1,6 +1,6 @@
 """The derivative of mixture-of-experts gates with respect to their router logits, at a fixed choice of experts.
 
-With scores f_i (e^l or sigmoid(l)), their slopes h_i = f_i' and i.i.d. normal logits, the law is that of `moe.py`:
+With scores f_i (e^l or sigmoid(l)), their slopes h_i = f_i' and i.i.d. normal logits, the law is that of `gates.py`:
 given the (k+1)-th largest logit the k larger ones are independent, and 1 / Z^a = int u^{a-1} e^{-uZ} du / Gamma(a).
 """
 
@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from varprop.errors import AssumptionError, require
-from varprop.theory.moe import MAX_LOGIT_STD, _interval, _score, _thresholds
+from varprop.theory.gates import (
+    LOG_U_STEP,
+    MAX_LOGIT_STD,
+    STD_NODES,
+    Router,
+    _checked_std,
+    _interval,
+    _router,
+    _score,
+    _thresholds,
+)
+
+TINY = 1e-300
+"""Stands for 0 in a logarithm: normalised gates of one active expert have no derivative."""
 
 
 class GateJacobian(NamedTuple):
-    """square: E sum_ij (dg_i / dl_j)^2; trace: E sum_i dg_i / dl_i."""
+    """square: E sum_ij (dg_i / dl_j)^2; trace: E sum_i dg_i / dl_i. Numbers, or arrays like logit_std."""
 
-    square: float
-    trace: float
+    square: Any
+    trace: Any
 
 
 def gate_jacobian(
     n_experts: int,
     top_k: int,
-    logit_std: float,
+    logit_std: Any,
     *,
     normalize: bool,
     router: str = "softmax",
@@ -37,69 +49,86 @@ def gate_jacobian(
     softmax: dg_i / dl_j = g_i (delta_ij - g_j), over the top k if normalised, so that square = E[S_2 - 2 S_3 + S_2^2]
     with S_a = sum_i g_i^a, else with the sum of squares over all experts in the last factor. sigmoid: g_i' = g_i (1 -
     g_i), or the quotient rule if normalised. The choice of experts is piecewise constant and has no derivative.
-    Arguments as in `gate_second_moment`. Quadrature, relative error below 1e-6 for logit_std <= 4.
-    Raises `AssumptionError` for top_k outside 1..E or logit_std outside its domain.
-    Source: derived in proofs/prove_backward.py.
 
-    >>> gate_jacobian(8, 1, 1.0, normalize=True)
-    GateJacobian(square=0.0, trace=0.0)
-    >>> [round(x, 6) for x in gate_jacobian(4, 4, 0.0, normalize=True)]
+    Arguments and errors as in `gate_second_moment`; logit_std may be an array. Quadrature at tabulated logit_std,
+    relative error below 1e-6, and cubic interpolation between them, relative error below 1e-4; for a softmax beyond
+    logit_std 16 both fall like 1 / logit_std, error O(1 / logit_std). Source: derived in proofs/prove_backward.py.
+
+    >>> float(gate_jacobian(8, 1, 1.0, normalize=True).square)  # one active expert has the gate 1
+    0.0
+    >>> [round(float(x), 6) for x in gate_jacobian(4, 4, 0.0, normalize=True)]
     [0.1875, 0.75]
     """
-    require(1 <= top_k <= n_experts, AssumptionError, "top_k", top_k, "outside the domain", f"1..{n_experts}")
-    good = 0 <= logit_std <= MAX_LOGIT_STD
-    require(good, AssumptionError, "logit_std", logit_std, "outside the domain", f"a number in [0, {MAX_LOGIT_STD}]")
-    require(router in ("softmax", "sigmoid"), AssumptionError, "router", router, "unknown", "softmax or sigmoid")
-    softmax = router == "softmax"
-    normalised = normalize or (softmax and (gate_order == "top_k_then_score" or top_k == n_experts))
-    if normalised and top_k == 1:
-        return GateJacobian(0.0, 0.0)
-    return _gate_jacobian(n_experts, top_k, float(logit_std), normalised, router)
+    law = _router(n_experts, top_k, normalize, router, gate_order)
+    std = _checked_std(logit_std, law)
+    inside = np.minimum(std, MAX_LOGIT_STD)
+    square, trace = _interpolated(law, inside) * (inside / np.maximum(std, inside) if std.any() else 1.0)
+    return GateJacobian(square[()], trace[()])
+
+
+def _interpolated(law: Router, std: np.ndarray) -> np.ndarray:
+    """(2, *std.shape): the logarithms are interpolated in s / (1 + s), by the cubic through the four nodes around."""
+    nodes = np.array(STD_NODES[:-1])
+    grid, at = nodes / (1 + nodes), std / (1 + std)
+    first = np.clip(np.searchsorted(grid, at, side="right") - 2, 0, len(grid) - 4)
+    total = np.zeros((2, *std.shape))
+    for i in range(4):
+        others = [grid[first + j] for j in range(4) if j != i]
+        weight = np.prod([(at - other) / (grid[first + i] - other) for other in others], axis=0)
+        used, inverse = np.unique(first + i, return_inverse=True)
+        values = np.array([gate_jacobian_at(law, float(nodes[n])) for n in used]).T
+        total += weight * np.log(np.maximum(values, TINY))[:, inverse.reshape(std.shape)]
+    return np.where(total > math.log(TINY) / 2, np.exp(total), 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
-def _gate_jacobian(n_experts: int, top_k: int, std: float, normalised: bool, router: str) -> GateJacobian:
-    thresholds, probability = _thresholds(n_experts, top_k)
+def gate_jacobian_at(law: Router, std: float) -> GateJacobian:
+    """`gate_jacobian` at one logit_std in [0, 16], by quadrature."""
+    if law.normalised and law.top_k == 1:
+        return GateJacobian(0.0, 0.0)
+    thresholds, probability = _thresholds(law.n_experts, law.top_k)
     if std == 0:
         thresholds, probability = np.zeros(1), np.ones(1)
-    parts = [_given_threshold(n_experts, top_k, std, normalised, router, float(t)) for t in thresholds]
-    square, trace = probability @ np.array(parts)
+    square, trace = probability @ np.array([_given_threshold(law, std, float(t)) for t in thresholds])
     return GateJacobian(float(square), float(trace))
 
 
-def _given_threshold(
-    n_experts: int, top_k: int, std: float, normalised: bool, router: str, t: float
-) -> tuple[float, float]:
+def _n_nodes(std: float) -> int:
+    return int(96 * max(1.0, std / 3))
+
+
+def _given_threshold(law: Router, std: float, t: float) -> tuple[float, float]:
     """Square and trace given that the (k+1)-th largest logit is t."""
-    z, above = _interval(t, np.inf)
+    n_experts, top_k, router, normalised = law
+    z, above = _interval(t, np.inf, _n_nodes(std))
     score = _score(z, std, router)
     slope = score if router == "softmax" else score * (1 - score)
     if router == "sigmoid" and not normalised:
         return top_k * float(above @ slope**2), top_k * float(above @ slope)
-    log_u = np.arange(-np.log(score[-1] * n_experts) - 24, -np.log(score[0]) + 6, 0.25)
+    log_u = np.arange(-np.log(score[-1] * n_experts) - 16, -np.log(score[0]) + 3.5, LOG_U_STEP)
     u_score = np.exp(np.minimum(log_u[:, None] + np.log(score), 30.0))  # exp(-e^30) is zero already
-    survival = np.exp(-u_score) * above
+    survival = np.exp(-u_score)
     ratio = slope / score
-
-    def moment(slopes: int, power: int) -> np.ndarray:
-        """u^power E[slope^slopes score^(power - slopes) e^{-u score}]."""
-        return (u_score**power * survival) @ ratio**slopes
-
-    zeroth = survival.sum(axis=1)
-    one, two = zeroth ** (top_k - 1), zeroth ** max(top_k - 2, 0)
-    others = top_k - 1
-    single = one * (moment(2, 2) - moment(2, 3) + moment(2, 4) / 6)
-    square = single + others * two * moment(2, 2) * moment(0, 2) / 6
-    trace = one * (moment(1, 1) - moment(1, 2))
+    moments = [survival]  # u^a score^a e^{-u score}
+    for _ in range(4):
+        moments.append(moments[-1] * u_score)
+    zeroth, others = survival @ above, top_k - 1
+    one, two = zeroth**others, zeroth ** max(top_k - 2, 0)
+    slopes = above * ratio**2
+    active = moments[2] @ slopes  # u^2 E[h^2 e^{-uf}], one of the k
+    square = one * ((moments[2] - moments[3] + moments[4] / 6) @ slopes)
+    square += others * two * active * (moments[2] @ above) / 6
+    trace = one * ((moments[1] - moments[2]) @ (above * ratio))
     if not normalised:
-        u = np.exp(log_u)
-        below, weight = _interval(-np.inf, t)
-        low = u[:, None] * _score(below, std, router)
-        threshold = u * _score(t, std, router)
+        u, n_below = np.exp(log_u), n_experts - top_k - 1
+        below, weight = _interval(-np.inf, t, _n_nodes(std))
+        low, pivot = u[:, None] * _score(below, std, router), u * _score(t, std, router)
         fade = np.exp(-low)
-        rest, n_below = fade @ weight, n_experts - top_k - 1
-        tail = np.exp(-threshold)
-        outside = threshold**2 * rest**n_below + n_below * ((low**2 * fade) @ weight) * rest ** max(n_below - 1, 0)
-        square = tail * (square * rest**n_below + one * moment(2, 2) * outside / 6)
-        trace = tail * trace * rest**n_below
-    return tuple((top_k * 0.25 * np.array([square.sum(), trace.sum()])).tolist())
+        rest = fade @ weight
+        tail = np.exp(-pivot) * rest**n_below
+        outside = pivot**2 * tail
+        if n_below:
+            outside = outside + n_below * np.exp(-pivot) * rest ** (n_below - 1) * ((low**2 * fade) @ weight)
+        square = square * tail + one * active * outside / 6
+        trace = trace * tail
+    return tuple((top_k * LOG_U_STEP * np.array([square.sum(), trace.sum()])).tolist())

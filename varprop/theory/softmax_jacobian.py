@@ -29,9 +29,9 @@ N_STD = 48
 N_QUERY = 12
 """Nodes of the average over the squared norm of a query."""
 EXACT_COUNTS = 32
-"""Prefixes up to this length are taken one by one, longer ones by Gauss-Legendre in log n (relative error 1e-4)."""
+"""Prefixes up to this length are taken one by one, longer ones by Gauss-Legendre in log n (error 1e-4)."""
 PAIR_POSITIONS = 256
-"""Pairs of positions are resolved on at most this many; longer sequences are shrunk, error O(1/256) of a term O(1/T)."""
+"""Pairs of positions are resolved on at most this many, longer sequences are shrunk: O(1/256) of a term O(1/T)."""
 TINY = 1e-300
 
 
@@ -152,6 +152,24 @@ def longest_view(spec: ModelSpec, layer: int, n_tokens: int) -> int:
     return n_tokens if part is None or window is None else min(n_tokens, window + part.n_sink_tokens)
 
 
+def mean_rotation(spec: ModelSpec, layer: int, n_tokens: int) -> float:
+    """Mean over pairs of different visible positions of cos((j - k) theta_i), averaged over all dimensions of a head.
+
+    The logits of tokens with correlation c, rotated by their positions, correlate by about c times this number (1
+    without rotary positions). Exact for the mean over the longest view. Source: derived in proofs/prove_backward.py.
+    """
+    part = spec.attention
+    assert part is not None
+    n = longest_view(spec, layer, n_tokens)
+    if part.rope_theta is None or n == 1:
+        return 1.0
+    half = round(part.rope_fraction * spec.head_dim) // 2
+    angle = part.rope_theta ** (-np.arange(half) / half) / 2
+    mean = np.mean((np.sin(n * angle) / (n * np.sin(angle))) ** 2)
+    share = 2 * half / spec.head_dim
+    return float(1 - share + share * (n * mean - 1) / (n - 1))
+
+
 def _query_nodes(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray]:
     if spec.attention is not None and spec.attention.qk_norm != "none":
         return np.ones(1), np.ones(1)
@@ -174,9 +192,7 @@ class _Pairs:
         return (factor * self.overlap * self.weight).sum((-2, -1)), (factor * pair * self.weight).sum((-2, -1))
 
 
-def _pair_averages(
-    spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarray, participation: np.ndarray
-) -> _Pairs:
+def _pair_averages(spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarray, participation: np.ndarray) -> _Pairs:
     """Geometry of the pairs of positions; participation: (..., count), interpolated to the positions kept."""
     limit = longest_view(spec, layer, n_tokens)
     full = spec.attention is not None and spec.attention.pattern == "full"
