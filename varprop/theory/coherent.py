@@ -50,8 +50,10 @@ def coherent_share(
     power = noise_factor * noise + common_factor * common
     if xp is not np:
         return power / second_moment
-    return power / np.where(second_moment > 0, second_moment, 1.0) if np.ndim(second_moment) else _ratio(
-        power, second_moment
+    return (
+        power / np.where(second_moment > 0, second_moment, 1.0)
+        if np.ndim(second_moment)
+        else _ratio(power, second_moment)
     )
 
 
@@ -74,8 +76,8 @@ def coherent_correlation(layer: Any, noise: Any, common: Any, start: Any = 1, xp
 def masked_factors(density: Any, spread: Any = 0, noise: Any = 1, xp: Any = np) -> tuple[Any, Any]:
     """Factors (f, g) of an output mask drawn independently of the weights: f = rho + rho (1 - rho) w / a, g = rho^2.
 
-    density: rho in (0, 1]; spread: w >= 0, the row power sum_j M_ij^2 u_j^2 of the common matrix M, which the mask turns
-    into noise (of order b / fan_in, hence 0, for a matrix of spread-out entries); noise: a > 0. Exact.
+    density: rho in (0, 1]; spread: w >= 0, the row power sum_j M_ij^2 u_j^2 of the common matrix M, which the mask
+    turns into noise (of order b / fan_in, hence 0, for a matrix of spread-out entries); noise: a > 0. Exact.
     Source: derived in proofs/prove_coherent.py. Checked by: tests/theory/test_coherent.py.
 
     >>> masked_factors(0.5)
@@ -135,6 +137,77 @@ def mitigation_onset(noise: Any, common: Any, start: Any = 1, xp: Any = np) -> A
     needed, product = np.asarray(start * (noise + 2 * common), dtype=float), np.asarray(noise * common, dtype=float)
     ratio = np.divide(needed, product, out=np.full(np.broadcast(needed, product).shape, np.inf), where=product > 0)
     return _plain((1 + np.sqrt(1 + 4 * np.where(needed > 0, ratio, 0.0))) / 2)
+
+
+def break_even_density(layer: Any, noise: Any, common: Any, start: Any = 1, xp: Any = np) -> Any:
+    """Density below which an independent output mask lowers the share U_l again: q_0 (a + b) / (b (a l (l - 1) - q_0)).
+
+    U_l(rho) > U_l(1) exactly for rho between this and 1. A value of 1 or more means that no mask raises the share;
+    infinity where a l (l - 1) <= q_0 or b = 0. Arguments as `coherent_second_moment`, layer >= 1. Exact.
+    Source: derived in proofs/prove_coherent.py.
+
+    >>> round(break_even_density(16, noise=0.75, common=0.25), 4)
+    0.0223
+    """
+    if xp is not np:
+        return start * (noise + common) / (common * (noise * layer * (layer - 1) - start))
+    _check(layer, noise, common, start)
+    check_number("layer", layer, 1)
+    divisor = np.asarray(common * (noise * layer * (layer - 1) - start), dtype=float)
+    power = np.asarray(start * (noise + common), dtype=float)
+    out = np.full(np.broadcast(power, divisor).shape, np.inf)
+    return _plain(np.divide(power, divisor, out=out, where=divisor > 0))
+
+
+def break_even_common_factor(
+    layer: Any, noise: Any, common: Any, start: Any = 1, noise_factor: Any = 1, xp: Any = np
+) -> Any:
+    """Factor g on the common component below which a mechanism with factor f on the noise raises the share U_l:
+
+    g = (a (f q_1 - (a + b) f l) - (a + b) q_0) / (b (a l (l - 1) - q_0)),   q_1 = q_0 + a l + b l^2.
+
+    -infinity (no g helps) where a l (l - 1) <= q_0 or b = 0; negative: no g helps. Arguments as
+    `coherent_second_moment`, layer >= 1. Exact. Source: derived in proofs/prove_coherent.py.
+
+    >>> round(break_even_common_factor(16, noise=0.75, common=0.25, noise_factor=0.5), 3)
+    0.489
+    """
+    if xp is np:
+        _check(layer, noise, common, start, noise_factor)
+        check_number("layer", layer, 1)
+    second_moment = coherent_second_moment(layer, noise, common, start, xp=xp)
+    power = noise_factor * noise * (second_moment - (noise + common) * layer) - (noise + common) * start
+    divisor = common * (noise * layer * (layer - 1) - start)
+    if xp is not np:
+        return power / divisor
+    power, divisor = np.asarray(power, dtype=float), np.asarray(divisor, dtype=float)
+    out = np.full(np.broadcast(power, divisor).shape, -np.inf)
+    return _plain(np.divide(power, divisor, out=out, where=divisor > 0))
+
+
+def critical_correlation(layer: Any, increment: Any, start: Any = 1, xp: Any = np) -> Any:
+    """Branch correlation r above which a light output mask raises the share U_l, for b = r^2 v and a = (1 - r^2) v:
+
+    r^2 = (K - 1 - sqrt((K - 1)^2 - 4 K)) / (2 K),   K = v l (l - 1) / q_0.
+
+    increment: v > 0; layer: l >= 1; start: q_0 >= 0. Infinity (no r does) for K < 3 + 2 sqrt(2). Near r = 1 (no noise
+    left) it ceases to again, above the root with +sqrt. Exact. Source: derived in proofs/prove_coherent.py.
+
+    >>> round(critical_correlation(16, 1.0), 4), critical_correlation(2, 1.0)
+    (0.0648, inf)
+    """
+    if xp is not np:
+        k = increment * layer * (layer - 1) / start
+        return xp.sqrt((k - 1 - xp.sqrt((k - 1) ** 2 - 4 * k)) / (2 * k))
+    check_number("layer", layer, 1)
+    check_number("increment", increment, 0, above=True)
+    check_number("start", start, 0)
+    ratio = np.asarray(start / np.maximum(np.asarray(increment * layer * (np.asarray(layer) - 1.0)), 1e-300))
+    # in terms of 1 / K and without the cancellation of the difference: r^2 = 2 / K / (1 - 1/K + sqrt(...))
+    root = (1 - ratio) ** 2 - 4 * ratio
+    helps = (root >= 0) & (ratio < 1)
+    square = 2 * ratio / (1 - ratio + np.sqrt(np.where(helps, root, 1.0)))
+    return _plain(np.where(helps, np.sqrt(np.where(helps, square, 0.0)), np.inf))
 
 
 def log_share(before: Any, after: Any, start: Any, end: Any, xp: Any = np) -> Any:

@@ -170,7 +170,9 @@ def attention_strength(spec: ModelSpec, layer: int) -> float:
     part = spec.attention
     if part is None:
         return 0.0
-    require(part.pattern != "window", AssumptionError, "attention.pattern", part.pattern, "not covered", "full or causal")
+    require(
+        part.pattern != "window", AssumptionError, "attention.pattern", part.pattern, "not covered", "full or causal"
+    )
     kept = part.key_mask_density**2 if part.key_mask_place == "after_softmax" else 1.0
     return spec.branch_scale**2 * kept * attention_gains(spec, layer).value_output
 

@@ -239,9 +239,7 @@ def _proportional(branches: Sequence[Increment], correlation: float, start: floa
     return GrowthLaw(law, exponent, coefficient, text, lambda depth: start * np.exp(rate * np.asarray(depth)))
 
 
-def classify_spec(
-    spec: ModelSpec, *, correlation: float = 0.0, token_correlation: float | None = None
-) -> GrowthLaw:
+def classify_spec(spec: ModelSpec, *, correlation: float = 0.0, token_correlation: float | None = None) -> GrowthLaw:
     """The growth law of a model family in its depth: `classify` with the increments of `spec`.
 
     correlation: r of every branch with the stream (0 at initialisation); token_correlation: c of the tokens, which sets

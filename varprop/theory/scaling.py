@@ -73,7 +73,9 @@ def variant_share(
     return own / _depth_divisor(variant, n_layers) / second_moment
 
 
-def lns_gated_increment(layer: Any, gate_gain: float, up_gain: float, down_gain: float, activation: str = "silu") -> Any:
+def lns_gated_increment(
+    layer: Any, gate_gain: float, up_gain: float, down_gain: float, activation: str = "silu"
+) -> Any:
     """Second moment that a gated network adds in layer l under LNS: g_o (g_u / l) E phi(sqrt(g_g / l) z)^2.
 
     Falls like g_o g_u g_g phi'(0)^2 / l^2 for smooth phi: the sum over layers is bounded. layer: l >= 1; gains of
