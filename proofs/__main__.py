@@ -8,12 +8,19 @@ import sys
 from proofs import (
     prove_activation,
     prove_attention,
+    prove_coherent,
+    prove_collapse,
+    prove_decay,
     prove_feed_forward,
+    prove_growth,
     prove_linear,
+    prove_mitigation,
     prove_moe,
     prove_norm,
     prove_residual,
+    prove_scaling,
     prove_softmax,
+    prove_stream,
 )
 
 MODULES = (
@@ -25,6 +32,13 @@ MODULES = (
     prove_softmax,
     prove_attention,
     prove_moe,
+    prove_stream,
+    prove_coherent,
+    prove_collapse,
+    prove_decay,
+    prove_scaling,
+    prove_growth,
+    prove_mitigation,
 )
 
 

@@ -73,21 +73,21 @@ def coherent_correlation(layer: Any, noise: Any, common: Any, start: Any = 1, xp
     return common * layer / xp.sqrt((noise + common) * second_moment)
 
 
-def masked_factors(density: Any, spread: Any = 0, noise: Any = 1, xp: Any = np) -> tuple[Any, Any]:
-    """Factors (f, g) of an output mask drawn independently of the weights: f = rho + rho (1 - rho) w / a, g = rho^2.
+def masked_noise_factor(density: Any, spread: Any = 0, noise: Any = 1, xp: Any = np) -> Any:
+    """Factor f of an output mask drawn independently of the weights: rho + rho (1 - rho) w / a; g is rho^2.
 
     density: rho in (0, 1]; spread: w >= 0, the row power sum_j M_ij^2 u_j^2 of the common matrix M, which the mask
     turns into noise (of order b / fan_in, hence 0, for a matrix of spread-out entries); noise: a > 0. Exact.
     Source: derived in proofs/prove_coherent.py. Checked by: tests/theory/test_coherent.py.
 
-    >>> masked_factors(0.5)
-    (0.5, 0.25)
+    >>> masked_noise_factor(0.5), masked_noise_factor(0.5, spread=0.1)
+    (0.5, 0.525)
     """
     if xp is np:
         check_number("density", density, 0, 1, above=True)
         check_number("spread", spread, 0)
         check_number("noise", noise, 0, above=True)
-    return density + density * (1 - density) * spread / noise, density**2
+    return density + density * (1 - density) * spread / noise
 
 
 def optimal_density(layer: Any, noise: Any, common: Any, start: Any = 1, spread: Any = 0, xp: Any = np) -> Any:
@@ -97,7 +97,7 @@ def optimal_density(layer: Any, noise: Any, common: Any, start: Any = 1, spread:
 
     A value above 1 (infinity where l = 1 or a' b = 0) means that masking only lowers the share at this layer; the best
     density is then 1. 0 for q_0 = 0 and b > 0: the share rises as far as the density falls. Arguments as
-    `coherent_second_moment`, layer >= 1; spread: w of `masked_factors`. Exact. Raises `AssumptionError` outside the
+    `coherent_second_moment`, layer >= 1; spread: w of `masked_noise_factor`. Exact. Raises `AssumptionError` outside the
     domain. Source: derived in proofs/prove_coherent.py. Checked by: tests/theory/test_coherent.py (numerical maximum).
 
     >>> round(optimal_density(16, noise=0.75, common=0.25), 4), optimal_density(16, noise=1.0, common=0.0)

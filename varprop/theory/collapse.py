@@ -6,8 +6,8 @@ token correlation for inputs of correlation c (pair kernel over its value at 1; 
     attention      q' = q + a (c + (1 - c) Y),   q'c' = q c + a (c + (1 - c) X)
     feed-forward   q' = q + v,                   q'c' = q c + v kappa(c)
 
-Y and X: participation and overlap of the attention rows, both 0 for infinitely many tokens. In depth dc/dl = D(c) / q with
-D(c) = a (c + (1-c) X) + v kappa(c) - c (a (c + (1-c) Y) + v), and q grows like (a (c* + (1-c*) Y) + v) l: power laws in l.
+Y and X: participation and overlap of the attention rows, both 0 for infinitely many tokens. In depth dc/dl = D(c) / q,
+D(c) = a (c + (1-c) X) + v kappa(c) - c (a (c + (1-c) Y) + v), and q grows like (a (c* + (1-c*) Y) + v) l: power laws.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ tabulated overlap smooths; (1 - c*) is then within 40 %."""
 
 @dataclass(frozen=True)
 class Kernel:
-    """A feed-forward part at unit input and infinite width: v, and kappa(c) with its derivative, functions of arrays."""
+    """A feed-forward part at unit input and infinite width: v, kappa(c) of an array and its derivative at a number."""
 
     increment: float
-    ratio: Callable[[np.ndarray], np.ndarray]
+    ratio: Callable[[Any], Any]
     slope: Callable[[float], float]
 
 
-def correlation_step(second_moment: Any, correlation: Any, power: Any, covariance: Any) -> tuple[Any, Any]:
-    """(q, c) after a residual sum with an uncorrelated branch: q + p and (q c + k) / (q + p).
+def correlation_step(second_moment: Any, correlation: Any, power: Any, covariance: Any) -> Any:
+    """Token correlation after a residual sum with an uncorrelated branch: (q c + k) / (q + p).
 
     second_moment, correlation: q > 0 and c of the stream; power, covariance: p and k of the branch, its second moment
     and the covariance of two tokens. Exact. Source: derived in proofs/prove_collapse.py.
 
     >>> correlation_step(1.0, 0.5, 1.0, 0.0)
-    (2.0, 0.25)
+    0.25
     """
-    return second_moment + power, (second_moment * correlation + covariance) / (second_moment + power)
+    return (second_moment * correlation + covariance) / (second_moment + power)
 
 
 def correlation_drift(
@@ -107,9 +107,9 @@ class TokenCollapse:
     """Where the token correlation of a spec goes in depth, for infinitely many tokens.
 
     attention_gain: a = sigma_OV^2 after masks; increment: v; balance: a / (v (1 - kappa'(0))), the side of the line:
-    above 1, c = 0 is unstable (infinity where uncorrelated tokens become correlated at once, kappa(0) > 0); fixed_point:
-    c* that small correlations tend to; exponent: of |c - c*| ~ l^exponent (-infinity where the approach is faster than
-    any power; 0: slower).
+    above 1, c = 0 is unstable (infinity where uncorrelated tokens become correlated at once, kappa(0) > 0);
+    fixed_point: c* that small correlations tend to; exponent: of |c - c*| ~ l^exponent (0: slower than any
+    power).
     """
 
     attention_gain: float
@@ -133,7 +133,8 @@ def token_collapse(spec: ModelSpec, layer: int = 1, *, token_correlation: float 
     Checked by: tests/theory/test_collapse.py.
 
     >>> from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec
-    >>> spec = ModelSpec(d_model=64, n_layers=4, attention=AttentionSpec(n_heads=4), feed_forward=FeedForwardSpec(d_ff=64))
+    >>> parts = {"attention": AttentionSpec(n_heads=4), "feed_forward": FeedForwardSpec(d_ff=64)}
+    >>> spec = ModelSpec(d_model=64, n_layers=4, **parts)
     >>> token_collapse(spec).fixed_point
     1.0
     """
@@ -272,4 +273,5 @@ def _attractor(drift: Callable[[Any], Any], start: float, leaves_zero: bool) -> 
 def _root(drift: Callable[[Any], Any], low: float, high: float) -> float:
     if drift(low)[0] <= 0 or drift(high)[0] >= 0:
         return low
-    return float(scipy.optimize.brentq(lambda c: float(drift(c)[0]), low, high, xtol=1e-12))
+    root: Any = scipy.optimize.brentq(lambda c: float(drift(c)[0]), low, high, xtol=1e-12)
+    return float(root)

@@ -195,7 +195,7 @@ def _mask_condition(context: Context, noise_factor: float) -> str:
     at = stream.n_layers, stream.noise, stream.common, stream.start
     best, even = optimal_density(*at), break_even_density(*at)
     if not even < 1:
-        return f"never at layer {stream.n_layers} of this stream: the common component is too small or the stack too shallow"
+        return f"never at layer {stream.n_layers} of this stream: too small a common component or too shallow"
     least = critical_correlation(stream.n_layers, stream.noise + stream.common, stream.start)
     return (
         f"share rises for factors f in ({even:.3g}, 1), most at f = {best:.3g}, if g = f^2 (mask independent of the "
@@ -283,7 +283,7 @@ MECHANISMS: dict[str, Mechanism] = {
         lambda spec, x: _key_masked(spec, x, "before_softmax"),
         _rows_kept,
         _always(
-            "never reduces: fewer keys are averaged, attention noise rises by up to 1/density (at fixed token correlation)"
+            "never reduces: fewer keys are averaged, attention noise rises by up to 1/density at fixed correlation"
         ),
     ),
     "key_mask_after_softmax": Mechanism(
@@ -307,7 +307,7 @@ MECHANISMS: dict[str, Mechanism] = {
         _grouped,
         lambda context: (1.0, 1.0),
         _always(
-            "zero in the mean; falls only with anti-aligned output maps in a group, factor 1 + eta (g-1) kappa, eta < 0"
+            "zero in the mean; factor 1 + eta (g-1) kappa for output maps of a group aligned by eta: falls for eta < 0"
         ),
     ),
     "moe": Mechanism(

@@ -3,11 +3,11 @@
 Two regimes, as ratios to the same model without the mechanism, all at the last layer:
 
 - at initialisation: `predict` of the changed spec, with full attention and no positions (exchangeable tokens);
-- a coherent (trained) stream q_l = q_0 + f a l + g b l^2 (coherent.py): the mechanism multiplies the noise a of the block
-  outputs by f and their common component b by g.
+- a coherent (trained) stream q_l = q_0 + f a l + g b l^2 (coherent.py): the mechanism multiplies the noise a of the
+  block outputs by f and their common component b by g.
 
-Two measures of how much the last block does, and they disagree: the share v_L / q_L falls with every common reduction of
-the block outputs, the share of log variance ln(q_L / q_{L-1}) / ln(q_L / q_0) rises. In a coherent stream the share
+Two measures of how much the last block does, and they disagree: the share v_L / q_L falls with every common reduction
+of the block outputs, the share of log variance ln(q_L / q_{L-1}) / ln(q_L / q_0) rises. In a coherent stream the share
 v_L / q_L rises with the noise, and with a falling common component only below `break_even_common_factor`.
 """
 
@@ -34,8 +34,8 @@ class Change:
 
     first_increment: v_1, what the first block adds at the given token correlation, without feedback through depth;
     increment: v_L, of the last block; second_moment: q_L; share: v_L / q_L; log_share: of the
-    last block in ln(q_L / q_0); jacobian, token_mean_jacobian: ||J - I||^2 of the last block, every source token for one
-    output token, and the paper's token mean (None: not covered by the theory).
+    last block in ln(q_L / q_0); jacobian, token_mean_jacobian: ||J - I||^2 of the last block, every source token for
+    one output token, and the paper's token mean (None: not covered by the theory).
     """
 
     first_increment: float
@@ -86,9 +86,9 @@ def mitigation(
     r, b = r^2 v and a = (1 - r^2) v (r = 0.5 gives the published log-log slope near 1.8 at 16 layers).
 
     Factors f and g. Output masks: (rho, rho^2), exact for masks independent of the weights; magnitude masks (e, e^2),
-    leading order in small common entries; masks on all matrices: (F, F^2), F the ratio of v at initialisation, exact for
-    linear branches; key masks and context: noise by the ratio at initialisation, common by the square of the mean row
-    sum; MoE: noise by S_2, common by (E sum of gates)^2 for a component that all experts share; decay: both by F.
+    leading order in small common entries; masks on all matrices: (F, F^2), F the ratio of v at initialisation, exact
+    for linear branches; key masks and context: noise by the ratio at initialisation, common by the square of the mean
+    row sum; MoE: noise by S_2, common by (E sum of gates)^2 for a component that all experts share; decay: both by F.
     Branches enter by their share of v. Coherent Jacobians assume v_J proportional to the branch power; the coherent
     token correlation takes noise as independent and the common component as the same between tokens.
 
@@ -97,7 +97,8 @@ def mitigation(
     Checked by: tests/theory/test_mitigation.py.
 
     >>> from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec
-    >>> spec = ModelSpec(d_model=64, n_layers=4, attention=AttentionSpec(n_heads=4), feed_forward=FeedForwardSpec(d_ff=64))
+    >>> parts = {"attention": AttentionSpec(n_heads=4), "feed_forward": FeedForwardSpec(d_ff=64)}
+    >>> spec = ModelSpec(d_model=64, n_layers=4, **parts)
     >>> effect = mitigation("weight_mask", spec, 0.5, n_tokens=8)
     >>> effect.at_init.share < 1, effect.noise_factor, effect.common_factor
     (True, 0.5, 0.25)

@@ -106,8 +106,8 @@ def aligned_asymptote(layer: Any, power: Any, amplitude: Any, correlation: Any, 
     return (root + drift * layer + spread / drift * growth) ** 2
 
 
-def aligned_bounds(layer: int, increment: float, correlation: float, start: float = 0.0) -> tuple[float, float]:
-    """Rigorous bounds on q_l of one branch with correlation r > 0 and constant v, from y' - y - r sqrt(v):
+def aligned_bounds(layer: int, increment: float, correlation: float, start: float = 0.0) -> np.ndarray:
+    """Lower and upper bound on q_l of one branch with correlation r > 0 and constant v, from y' - y - r sqrt(v):
 
     y_0 + r sqrt(v) l <= sqrt(q_l) <= y_0 + r sqrt(v) l + (1 - r^2) sqrt(v) / (2 r) * sum_{k=1}^l 1 / (k + y_0 / (r
     sqrt(v))). Raises `AssumptionError` outside the domain. Source: derived in proofs/prove_stream.py.
@@ -124,7 +124,7 @@ def aligned_bounds(layer: int, increment: float, correlation: float, start: floa
     offset = root / drift
     harmonic = float(scipy.special.digamma(layer + 1 + offset) - scipy.special.digamma(1 + offset))
     low = root + drift * layer
-    return low**2, (low + (1 - correlation**2) * increment / (2 * drift) * harmonic) ** 2
+    return np.array([low, low + (1 - correlation**2) * increment / (2 * drift) * harmonic]) ** 2
 
 
 def power_sum(n_terms: Any, power: float) -> Any:
