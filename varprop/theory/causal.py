@@ -55,6 +55,7 @@ ROUNDING = 1e-12
 CLOSURE_ERROR = 0.003
 SINK_ERROR, MASK_ERROR, CAP_ERROR = 4, 2, 1.0
 """Errors at a logit standard deviation of 1: of the closure; added multiples of it; per s^6 / cap^2."""
+GAP_FACTOR = 1.5
 
 
 def has_closure(spec: ModelSpec) -> bool:
@@ -205,8 +206,8 @@ def closure_error(spec: ModelSpec, layer: int, tokens: Moments, documents: np.nd
     """Error of `closed_attention` beyond O(1/width), for one layer and its tokens (arguments as there).
 
     CLOSURE_ERROR max(1, s^2), more with a sink logit and with a key mask, plus two terms of size: third order of the
-    tokens minus that of their equivalent sets, damped by ((1 - p'Sp) / (1 - S_bar))^3, averaged over N_ROWS rows; and
-    the cubic term of a soft cap. Constants: largest errors of tests/theory/test_causal.py, rounded up.
+    tokens minus that of their equivalent sets, damped by ((1 - p'Sp) / (1 - S_bar))^3, averaged over N_ROWS rows, times
+    GAP_FACTOR; and the cubic term of a soft cap. Constants: largest errors of tests/theory/test_causal.py, rounded up.
 
     >>> from varprop import presets
     >>> closure_error(presets.tiny(), 1, Moments(np.eye(4)[None], 4)).second_moment < 0.01
@@ -222,7 +223,7 @@ def closure_error(spec: ModelSpec, layer: int, tokens: Moments, documents: np.nd
     gap = max(
         _third_order_gap(values[r], logits.keys[r], logits.strength[r], allowed, rows) for r in range(len(values))
     )
-    return ClosureError(floor + gap, floor + gap / 2)
+    return ClosureError(floor + GAP_FACTOR * gap, floor + GAP_FACTOR * gap)
 
 
 def _third_order_gap(
