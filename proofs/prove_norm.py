@@ -50,7 +50,7 @@ def prove_covariance(rule=normalised_covariance):
 def prove_centred(rule=centred_second_moment):
     shift = sympy.symbols("m", real=True)
     mean = sum(x) / D
-    variance = sum((v - mean) ** 2 for v in x) / D
+    variance: Any = sum((v - mean) ** 2 for v in x) / D
     shifted = variance.subs({v: v + shift for v in x}, simultaneous=True)
     equal(rule(q + shift**2, D, shift**2), expect(shifted, {v: normal_moments(q) for v in x}))
 

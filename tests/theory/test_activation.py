@@ -159,7 +159,7 @@ def test_variance_zero_and_tiny(name):
         lambda: activation_kernel("gelu", 1.0, 1.5),
         lambda: activation_kernel("silu", 1.0, np.array([0.5, np.nan])),
         lambda: activation_kernel("silu", 1.0, 0.5, -2.0),
-        lambda: activation_kernel(3, 1.0, 0.5),
+        lambda: activation_kernel(3, 1.0, 0.5),  # type: ignore[arg-type]
         lambda: activation_derivative_second_moment("swish", 1.0),
         lambda: activation_fourth_moment("silu", np.array([True])),
         lambda: activation_mean("gelu", -1),

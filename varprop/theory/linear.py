@@ -34,8 +34,10 @@ def linear_second_moment(second_moment: Any, gain: Any, retained: Any = 1) -> An
     >>> linear_second_moment(2.0, 1.5, 0.25)
     0.75
     """
-    for name, value in (("second_moment", second_moment), ("gain", gain), ("retained", retained)):
+    second_moment, gain, retained = (
         checked(name, value, "numbers >= 0", 0.0)
+        for name, value in (("second_moment", second_moment), ("gain", gain), ("retained", retained))
+    )
     return gain * retained * second_moment
 
 
@@ -48,7 +50,7 @@ def bernoulli_retained_variance(density: Any, factor: Any = 1) -> Any:
     >>> bernoulli_retained_variance(0.25, 2.0)
     1.0
     """
-    return _density(density) * factor**2
+    return _density(density) * checked("factor", factor, "finite numbers") ** 2
 
 
 def rescale_factor(density: Any, rescale: str) -> Any:
@@ -75,9 +77,10 @@ def bernoulli_excess_kurtosis(density: Any, input_kurtosis: Any, fan_in: Any) ->
     >>> bernoulli_excess_kurtosis(0.5, 3, 90)
     0.1
     """
-    checked("fan_in", fan_in, "numbers >= 1", 1.0)
-    checked("input_kurtosis", input_kurtosis, "numbers >= 1", 1.0)
-    return 3 * (1 - _density(density)) / density * input_kurtosis / fan_in
+    fan_in = checked("fan_in", fan_in, "numbers >= 1", 1.0)
+    input_kurtosis = checked("input_kurtosis", input_kurtosis, "numbers >= 1", 1.0)
+    density = _density(density)
+    return 3 * (1 - density) / density * input_kurtosis / fan_in
 
 
 def bernoulli_fourth_moment(density: Any, square_mean: Any, fourth_mean: Any, fan_in: Any) -> Any:
@@ -92,11 +95,11 @@ def bernoulli_fourth_moment(density: Any, square_mean: Any, fourth_mean: Any, fa
     >>> bernoulli_fourth_moment(1.0, 1.0, 3.0, 8), bernoulli_fourth_moment(0.5, 1.25, 3.0, 8)
     (3.0, 1.21875)
     """
-    checked("square_mean", square_mean, "numbers >= 0", 0.0)
-    checked("fourth_mean", fourth_mean, "numbers >= 0", 0.0)
-    checked("fan_in", fan_in, "numbers >= 1", 1.0)
-    single = fourth_mean / fan_in
-    return 3 * (_density(density) ** 2 * (square_mean - single) + density * single)
+    square_mean = checked("square_mean", square_mean, "numbers >= 0", 0.0)
+    fourth_mean = checked("fourth_mean", fourth_mean, "numbers >= 0", 0.0)
+    fan_in = checked("fan_in", fan_in, "numbers >= 1", 1.0)
+    density, single = _density(density), fourth_mean / fan_in
+    return 3 * (density**2 * (square_mean - single) + density * single)
 
 
 def block_concentration(block_size: Any, fan_in: Any) -> Any:
@@ -108,8 +111,8 @@ def block_concentration(block_size: Any, fan_in: Any) -> Any:
     >>> block_concentration(4, 22)
     0.25
     """
-    checked("fan_in", fan_in, "numbers >= 1", 1.0)
-    checked("block_size", block_size, "numbers >= 1", 1.0)
+    fan_in = checked("fan_in", fan_in, "numbers >= 1", 1.0)
+    block_size = checked("block_size", block_size, "numbers >= 1", 1.0)
     return (block_size + 2) / (fan_in + 2)
 
 
@@ -124,8 +127,9 @@ def block_excess_kurtosis(density: Any, concentration: Any) -> Any:
     >>> block_excess_kurtosis(0.5, 0.25)
     0.75
     """
-    checked("concentration", concentration, "numbers in [0, 1]", 0.0, 1.0)
-    return 3 * (1 - _density(density)) / density * concentration
+    concentration = checked("concentration", concentration, "numbers in [0, 1]", 0.0, 1.0)
+    density = _density(density)
+    return 3 * (1 - density) / density * concentration
 
 
 def structured_second_moment(density: Any, coherent: Any, entries: Any, noise: Any = 0, factor: Any = 1) -> Any:
@@ -142,9 +146,12 @@ def structured_second_moment(density: Any, coherent: Any, entries: Any, noise: A
     >>> structured_second_moment(0.5, 4.0, 0.0), structured_second_moment(0.5, 0.0, 0.0, 4.0)
     (1.0, 2.0)
     """
-    for name, value in (("coherent", coherent), ("entries", entries), ("noise", noise), ("factor", factor)):
+    coherent, entries, noise, factor = (
         checked(name, value, "finite numbers")
-    return factor**2 * (_density(density) ** 2 * coherent + density * (1 - density) * entries + density * noise)
+        for name, value in (("coherent", coherent), ("entries", entries), ("noise", noise), ("factor", factor))
+    )
+    density = _density(density)
+    return factor**2 * (density**2 * coherent + density * (1 - density) * entries + density * noise)
 
 
 class AttentionMaskFactors(NamedTuple):
@@ -164,14 +171,13 @@ def attention_mask_factors(q: Any = 1, k: Any = 1, v: Any = 1, o: Any = 1) -> At
     >>> attention_mask_factors(q=0.5, k=0.5, v=0.5)
     AttentionMaskFactors(logit_variance=0.25, value_variance=0.5)
     """
-    for name, value in (("q", q), ("k", k), ("v", v), ("o", o)):
-        checked(name, value, "numbers >= 0", 0.0)
+    q, k, v, o = (checked(name, value, "numbers >= 0", 0.0) for name, value in (("q", q), ("k", k), ("v", v), ("o", o)))
     return AttentionMaskFactors(q * k, v * o)
 
 
 def _threshold(density: Any, xp: Any) -> Any:
     """The tau above which a share `density` of standard normal magnitudes lies."""
-    return xp.sqrt(2) * erfcinv(_density(density), xp)
+    return xp.sqrt(2) * erfcinv(density, xp)
 
 
 def magnitude_retained_variance(density: Any, xp: Any = np) -> Any:
@@ -184,6 +190,7 @@ def magnitude_retained_variance(density: Any, xp: Any = np) -> Any:
     >>> round(float(magnitude_retained_variance(0.5)), 3), round(float(magnitude_retained_variance(0.25)), 3)
     (0.929, 0.724)
     """
+    density = _density(density)
     tau = _threshold(density, xp)
     return density + 2 * tau * normal_density(tau, xp)
 
@@ -197,6 +204,7 @@ def magnitude_fourth_moment(density: Any, xp: Any = np) -> Any:
     >>> float(magnitude_fourth_moment(1.0))
     3.0
     """
+    density = _density(density)
     tau = _threshold(density, xp)
     return 3 * magnitude_retained_variance(density, xp) + 2 * tau**3 * normal_density(tau, xp)
 

@@ -47,7 +47,8 @@ def checked(name: str, value: Any, expected: str, low: float = -math.inf, high: 
     if hasattr(value, "free_symbols"):
         return value
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
-        good = math.isfinite(value) and low <= value <= high
+        number: Any = value
+        good = -math.inf < number < math.inf and low <= number <= high
         require(good, AssumptionError, name, value, "outside the domain", expected)
         return value
     try:

@@ -35,7 +35,8 @@ def normalised_second_moment(second_moment: Any, eps: Any, gain_square: Any = 1)
     >>> normalised_second_moment(3.0, 1.0)
     0.75
     """
-    _positive_sum(_moment("second_moment", second_moment), _moment("eps", eps))
+    second_moment, eps = _moment("second_moment", second_moment), _moment("eps", eps)
+    _positive_sum(second_moment, eps)
     return _moment("gain_square", gain_square) * second_moment / (second_moment + eps)
 
 
@@ -65,8 +66,10 @@ def normalised_covariance(
     >>> float(normalised_covariance(1.0, 4.0, 4.0, 0.0))
     0.25
     """
-    _positive_sum(_moment("second_moment", second_moment), _moment("eps", eps))
-    _positive_sum(_moment("other", other), eps)
+    second_moment, other, eps = _moment("second_moment", second_moment), _moment("other", other), _moment("eps", eps)
+    covariance = checked("covariance", covariance, "finite numbers")
+    _positive_sum(second_moment, eps)
+    _positive_sum(other, eps)
     return gain_square * covariance / xp.sqrt((second_moment + eps) * (other + eps))
 
 
@@ -83,8 +86,9 @@ def normalised_covariance_mean(correlation: Any, first: Any, other: Any, d_model
     0.4375
     """
     c = _correlation(correlation)
-    for name, value in (("first", first), ("other", other)):
-        checked(name, value, "numbers in [0, 1]", 0.0, 1.0)
+    first, other = (
+        checked(name, value, "numbers in [0, 1]", 0.0, 1.0) for name, value in (("first", first), ("other", other))
+    )
     bend = 3 * (first**2 + other**2) / 4 - first - other + c**2 * first * other / 2
     return xp.sqrt(first * other) * c * (1 + bend / _width(d_model))
 
@@ -115,6 +119,8 @@ def centred_second_moment(second_moment: Any, d_model: Any, mean_square: Any = 0
     >>> centred_second_moment(2.0, 4), centred_second_moment(2.0, 4, 1.0)
     (1.5, 0.75)
     """
+    second_moment = checked("second_moment", second_moment, "finite numbers")
+    mean_square = checked("mean_square", mean_square, "finite numbers")
     return (second_moment - mean_square) - (second_moment - mean_square) / _width(d_model)
 
 
@@ -134,8 +140,10 @@ def centred_correlation(
     (0.0, 0.5)
     """
     other_share = mean_share if other_share is None else other_share
-    for name, value in (("mean_share", mean_share), ("other_share", other_share)):
+    mean_share, other_share = (
         checked(name, value, "numbers in [0, 1)", 0.0, 1 - 1e-12)
+        for name, value in (("mean_share", mean_share), ("other_share", other_share))
+    )
     common = _correlation(mean_correlation) * xp.sqrt(mean_share * other_share)
     return (_correlation(correlation) - common) / xp.sqrt((1 - mean_share) * (1 - other_share))
 
@@ -150,7 +158,8 @@ def cosine_mean(correlation: Any, d_model: Any) -> Any:
     >>> cosine_mean(0.5, 3)
     0.4375
     """
-    return _correlation(correlation) * (1 - (1 - correlation**2) / (2 * _width(d_model)))
+    correlation = _correlation(correlation)
+    return correlation * (1 - (1 - correlation**2) / (2 * _width(d_model)))
 
 
 def cosine_variance(correlation: Any, d_model: Any) -> Any:
