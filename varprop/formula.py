@@ -26,6 +26,8 @@ from varprop.theory import (
     feed_forward,
     fluctuation,
     gates,
+    gqa,
+    key_mask,
     linear,
     moe,
     norm,
@@ -140,10 +142,17 @@ _ALL = (
     ),
     _closed(patterns.window_uniform_participation, r"\frac{1}{T} \sum_t \sum_j p_{tj}^2", "T w"),
     _closed(patterns.causal_uniform_participation, r"\frac{1}{T} \sum_t \sum_j p_{tj}^2", "T"),
-    _closed(patterns.kept_inverse, r"\mathbb{E}\,\frac{1}{n}", "N rho"),
-    _closed(patterns.masked_output_form, r"\mathbb{E}\,p^\top C p", "F S y_t r_t rho"),
+    _closed(key_mask.kept_inverse, r"\mathbb{E}\,\frac{1}{n}", "N rho"),
+    _closed(key_mask.masked_output_form, r"\mathbb{E}\,p^\top C p", "F S y_t r_t rho"),
     _closed(closure.equivalent_keys, r"(n, v, w)", "v_C v_S H"),
+    _closed(closure.iid_third_order, r"J_3", "n w"),
     _closed(closure.pair_factor, r"k_{\mathrm{eff}}", "k L z sigma2"),
+    # Grouped-query attention
+    _closed(gqa.head_covariance, r"\frac{\mathbb{E}\,o_h \cdot o_{h'}}{d_h}", "c X sigma2"),
+    _closed(gqa.head_cosine, r"\kappa", "c X Y"),
+    _closed(gqa.aligned_mean_factor, r"\frac{v(\eta)}{v(0)}", "g eta kappa"),
+    _closed(gqa.attention_relative_variance, r"\frac{\mathrm{Var}\,|o|^2}{(\mathbb{E}\,|o|^2)^2}", "n_h d_h g kappa d"),
+    _closed(gqa.xavier_value_gain, r"\sigma_V^2", "d n_kv d_h"),
     # Mixtures of experts
     _stated(
         gates.gate_second_moment,

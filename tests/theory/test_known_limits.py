@@ -18,7 +18,7 @@ from varprop.theory.activation import activation_kernel, activation_second_momen
 from varprop.theory.attention import exchangeable_attention, incoherent_average
 from varprop.theory.feed_forward import plain_kernel
 from varprop.theory.linear import retained_variance
-from varprop.theory.moe import overlap_of
+from varprop.theory.moe import router_overlap
 from varprop.theory.moments import Moments
 from varprop.theory.residual import residual_second_moment
 from varprop.theory.softmax import softmax_overlap, softmax_participation
@@ -185,11 +185,13 @@ def test_all_experts_active(router):
     plain, normalised = MoESpec(**part), MoESpec(**part, normalize_gates=True)
     std = 1.3
     if router == "softmax":
-        assert float(overlap_of(plain, std, 0.4)) == pytest.approx(float(overlap_of(normalised, std, 0.4)), rel=1e-9)
+        assert float(router_overlap(plain, std, 0.4)) == pytest.approx(
+            float(router_overlap(normalised, std, 0.4)), rel=1e-9
+        )
     else:
-        assert float(overlap_of(plain, std, 0.4)) > float(overlap_of(normalised, std, 0.4))
-    assert float(overlap_of(normalised, 0.0, 0.4)) == pytest.approx(1 / 4)
-    assert float(overlap_of(plain, 0.0, 0.4)) == pytest.approx(1 / 4 if router == "softmax" else 1.0)
+        assert float(router_overlap(plain, std, 0.4)) > float(router_overlap(normalised, std, 0.4))
+    assert float(router_overlap(normalised, 0.0, 0.4)) == pytest.approx(1 / 4)
+    assert float(router_overlap(plain, 0.0, 0.4)) == pytest.approx(1 / 4 if router == "softmax" else 1.0)
 
 
 @pytest.mark.parametrize("n_experts, top_k", [(1, 1), (3, 2), (8, 3)])
@@ -198,9 +200,9 @@ def test_all_experts_active(router):
 def test_gate_power_is_bounded(n_experts, top_k, std, normalize):
     """1/k <= S_2 <= 1 for normalised gates, S_2 <= 1 always, and two tokens overlap by at most S_2."""
     part = MoESpec(n_experts=n_experts, top_k=top_k, d_expert=8, normalize_gates=normalize)
-    power = float(overlap_of(part, std, 1.0))
+    power = float(router_overlap(part, std, 1.0))
     assert (1 / top_k if normalize else 0.0) * (1 - 1e-6) < power <= 1 + 1e-6
-    assert -1e-9 < float(overlap_of(part, std, 0.3)) <= power * (1 + 1e-3)  # the overlap is tabulated
+    assert -1e-9 < float(router_overlap(part, std, 0.3)) <= power * (1 + 1e-3)  # the overlap is tabulated
 
 
 def test_one_expert_is_a_feed_forward():

@@ -26,7 +26,7 @@ from varprop.theory.activation import SERIES, gelu
 from varprop.theory.attention import AttentionGains, attention_gains, attention_weights
 from varprop.theory.gates import Router, gates
 from varprop.theory.linear import effective_gain
-from varprop.theory.moe import overlap_of
+from varprop.theory.moe import router_overlap
 from varprop.theory.namespace import normal_density
 from varprop.theory.patterns import allowed_keys
 from varprop.theory.quadrature import gram_root, normal_nodes
@@ -249,7 +249,7 @@ def _draw_gates(part: MoESpec, correlation: float, logit_std: float, rng: np.ran
     covariance = np.array([np.mean(x * y) - x.mean() * y.mean() for x, y in pairs])
     same = np.array([np.mean(np.sum(g[:, a] * g[:, b] * g[:, c] * g[:, d], axis=-1)) for a, b, c, d in PATTERNS])
     power = part.gate_multiplier**2
-    diagonal, off = (power * float(overlap_of(part, logit_std, c)) for c in (1.0, correlation))
+    diagonal, off = (power * float(router_overlap(part, logit_std, c)) for c in (1.0, correlation))
     return _Gates(diagonal, off, power**2 * covariance, power**2 * same)
 
 
