@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mpmath
 import numpy as np
 import sympy
@@ -17,7 +19,7 @@ from varprop.theory.patterns import (
 )
 
 
-def _uniform_mean(n_tokens, window):
+def _uniform_mean(n_tokens: int, window: int) -> Any:
     return sum(sympy.Rational(1, min(t, window)) for t in range(1, n_tokens + 1)) / sympy.Integer(n_tokens)
 
 
@@ -37,7 +39,7 @@ def prove_window_uniform(rule=window_uniform_participation):
 
 def prove_documents(rule=document_uniform_participation):
     lengths = [3, 1, 5]
-    known = sum(_uniform_mean(n, n) * n for n in lengths) / sympy.Integer(sum(lengths))
+    known: Any = sum(_uniform_mean(n, n) * n for n in lengths) / sympy.Integer(sum(lengths))
     close(rule(lengths), mpmath.mpf(known.p) / known.q)
 
 
