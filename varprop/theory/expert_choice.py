@@ -77,7 +77,7 @@ def experts_per_token(n_experts: int, top_k: int, n_tokens: int) -> np.ndarray:
     softmax over experts spreads them far more evenly (`expert_choice_gates`).
     Source: derived in proofs/prove_expert_choice.py. Checked by: tests/theory/test_expert_choice.py.
 
-    >>> experts_per_token(2, 1, 8).tolist()
+    >>> experts_per_token(2, 1, 8).round(12).tolist()
     [0.25, 0.5, 0.25]
     """
     share = expert_capacity(n_experts, top_k, n_tokens) / n_tokens

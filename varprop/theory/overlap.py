@@ -205,7 +205,8 @@ def _tied_square(law: Router, std: float, t: float) -> float:
     if law.score == "sigmoid" and not law.normalised:
         return score**2
     z, above = interval(t, np.inf, n_logits(std))
-    log_u = np.arange(-np.log(score_of(z[-1], std, law.score) * law.n_experts) - 20, -np.log(score) + 5, LOG_U_STEP)
+    highest = float(score_of(z[-1], std, law.score))
+    log_u = np.arange(-math.log(highest * law.n_experts) - 20, -math.log(score) + 5, LOG_U_STEP)
     u = np.exp(log_u)
     others = np.exp(-np.exp(np.minimum(log_u[:, None] + np.log(score_of(z, std, law.score)), 30.0))) @ above
     integrand = (u * score) ** 2 * np.exp(-u * score) * others ** (law.top_k - 1)
