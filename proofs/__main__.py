@@ -9,10 +9,14 @@ from proofs import (
     prove_activation,
     prove_attention,
     prove_backward,
+    prove_expert_choice,
     prove_feed_forward,
+    prove_gates,
+    prove_gqa,
     prove_linear,
     prove_moe,
     prove_norm,
+    prove_overlap,
     prove_residual,
     prove_softmax,
 )
@@ -25,6 +29,10 @@ MODULES = (
     prove_residual,
     prove_softmax,
     prove_attention,
+    prove_gqa,
+    prove_gates,
+    prove_overlap,
+    prove_expert_choice,
     prove_moe,
     prove_backward,
 )
@@ -34,7 +42,7 @@ def main() -> int:
     """Print statement, assumption and status of every proof; the number of failures."""
     failures = 0
     for module in MODULES:
-        component = module.__name__.rsplit("_", 1)[-1] if module is not prove_feed_forward else "feed_forward"
+        component = module.__name__.removeprefix("proofs.prove_")
         for proof in module.PROOFS:
             try:
                 proof.function()
