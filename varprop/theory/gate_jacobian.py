@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 
 from varprop.theory.gates import (
-    LOG_U_STEP,
     MAX_LOGIT_STD,
-    STD_NODES,
     Router,
-    _checked_std,
-    _interval,
-    _router,
-    _score,
-    _thresholds,
+    canonical,
+    checked_std,
+    interpolation,
+    interval,
+    score_of,
+    threshold_nodes,
 )
 
+LOG_U_STEP = 0.3
+"""Trapezoidal error below 1e-9: |Gamma(4 + 2 pi i / step)|."""
 TINY = 1e-300
 """Stands for 0 in a logarithm: normalised gates of one active expert have no derivative."""
 
@@ -45,31 +46,28 @@ def gate_jacobian(
 
     Arguments and errors as in `gate_second_moment`; logit_std may be an array. Quadrature at tabulated logit_std,
     relative error below 1e-6, and cubic interpolation between them, relative error below 1e-3; for a softmax beyond
-    logit_std 16 both fall like 1 / logit_std, error O(1 / logit_std). Source: derived in proofs/prove_backward.py.
+    logit_std 16 both are A / s + B / s^2, fixed at 8 and 16. Source: derived in proofs/prove_backward.py.
 
     >>> gate_jacobian(8, 1, 1.0, normalize=True)  # one active expert has the gate 1
     array([0., 0.])
     >>> gate_jacobian(4, 4, [0.0, 1.25], normalize=True).round(6)[:, 0]
     array([0.1875, 0.75  ])
     """
-    law = _router(n_experts, top_k, normalize, router, gate_order)
-    std = _checked_std(logit_std, law)
-    inside = np.minimum(std, MAX_LOGIT_STD)
-    return _interpolated(law, inside) * np.where(std > inside, inside / np.maximum(std, 1.0), 1.0)
+    law = canonical(n_experts, top_k, normalize, router, gate_order)
+    std = checked_std(logit_std, law)
+    values = _interpolated(law, np.minimum(std, MAX_LOGIT_STD))
+    if not (std > MAX_LOGIT_STD).any():
+        return values
+    low, high = (_interpolated(law, np.full_like(std, s)) for s in (MAX_LOGIT_STD / 2, MAX_LOGIT_STD))
+    ratio = MAX_LOGIT_STD / np.maximum(std, MAX_LOGIT_STD)
+    return np.where(std > MAX_LOGIT_STD, ratio * (high + (high - low / 2) * (1 - ratio)), values)
 
 
 def _interpolated(law: Router, std: np.ndarray) -> np.ndarray:
     """(2, *std.shape): the logarithms are interpolated in s / (1 + s), by the cubic through the four nodes around."""
-    nodes = np.array(STD_NODES[:-1])
-    grid, at = nodes / (1 + nodes), std / (1 + std)
-    first = np.clip(np.searchsorted(grid, at, side="right") - 2, 0, len(grid) - 4)
-    total = np.zeros((2, *std.shape))
-    for i in range(4):
-        others = [grid[first + j] for j in range(4) if j != i]
-        weight = np.prod([(at - other) / (grid[first + i] - other) for other in others], axis=0)
-        used, inverse = np.unique(first + i, return_inverse=True)
-        values = np.array([gate_jacobian_at(law, float(nodes[n])) for n in used]).T
-        total += weight * np.log(np.maximum(values, TINY))[:, inverse.reshape(std.shape)]
+    nodes, weights = interpolation(law._replace(score="sigmoid"), std, 4)  # a sigmoid's nodes: the finite ones
+    table = np.log(np.maximum([gate_jacobian_at(law, float(s)) for s in nodes], TINY))
+    total = np.tensordot(table, weights, axes=(0, 0))
     return np.where(total > math.log(TINY) / 2, np.exp(total), 0.0)
 
 
@@ -78,7 +76,7 @@ def gate_jacobian_at(law: Router, std: float) -> tuple[float, float]:
     """`gate_jacobian` at one logit_std in [0, 16], by quadrature."""
     if law.normalised and law.top_k == 1:
         return 0.0, 0.0
-    thresholds, probability = _thresholds(law.n_experts, law.top_k)
+    thresholds, probability = threshold_nodes(law.n_experts, law.top_k)
     if std == 0:
         thresholds, probability = np.zeros(1), np.ones(1)
     square, trace = probability @ np.array([_given_threshold(law, std, float(t)) for t in thresholds])
@@ -92,8 +90,8 @@ def _n_nodes(std: float) -> int:
 def _given_threshold(law: Router, std: float, t: float) -> tuple[float, float]:
     """Square and trace given that the (k+1)-th largest logit is t."""
     n_experts, top_k, router, normalised = law
-    z, above = _interval(t, np.inf, _n_nodes(std))
-    score = _score(z, std, router)
+    z, above = interval(t, np.inf, _n_nodes(std))
+    score = score_of(z, std, router)
     slope = score if router == "softmax" else score * (1 - score)
     if router == "sigmoid" and not normalised:
         return top_k * float(above @ slope**2), top_k * float(above @ slope)
@@ -113,8 +111,8 @@ def _given_threshold(law: Router, std: float, t: float) -> tuple[float, float]:
     trace = one * ((moments[1] - moments[2]) @ (above * ratio))
     if not normalised:
         u, n_below = np.exp(log_u), n_experts - top_k - 1
-        below, weight = _interval(-np.inf, t, _n_nodes(std))
-        low, pivot = u[:, None] * _score(below, std, router), u * _score(t, std, router)
+        below, weight = interval(-np.inf, t, _n_nodes(std))
+        low, pivot = u[:, None] * score_of(below, std, router), u * score_of(t, std, router)
         fade = np.exp(-low)
         rest = fade @ weight
         tail = np.exp(-pivot) * rest**n_below
