@@ -11,12 +11,16 @@ from proofs import (
     prove_coherent,
     prove_collapse,
     prove_decay,
+    prove_expert_choice,
     prove_feed_forward,
+    prove_gates,
+    prove_gqa,
     prove_growth,
     prove_linear,
     prove_mitigation,
     prove_moe,
     prove_norm,
+    prove_overlap,
     prove_residual,
     prove_scaling,
     prove_softmax,
@@ -31,6 +35,10 @@ MODULES = (
     prove_residual,
     prove_softmax,
     prove_attention,
+    prove_gqa,
+    prove_gates,
+    prove_overlap,
+    prove_expert_choice,
     prove_moe,
     prove_stream,
     prove_coherent,
@@ -46,7 +54,7 @@ def main() -> int:
     """Print statement, assumption and status of every proof; the number of failures."""
     failures = 0
     for module in MODULES:
-        component = module.__name__.rsplit("_", 1)[-1] if module is not prove_feed_forward else "feed_forward"
+        component = module.__name__.removeprefix("proofs.prove_")
         for proof in module.PROOFS:
             try:
                 proof.function()
