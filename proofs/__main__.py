@@ -12,6 +12,7 @@ from proofs import (
     prove_collapse,
     prove_decay,
     prove_expert_choice,
+    prove_backward,
     prove_feed_forward,
     prove_gates,
     prove_gqa,
@@ -47,6 +48,7 @@ MODULES = (
     prove_scaling,
     prove_growth,
     prove_mitigation,
+    prove_backward,
 )
 
 

@@ -176,7 +176,7 @@ def norm_powers(spec: ModelSpec, second_moment: Any, correlation: Any) -> tuple[
 def _attention(spec: ModelSpec, layer: int, n_tokens: int, tokens: BranchInput) -> BranchPowers:
     gains = attention_gains(spec, layer)
     c, key_c = tokens.correlation, tokens.correlation * mean_rotation(spec, layer, n_tokens)
-    std = _logit_std(spec, gains.query * gains.key, tokens.second_moment)
+    std = logit_std(spec, gains.query * gains.key, tokens.second_moment)
     mean = softmax_averages(spec, layer, n_tokens, std * np.sqrt(1 - key_c), c)
     forward = gains.value_output * tokens.second_moment * incoherent_average(c, mean.participation)
     variance = std**2 * _projected_share(spec)
@@ -194,29 +194,32 @@ def _attention_powers(
     key, query = variance * (1 - c), variance * (1 - c) * (1 - key_c)
     own_query = query * (mean.square + mean.spread / d_model)
     pair_query = query * (mean.pair_square + mean.pair_spread / d_model)
-    sources = softmax_sources(mean.participation, mean.square, mean.spread, variance, c, key_c, d_model)
+    sources = softmax_sources(
+        mean.participation, mean.key_square, mean.square, mean.spread, variance, c, key_c, d_model
+    )
     values = {
         "all_sources": tokens.own * sources,
-        "own_token": tokens.own * (mean.own_weight + key * mean.own_square + own_query),
+        "own_token": tokens.own * (mean.own_weight + key * mean.own_key_square + own_query),
         "token_mean": token_mean(tokens.own * (1 + own_query), tokens.pair * (1 + pair_query), n_tokens),
     }
     others = max(n_tokens - 1, 1)
     return BranchPowers(
         values,
         own_pair=tokens.own * (n_tokens - 1) * (mean.pair_overlap + key * c * mean.pair_square),
-        pair_own=tokens.pair * (1 - mean.participation - key * mean.square) / others,
+        pair_own=tokens.pair * (1 - mean.participation - key * mean.key_square) / others,
         pair=tokens.pair * (1 - mean.pair_overlap - key * c * mean.pair_square + pair_query),
         forward=np.nan,
     )
 
 
-def _logit_std(spec: ModelSpec, query_key_gain: float, second_moment: Any) -> Any:
+def logit_std(spec: ModelSpec, query_key_gain: float, second_moment: Any) -> Any:
     """Standard deviation of the logits of uncorrelated tokens; under a QK-norm that of unit queries and keys."""
     part = spec.attention
     assert part is not None
-    covered = part.logit_softcap is None and not part.sink_logit and part.key_mask_density == 1
-    wrong = "given with a soft cap, sink logit or key mask"
-    require(covered, AssumptionError, "attention", part.pattern, wrong, "plain softmax for the Jacobian")
+    absent = {"logit_softcap": None, "sink_logit": False, "key_mask_density": 1}
+    for name, value in absent.items():
+        given = getattr(part, name)
+        require(given == value, AssumptionError, f"attention.{name}", given, "not covered by the Jacobian", repr(value))
     scale = (part.logit_scale or spec.head_dim**-0.5) * spec.head_dim**0.5
     return scale * (np.ones_like(second_moment) if part.qk_norm != "none" else second_moment * query_key_gain**0.5)
 
@@ -302,11 +305,11 @@ def _gate_slopes(spec: ModelSpec, std: Any, correlation: Any) -> tuple[Any, Any]
     part = spec.moe
     assert part is not None
     order = {"normalize": part.normalize_gates, "router": part.router, "gate_order": part.gate_order}
-    law = gate_jacobian(part.n_experts, part.top_k, std, **order)
+    square, trace = gate_jacobian(part.n_experts, part.top_k, std, **order)
     # At c = 0 the mean matrix counts, a multiple of I - 11'/E (rows or columns sum to 0), or of I for plain sigmoids.
     plain = part.router == "sigmoid" and not part.normalize_gates
-    least = law.trace**2 / max(part.n_experts - (not plain), 1)
-    return law.square, least ** (1 - correlation) * law.square**correlation
+    least = trace**2 / max(part.n_experts - (not plain), 1)
+    return square, least ** (1 - correlation) * square**correlation
 
 
 def _shared_experts(spec: ModelSpec, layer: int, tokens: BranchInput) -> TwoLayers:

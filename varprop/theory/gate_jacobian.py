@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from varprop.theory.gates import (
-    LOG_U_STEP,
     MAX_LOGIT_STD,
     STD_NODES,
     Router,
@@ -24,15 +23,10 @@ from varprop.theory.gates import (
     _thresholds,
 )
 
+LOG_U_STEP = 0.3
+"""Trapezoidal error below 1e-9: |Gamma(4 + 2 pi i / step)|."""
 TINY = 1e-300
 """Stands for 0 in a logarithm: normalised gates of one active expert have no derivative."""
-
-
-class GateJacobian(NamedTuple):
-    """square: E sum_ij (dg_i / dl_j)^2; trace: E sum_i dg_i / dl_i. Numbers, or arrays like logit_std."""
-
-    square: Any
-    trace: Any
 
 
 def gate_jacobian(
@@ -43,27 +37,30 @@ def gate_jacobian(
     normalize: bool,
     router: str = "softmax",
     gate_order: str = "score_then_top_k",
-) -> GateJacobian:
-    """Mean square and trace of the matrix dg_i / dl_j of the gates g of the active experts.
+) -> np.ndarray:
+    """E sum_ij (dg_i / dl_j)^2 and E sum_i dg_i / dl_i of the active experts' gates g, stacked.
 
-    softmax: dg_i / dl_j = g_i (delta_ij - g_j), over the top k if normalised, so that square = E[S_2 - 2 S_3 + S_2^2]
+    softmax: dg_i / dl_j = g_i (delta_ij - g_j), over the top k if normalised: the first is E[S_2 - 2 S_3 + S_2^2]
     with S_a = sum_i g_i^a, else with the sum of squares over all experts in the last factor. sigmoid: g_i' = g_i (1 -
     g_i), or the quotient rule if normalised. The choice of experts is piecewise constant and has no derivative.
 
     Arguments and errors as in `gate_second_moment`; logit_std may be an array. Quadrature at tabulated logit_std,
-    relative error below 1e-6, and cubic interpolation between them, relative error below 1e-4; for a softmax beyond
-    logit_std 16 both fall like 1 / logit_std, error O(1 / logit_std). Source: derived in proofs/prove_backward.py.
+    relative error below 1e-6, and cubic interpolation between them, relative error below 1e-3; for a softmax beyond
+    logit_std 16 both are A / s + B / s^2, fixed at 8 and 16. Source: derived in proofs/prove_backward.py.
 
-    >>> float(gate_jacobian(8, 1, 1.0, normalize=True).square)  # one active expert has the gate 1
-    0.0
-    >>> [round(float(x), 6) for x in gate_jacobian(4, 4, 0.0, normalize=True)]
-    [0.1875, 0.75]
+    >>> gate_jacobian(8, 1, 1.0, normalize=True)  # one active expert has the gate 1
+    array([0., 0.])
+    >>> gate_jacobian(4, 4, [0.0, 1.25], normalize=True).round(6)[:, 0]
+    array([0.1875, 0.75  ])
     """
     law = _router(n_experts, top_k, normalize, router, gate_order)
     std = _checked_std(logit_std, law)
-    inside = np.minimum(std, MAX_LOGIT_STD)
-    square, trace = _interpolated(law, inside) * (inside / np.maximum(std, inside) if std.any() else 1.0)
-    return GateJacobian(square[()], trace[()])
+    values = _interpolated(law, np.minimum(std, MAX_LOGIT_STD))
+    if not (std > MAX_LOGIT_STD).any():
+        return values
+    low, high = (_interpolated(law, np.full_like(std, s)) for s in (MAX_LOGIT_STD / 2, MAX_LOGIT_STD))
+    ratio = MAX_LOGIT_STD / np.maximum(std, MAX_LOGIT_STD)
+    return np.where(std > MAX_LOGIT_STD, ratio * (high + (high - low / 2) * (1 - ratio)), values)
 
 
 def _interpolated(law: Router, std: np.ndarray) -> np.ndarray:
@@ -82,15 +79,15 @@ def _interpolated(law: Router, std: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1024)
-def gate_jacobian_at(law: Router, std: float) -> GateJacobian:
+def gate_jacobian_at(law: Router, std: float) -> tuple[float, float]:
     """`gate_jacobian` at one logit_std in [0, 16], by quadrature."""
     if law.normalised and law.top_k == 1:
-        return GateJacobian(0.0, 0.0)
+        return 0.0, 0.0
     thresholds, probability = _thresholds(law.n_experts, law.top_k)
     if std == 0:
         thresholds, probability = np.zeros(1), np.ones(1)
     square, trace = probability @ np.array([_given_threshold(law, std, float(t)) for t in thresholds])
-    return GateJacobian(float(square), float(trace))
+    return float(square), float(trace)
 
 
 def _n_nodes(std: float) -> int:

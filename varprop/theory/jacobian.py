@@ -17,22 +17,33 @@ import numpy as np
 
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec
-from varprop.theory.branch_jacobian import BranchPowers, Jacobian, branch_powers, norm_powers
+from varprop.theory.attention import attention_gains
+from varprop.theory.branch_jacobian import BranchPowers, Jacobian, branch_powers, logit_std, norm_powers, token_mean
 from varprop.theory.namespace import checked
 
 DEFINITIONS = ("all_sources", "own_token", "token_mean")
 
 
-def identity_deviation(power: Any, trace: Any) -> Any:
-    """E||J - I||^2 / d = power - 2 trace + 1, from E||J||^2 / d and E tr J / d; exact.
+def identity_deviation(excess: Any, trace: Any) -> Any:
+    """E||J - I||^2 / d = (trace - 1)^2 + excess, excess = E||J||^2 / d - trace^2, trace = E tr J / d; exact.
 
-    Powers and traces of the residual sums of a block multiply: leading order in 1/d.
     Source: derived in proofs/prove_backward.py.
 
-    >>> identity_deviation(1.5, 1.0)
-    0.5
+    >>> identity_deviation(0.5, 2.0)
+    1.5
     """
-    return power - 2 * trace + 1
+    return (trace - 1) ** 2 + excess
+
+
+def product_excess(first: Any, first_trace: Any, second: Any, second_trace: Any) -> Any:
+    """Excess of J_2 J_1 where powers and traces multiply: e_1 e_2 + e_1 t_2^2 + e_2 t_1^2.
+
+    Without cancellation for a small excess. Leading order in 1/d. Source: derived in proofs/prove_backward.py.
+
+    >>> product_excess(0.5, 1.0, 0.25, 1.0)
+    0.875
+    """
+    return first * second + first * second_trace**2 + second * first_trace**2
 
 
 def attention_jacobian(
@@ -53,6 +64,7 @@ def attention_jacobian(
     >>> attention_jacobian(spec, 1, n_tokens=1, second_moment=2.0, token_correlation=1.0)["all_sources"]  # one key
     0.4921...
     """
+    _present(spec, "attention")
     arrays = checked_moments(spec, layer, n_tokens, second_moment=second_moment, token_correlation=token_correlation)
     return _output(branch_powers(spec, layer, n_tokens, "attention", *arrays).values)
 
@@ -74,6 +86,7 @@ def feed_forward_jacobian(
     >>> round(j["own_token"], 3), round(j["token_mean"], 3)
     (0.246, 0.121)
     """
+    _present(spec, "mlp")
     arrays = checked_moments(spec, layer, n_tokens, second_moment=second_moment, token_correlation=token_correlation)
     return _output(branch_powers(spec, layer, n_tokens, "mlp", *arrays).values)
 
@@ -119,16 +132,47 @@ def block_jacobian(
         skip = (spec.skip_scale - 1) ** 2
         return _output({name: skip + first[name] + second[name] for name in DEFINITIONS})
     moments = {"attention": (q, c), "mlp": (middle_q, middle_c)}
-    halves = [half_powers(spec, layer, n_tokens, name, *moments[name]) for name in names]
-    trace = np.prod([half[1] for half in halves], axis=0)
-    powers = {name: np.prod([half[0].values[name] for half in halves], axis=0) for name in DEFINITIONS}
-    return _output({name: identity_deviation(power, trace) for name, power in powers.items()})
+    excess, total_trace = dict.fromkeys(DEFINITIONS, 0.0), 1.0
+    for name in names:
+        half, trace = residual_powers(spec, layer, n_tokens, name, *moments[name])
+        excess = {key: product_excess(excess[key], total_trace, half.values[key], trace) for key in DEFINITIONS}
+        total_trace = total_trace * trace
+    return _output({key: identity_deviation(value, total_trace) for key, value in excess.items()})
+
+
+def jacobian_error(spec: ModelSpec, layer: int) -> float:
+    """Claimed relative error of `block_jacobian` at the width of the spec; positions of causal attention apart.
+
+    Feed-forward 3 / d. Attention (3 + 4 s^2) / d + s^2 / head_dim, s^2 the variance of the logits: sharing |u|^2 = d
+    between the attended direction and the rest takes 3 s^2 to 4 s^2 in d, tilted keys add s^2 in head_dim. A norm after
+    the branch or the sum: 4 / d each for the fluctuation of what it divides by.
+    Checked by: tests/theory/test_backward.py.
+
+    >>> from varprop.spec import FeedForwardSpec
+    >>> spec = ModelSpec(d_model=300, n_layers=1, feed_forward=FeedForwardSpec(d_ff=64))
+    >>> jacobian_error(spec, 1)
+    0.01
+    """
+    norms = 4 if spec.norm_placement(layer) in ("post", "peri", "reordered") else 0
+    error = 0.0
+    for name in branch_names(spec):
+        error += (3 + norms) / spec.d_model
+        if name == "attention":
+            gains = attention_gains(spec, layer)
+            variance = float(logit_std(spec, gains.query * gains.key, 1.0)) ** 2
+            error += 4 * variance / spec.d_model + variance / spec.head_dim
+    return error
 
 
 def branch_names(spec: ModelSpec) -> tuple[str, ...]:
     """The branches of a block in order: `attention`, `mlp`."""
     has = (spec.attention is not None, spec.feed_forward is not None or spec.moe is not None)
     return tuple(name for name, present in zip(("attention", "mlp"), has, strict=True) if present)
+
+
+def _present(spec: ModelSpec, name: str) -> None:
+    field = "attention" if name == "attention" else "feed_forward"
+    require(name in branch_names(spec), AssumptionError, field, None, "absent", "a spec with this branch")
 
 
 def checked_moments(spec: ModelSpec, layer: int, n_tokens: int, **moments: Any) -> list[np.ndarray]:
@@ -156,22 +200,21 @@ def _output(values: Jacobian) -> Jacobian:
     return {name: float(value) if np.ndim(value) == 0 else np.asarray(value) for name, value in values.items()}
 
 
-def half_powers(
+def residual_powers(
     spec: ModelSpec, layer: int, n_tokens: int, name: str, second_moment: Any, correlation: Any
 ) -> tuple[BranchPowers, Any]:
-    """Powers and trace of one residual sum (branch `attention` or `mlp`), with the norm that follows it (post)."""
+    """One residual sum as trace * identity + rest: powers of the rest, and the trace.
+
+    The rest is the branch; with a norm after the sum (post) also what that norm takes from the identity.
+    """
     branch = branch_powers(spec, layer, n_tokens, name, second_moment, correlation)
-    power = with_skip(branch, spec.skip_scale)
+    skip = spec.skip_scale
     if spec.norm_placement(layer) != "post":
-        return power, spec.skip_scale
-    total = spec.skip_scale**2 * second_moment + branch.forward
-    own, pair = norm_powers(spec, total, correlation)
-    removed = 2 if spec.norm.kind == "layer" else 1
-    trace = np.sqrt(own * (1 - removed / spec.d_model))  # N is a projection times a number
-    return power.times(own, pair, n_tokens), spec.skip_scale * trace
-
-
-def with_skip(branch: BranchPowers, skip: float) -> BranchPowers:
-    """Powers of skip * identity + branch."""
-    values = {name: skip**2 + value for name, value in branch.values.items()}
-    return replace(branch, values=values, pair=skip**2 + branch.pair)
+        return branch, skip
+    own, pair = norm_powers(spec, skip**2 * second_moment + branch.forward, correlation)
+    kept = 1 - (2 if spec.norm.kind == "layer" else 1) / spec.d_model  # the norm is a projection times a number
+    square = own * kept
+    removed = {"all_sources": own, "own_token": own, "token_mean": token_mean(own, pair, n_tokens)}
+    rest = branch.times(own, pair, n_tokens)
+    values = {key: value + skip**2 * (removed[key] - square) for key, value in rest.values.items()}
+    return replace(rest, values=values, pair=rest.pair + skip**2 * (pair - square)), skip * np.sqrt(square)

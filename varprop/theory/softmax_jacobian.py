@@ -26,32 +26,42 @@ from varprop.theory.quadrature import chi_square_nodes
 Z_MAX = 10.0
 N_STD = 48
 """Chebyshev points in s / (1 + s)."""
-N_QUERY = 12
+N_QUERY = 8
 """Nodes of the average over the squared norm of a query."""
 EXACT_COUNTS = 32
 """Prefixes up to this length are taken one by one, longer ones by Gauss-Legendre in log n (error 1e-4)."""
-PAIR_POSITIONS = 256
-"""Pairs of positions are resolved on at most this many, longer sequences are shrunk: O(1/256) of a term O(1/T)."""
+PAIR_POSITIONS = 64
+"""Pairs of positions are resolved on at most this many, longer sequences are shrunk: 1 % of a
+term O(1/T), 15 % of it for windows near T/64."""
+MAX_STD = 32.0
+"""Beyond it one key dominates and the averages are A / s + B / s^2, fixed at MAX_STD and half of it."""
 TINY = 1e-300
 
 
 def softmax_sources(
-    participation: Any, square: Any, spread: Any, variance: Any, correlation: Any, logit_correlation: Any, d_model: Any
+    participation: Any,
+    key_square: Any,
+    square: Any,
+    spread: Any,
+    variance: Any,
+    correlation: Any,
+    logit_correlation: Any,
+    d_model: Any,
 ) -> Any:
     """E||d out_t / d u||^2 / d over all tokens u, for unit sigma_OV^2:
 
     Y + s^2 (1 - c) tr B^2 + s^2 (1 - c)(1 - c_l) (tr B^2 + (tr B)^2 / d).
 
-    participation: Y = E sum p^2; square: E tr B^2; spread: E (tr B)^2; variance: s^2 of the logits of uncorrelated
-    tokens; correlation: c of tokens; logit_correlation: c_l of one query's logits, c without positions. The value, key
-    and query path; their cross terms are O(1/d). Leading order in 1/d and 1/head_dim.
-    Source: derived in proofs/prove_backward.py.
+    participation: Y = E sum p^2; key_square: E tr B^2 times |q|^2 / E|q|^2, the query's norm; square: E tr B^2; spread:
+    E (tr B)^2; variance: s^2 of the logits of uncorrelated tokens; correlation: c of tokens; logit_correlation: c_l of
+    one query's logits, c without positions. The value, key and query path; their cross terms are O(1/d).
+    Leading order in 1/d and 1/head_dim. Source: derived in proofs/prove_backward.py.
 
-    >>> softmax_sources(0.25, 0.0, 0.0, 1.0, 0.0, 0.0, 64), softmax_sources(0.25, 0.25, 0.5, 1.0, 0.0, 0.0, 2)
-    (0.25, 1.0)
+    >>> softmax_sources(0.25, 0.25, 0.25, 0.5, 1.0, 0.0, 0.0, 2)
+    1.0
     """
     query = (1 - logit_correlation) * (square + spread / d_model)
-    return participation + variance * (1 - correlation) * (square + query)
+    return participation + variance * (1 - correlation) * (key_square + query)
 
 
 def centred_overlap(common: Any, n_keys: Any, n_other: Any) -> Any:
@@ -69,14 +79,16 @@ def centred_overlap(common: Any, n_keys: Any, n_other: Any) -> Any:
 class SoftmaxAverages:
     """Averages over query positions (own: one query; pair: two different queries of one head), arrays of one shape.
 
-    participation: sum p^2; own_weight: p_tt^2; square: tr B^2; own_square: tr B^2 / n, one source's share;
+    participation: sum p^2; own_weight: p_tt^2; square: tr B^2; key_square, own_key_square: tr B^2 and tr B^2 / n (one
+    source's share) times |q|^2 / E|q|^2;
     spread: (tr B)^2; pair_overlap: p_t.p_t'; pair_square: tr B_t B_t'; pair_spread: tr B_t tr B_t'.
     """
 
     participation: np.ndarray
     own_weight: np.ndarray
+    key_square: np.ndarray
+    own_key_square: np.ndarray
     square: np.ndarray
-    own_square: np.ndarray
     spread: np.ndarray
     pair_overlap: np.ndarray
     pair_square: np.ndarray
@@ -86,7 +98,7 @@ class SoftmaxAverages:
 def softmax_averages(
     spec: ModelSpec, layer: int, n_tokens: int, logit_std: np.ndarray, correlation: np.ndarray
 ) -> SoftmaxAverages:
-    """`SoftmaxAverages` of a layer; squares and spreads are times |q|^2 / E|q|^2, because they multiply s^2.
+    """`SoftmaxAverages` of a layer.
 
     logit_std: s sqrt(1 - c) of the i.i.d. part of the logits, any shape; correlation: c between two queries. Averaged
     over the squared norm of the query (chi-square with head_dim degrees; fixed under a QK-norm).
@@ -98,21 +110,21 @@ def softmax_averages(
     std = np.asarray(logit_std, dtype=float)[..., None] * np.sqrt(ratio)  # (..., query)
     table = _table(tuple(counts.tolist()), _table_limit(float(std.max(initial=0.0))))
     participation, square, spread = table.at(std)  # (..., query, count)
-    one = ratio[:, None] * weight
 
-    def mean(values: np.ndarray, tilt: np.ndarray) -> np.ndarray:
-        return np.einsum("...qn,qn,q->...", values, tilt, probability)
+    def mean(values: np.ndarray, query_weight: np.ndarray = probability) -> np.ndarray:
+        return np.einsum("...qn,n,q->...", values, weight, query_weight)
 
-    flat = np.broadcast_to(weight, one.shape)
-    pairs = _pair_averages(spec, layer, n_tokens, counts, np.einsum("...qn,q->...n", participation, probability))
-    overlap, pair_square = pairs.at(np.asarray(correlation, dtype=float))
-    trace = mean(1 - participation, flat)
+    keyed = probability * ratio
+    rows = np.einsum("...qn,q->...n", participation, probability)
+    overlap, pair_square = _pair_averages(spec, layer, n_tokens, counts, rows, np.asarray(correlation, dtype=float))
+    trace = mean(1 - participation)
     return SoftmaxAverages(
-        participation=mean(participation, flat),
-        own_weight=mean(participation / counts, flat),
-        square=mean(square, one),
-        own_square=mean(square / counts, one),
-        spread=mean(spread, one),
+        participation=mean(participation),
+        own_weight=mean(participation / counts),
+        key_square=mean(square, keyed),
+        own_key_square=mean(square / counts, keyed),
+        square=mean(square),
+        spread=mean(spread),
         pair_overlap=overlap,
         pair_square=pair_square,
         pair_spread=trace**2,
@@ -176,53 +188,39 @@ def _query_nodes(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray]:
     return chi_square_nodes(N_QUERY, spec.head_dim)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Two different positions: common keys over the product of counts, and the centred overlap, (P, P) with weights."""
+def _pair_averages(
+    spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarray, participation: np.ndarray, correlation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of p_t.p_t' and of tr B_t B_t' over different positions; participation: (..., count).
 
-    weight: np.ndarray
-    overlap: np.ndarray
-    centred: np.ndarray
-    gain: np.ndarray
-    trace: np.ndarray
-
-    def at(self, correlation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        factor = self.gain ** correlation[..., None, None]
-        pair = self.trace[..., :, None] * self.trace[..., None, :] * self.centred
-        return (factor * self.overlap * self.weight).sum((-2, -1)), (factor * pair * self.weight).sum((-2, -1))
-
-
-def _pair_averages(spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarray, participation: np.ndarray) -> _Pairs:
-    """Geometry of the pairs of positions; participation: (..., count), interpolated to the positions kept."""
+    Independent rows have the mean Jacobians (1 - Y) / (n - 1) (I - 11'/n), exact at c = 0; the factor (n Y)^c of the
+    position that sees more keys makes the overlap exact at c = 1.
+    """
     limit = longest_view(spec, layer, n_tokens)
     full = spec.attention is not None and spec.attention.pattern == "full"
-    size = 2 if full and n_tokens > 1 else min(n_tokens, PAIR_POSITIONS)
-    if full or n_tokens == 1:
-        common = np.full((size, size), float(n_tokens))
-        own = np.full(size, float(n_tokens))
-    else:
-        shrink = n_tokens / size
-        position = shrink * np.arange(1, size + 1)
-        own = np.minimum(position, limit)
-        first = position - own
-        common = np.minimum(position[:, None], position) - np.maximum(first[:, None], first)
-        common = np.maximum(common, 0.0)
-    weight = 1.0 - np.eye(size) if size > 1 else np.zeros((1, 1))
-    weight /= max(weight.sum(), 1.0)
-    degrees = np.maximum(own - 1, 1.0)
-    nearest = np.stack([np.interp(np.log(own), np.log(counts), row) for row in participation.reshape(-1, counts.size)])
-    y = nearest.reshape(*participation.shape[:-1], size)
-    trace = np.where(own > 1, 1 - y, 0.0) / degrees
-    larger = np.argmax(np.stack(np.broadcast_arrays(own[:, None], own)), axis=0)
-    gain = own * y
-    gain = np.where(larger == 0, gain[..., :, None], gain[..., None, :])
-    overlap = common / (own[:, None] * own)
-    return _Pairs(weight, overlap, centred_overlap(common, own[:, None], own), np.maximum(gain, 1.0), trace)
+    size = min(n_tokens, 2 if full else PAIR_POSITIONS)
+    shrink = n_tokens / size
+    position = shrink * (np.arange(size) + 0.5) + 0.5  # midpoints
+    own = np.full(size, float(n_tokens)) if full else np.minimum(position, limit)
+    first = np.zeros(size) if full else position - own
+    last = first + own
+    common = np.maximum(np.minimum(last[:, None], last) - np.maximum(first[:, None], first), 0.0)
+    # pairs within one shrunk position: all but equal ones; those further apart than a window share nothing
+    weight = 1 - np.eye(size) * (1 - (1 - 1 / shrink) * min(1.0, limit / shrink))
+    weight = np.tril(2 * weight) - np.diag(np.diag(weight))  # the later position, which sees more, is the row
+    weight /= max(size**2 - size / shrink, 1.0)
+    rows = np.stack([np.interp(np.log(own), np.log(counts), row) for row in participation.reshape(-1, counts.size)])
+    y = rows.reshape(*participation.shape[:-1], size)
+    trace = np.where(own > 1, 1 - y, 0.0) / np.maximum(own - 1, 1.0)
+    factor = np.maximum(own * y, 1.0) ** correlation[..., None]
+    overlap = (weight * common / (own[:, None] * own)).sum(axis=1)
+    square = trace * (trace @ (weight * centred_overlap(common, own[:, None], own)).T)
+    return factor @ overlap, (factor * square).sum(axis=-1)
 
 
 def _table_limit(largest: float) -> float:
     """Upper end of a table that holds `largest`: a power of sqrt(2), so that nearby profiles share one."""
-    return 2.0 ** (math.ceil(2 * math.log2(max(largest, 0.5)) + 1e-9) / 2)
+    return min(2.0 ** (math.ceil(2 * math.log2(max(largest, 0.5))) / 2), MAX_STD)
 
 
 @dataclass(frozen=True)
@@ -234,6 +232,16 @@ class _Table:
 
     def at(self, std: np.ndarray) -> np.ndarray:
         """(3, *std.shape, counts)."""
+        values = self._inside(np.minimum(std, MAX_STD))
+        if not (std > MAX_STD).any():
+            return values
+        ends = (self._inside(np.full_like(std, s)) for s in (MAX_STD / 2, MAX_STD))
+        low, high = (np.stack([1 - y, square, spread]) for y, square, spread in ends)
+        ratio = (MAX_STD / np.maximum(std, MAX_STD))[..., None]
+        y, square, spread = ratio * (high + (high - low / 2) * (1 - ratio))  # A / s + B / s^2
+        return np.where((std > MAX_STD)[..., None], np.stack([1 - y, square, spread]), values)
+
+    def _inside(self, std: np.ndarray) -> np.ndarray:
         x = 2 * std / (1 + std) / self.upper - 1
         values = np.polynomial.chebyshev.chebval(x, self.series)  # (3, counts, *std.shape)
         return np.exp(np.moveaxis(values, 1, -1))
@@ -273,7 +281,10 @@ def power_moments(counts: np.ndarray, logit_std: float) -> np.ndarray:
     t_e = np.exp(np.minimum(x[:, None] + s * z, 30.0))  # exp(-e^30) is zero already
     survival = np.exp(-t_e)
     log_m0 = np.log1p(-np.minimum(-np.expm1(-t_e) @ weight, 1 - 1e-15))
-    second, third, fourth = ((t_e**a * survival) @ weight for a in (2, 3, 4))
+    second, third, fourth = np.empty((3, x.size))
+    for moment in (second, third, fourth):
+        survival *= t_e if moment is not second else t_e * t_e
+        moment[:] = survival @ weight
     others = np.exp((n[:, None] - 1) * log_m0)
     y, cubes, fourths = (n * step * (others @ m) / math.gamma(a) for a, m in ((2, second), (3, third), (4, fourth)))
     squares = fourths + n * (n - 1) / 6 * step * (np.exp((n[:, None] - 2) * log_m0) @ second**2)

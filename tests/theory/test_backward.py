@@ -1,0 +1,409 @@
+"""Jacobians and gradients: autograd on explicit networks, known limits, domains.
+
+Networks are the replicate: 32 of width 128 on 8 tokens for each case, at 4.5 standard errors beyond the claimed error
+`jacobian_error`. With 31 degrees of freedom and the 60 numbers tested here, the false-fail rate is below 1 %; an error
+of 10 % is seen everywhere, of 5 % in the feed-forward cases.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from varprop import presets
+from varprop.errors import AssumptionError
+from varprop.nn.block import block_forward
+from varprop.nn.init import draw_layer, make_generator
+from varprop.nn.moe import route
+from varprop.spec import ModelSpec, MoESpec
+from varprop.theory.backward import gradient_second_moment, jacobian_product
+from varprop.theory.gate_jacobian import gate_jacobian, gate_jacobian_at
+from varprop.theory.gates import Router
+from varprop.theory.jacobian import (
+    DEFINITIONS,
+    attention_jacobian,
+    block_jacobian,
+    feed_forward_jacobian,
+    jacobian_error,
+)
+from varprop.theory.softmax_jacobian import power_moments, softmax_averages, visible_counts
+
+N_NETWORKS, N_TOKENS = 32, 8
+
+
+def model(**changes) -> ModelSpec:
+    """One layer of width 128, full attention with logits of standard deviation 0.5."""
+    plain = {"d_model": 128, "n_layers": 1, "n_heads": 4, "d_ff": 256, "eps": 0.0, "rope_theta": None}
+    return presets.tiny().with_fields({**plain, "pattern": "full", "logit_scale": 0.5 / 32**0.5, **changes})
+
+
+def mixture(**changes) -> ModelSpec:
+    plain = {"d_model": 128, "n_layers": 1, "d_expert": 64, "attention": None, "eps": 0.0}
+    return presets.tiny_moe().with_fields({**plain, **changes})
+
+
+def tokens(correlation: float, generator: torch.Generator, d_model: int) -> torch.Tensor:
+    """Tokens with |x|^2 / d = 1.7."""
+    shared, own = (torch.randn(n, d_model, generator=generator, dtype=torch.float64) for n in (1, N_TOKENS))
+    x = correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
+    return x * (1.7 / x.square().mean(-1, keepdim=True)) ** 0.5
+
+
+def moments_of(x: torch.Tensor) -> tuple[float, float]:
+    gram = x @ x.T / x.shape[1]
+    q = float(gram.diagonal().mean())
+    return q, (float(gram.mean()) - q / len(x)) / (q * (1 - 1 / len(x)))
+
+
+def measured_deviation(x: torch.Tensor, y: torch.Tensor, generator: torch.Generator) -> list[float]:
+    """||J - I||^2 / d in the three definitions: one random direction for each token, and as many for their mean."""
+    n_tokens, d = x.shape
+    probes = torch.randn(n_tokens, d, generator=generator, dtype=x.dtype)
+    probes /= probes.square().mean(-1, keepdim=True).sqrt()
+    each = torch.diag_embed(probes.T).permute(1, 2, 0)  # (probe, token, d), one token at a time
+    mean = probes[:, None].expand(n_tokens, n_tokens, d) / n_tokens
+    (grads,) = torch.autograd.grad(y, x, torch.cat((each, mean)), is_grads_batched=True)
+    gap = grads[:n_tokens] - each
+    own = gap.diagonal(dim1=0, dim2=1)
+    summed = grads[n_tokens:].sum(1) - probes
+    return [float(v.square().sum() / (n_tokens * d)) for v in (gap, own, summed)]
+
+
+CASES = {
+    "relu": (model(attention=None, activation="relu", gated=False), 0.4),
+    "relu2_layer_norm": (
+        model(attention=None, activation="relu2", gated=False).with_fields({"norm.kind": "layer"}),
+        0.2,
+    ),
+    "gelu_lns": (model(attention=None, activation="gelu", gated=False, placement="lns", n_layers=3), 0.0),
+    "swiglu_masked": (model(attention=None, density=0.5), 0.4),
+    "mixture": (mixture(), 0.3),
+    "mixture_plain_gates": (
+        mixture(
+            n_experts=4, activation="gelu", n_shared_experts=1, shared_gate=True, normalize_gates=False
+        ).with_fields({"moe.gated": False}),
+        0.3,
+    ),
+    "mixture_sigmoid": (mixture(n_shared_experts=1, shared_mixing="mean").with_fields({"moe.router": "sigmoid"}), 0.3),
+    "attention": (model(feed_forward=None), 0.3),
+    "attention_grouped_sharp": (model(feed_forward=None, n_kv_heads=1, logit_scale=None), 0.0),
+    "attention_causal": (model(feed_forward=None, pattern="causal"), 0.3),
+    "attention_window": (model(feed_forward=None, pattern="window", window=3), 0.3),
+    "attention_rotary": (model(feed_forward=None, pattern="causal", rope_theta=10_000.0), 0.3),
+    "attention_qk_norm": (model(feed_forward=None, qk_norm="head"), 0.3),
+    "block": (model(), 0.3),
+    "block_scaled": (model(branch_multiplier=0.7, skip_multiplier=0.9), 0.3),
+    "parallel": (model(block="parallel", skip_multiplier=0.9), 0.3),
+    "post": (model(placement="post"), 0.3),
+    "peri": (model(placement="peri"), 0.3),
+    "reordered": (model(placement="reordered"), 0.3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_block_against_autograd(case):
+    spec, correlation = CASES[case]
+    layer = spec.n_layers
+    generator = make_generator(11, list(CASES).index(case))
+    found, forward = [], []
+    for _ in range(N_NETWORKS):
+        x = tokens(correlation, generator, spec.d_model).requires_grad_()
+        sites: dict[str, torch.Tensor] = {}
+        weights = draw_layer(spec, layer, generator, (), dtype=torch.float64)
+        y = block_forward(x, weights, spec, layer, lambda _, site, value, sites=sites: sites.__setitem__(site, value))
+        found.append(measured_deviation(x, y, generator))
+        forward.append([*moments_of(x.detach()), *moments_of(sites["resid_mid"].detach())])
+    q, c, middle_q, middle_c = np.mean(forward, axis=0)
+    predicted = block_jacobian(
+        spec,
+        layer,
+        n_tokens=N_TOKENS,
+        second_moment=q,
+        token_correlation=c,
+        middle_second_moment=middle_q,
+        middle_token_correlation=middle_c,
+    )
+    for name, values in zip(DEFINITIONS, np.array(found).T, strict=True):
+        stderr = values.std(ddof=1) / N_NETWORKS**0.5
+        assert abs(values.mean() - predicted[name]) < jacobian_error(spec, layer) * predicted[name] + 4.5 * stderr, name
+
+
+def test_gates_against_autograd():
+    """20,000 routers, five standard errors."""
+    law = {"n_experts": 8, "top_k": 2}
+    logits = (1.1 * torch.randn(20_000, 8, generator=make_generator(3), dtype=torch.float64)).requires_grad_()
+    for router, normalize in (("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)):
+        part = MoESpec(d_expert=4, router=router, normalize_gates=normalize, **law)
+        gates, _ = route(logits, {"moe.router": torch.eye(8, dtype=torch.float64)}, part)
+        rows = [torch.autograd.grad(gates[:, i].sum(), logits, retain_graph=True)[0] for i in range(8)]
+        matrix = torch.stack(rows, 1)
+        drawn = matrix.square().sum((1, 2)), matrix.diagonal(dim1=1, dim2=2).sum(-1)
+        predicted = gate_jacobian(logit_std=1.1, normalize=normalize, router=router, **law)
+        for value, sample in zip(predicted, drawn, strict=True):
+            assert abs(float(sample.mean()) - value) < 5 * float(sample.std()) / 20_000**0.5 + 1e-3 * value
+
+
+@pytest.mark.parametrize("std", [0.03, 0.2, 0.95, 2.2, 6.0])
+def test_gate_table_between_its_nodes(std):
+    table = gate_jacobian(16, 4, std, normalize=True)
+    np.testing.assert_allclose(table, gate_jacobian_at(Router(16, 4, "softmax", True), std), rtol=1e-3)
+
+
+# Gradients through depth
+
+
+def profile(spec: ModelSpec, q, c=0.0, start: float = 0.0, n_tokens: int = N_TOKENS):
+    q, c = np.broadcast_to(q, spec.n_layers), np.broadcast_to(c, spec.n_layers)
+    moments = {"second_moment": q, "token_correlation": c, "middle_second_moment": q, "middle_token_correlation": c}
+    return gradient_second_moment(spec, n_tokens=n_tokens, gradient_token_correlation=start, **moments)
+
+
+@pytest.mark.parametrize("case", ["feed_forward", "full", "causal", "parallel", "peri"])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_one_layer_gradient_against_autograd(case, start):
+    """The gradient's second moment and token covariance after one block, 32 networks. Causal: 10 % for positions."""
+    changes = {
+        "feed_forward": {"attention": None},
+        "full": {},
+        "causal": {"pattern": "causal"},
+        "parallel": {"block": "parallel", "branch_multiplier": 0.7},
+        "peri": {"placement": "peri"},
+    }
+    spec, generator, found = model(**changes[case]), make_generator(5), []
+    for _ in range(N_NETWORKS):
+        x = tokens(0.3, generator, spec.d_model).requires_grad_()
+        weights = draw_layer(spec, 1, generator, (), dtype=torch.float64)
+        y = block_forward(x, weights, spec, 1)
+        shared, own = (torch.randn(n, spec.d_model, generator=generator, dtype=torch.float64) for n in (1, N_TOKENS))
+        (gradient,) = torch.autograd.grad(y, x, start**0.5 * shared + (1 - start) ** 0.5 * own)
+        g, k = moments_of(gradient)
+        found.append((g, g * k))
+    predicted = profile(spec, 1.7, 0.3, start)
+    expected = predicted.second_moment[0], predicted.second_moment[0] * predicted.token_correlation[0]
+    claim = jacobian_error(spec, 1) + (0.1 if case == "causal" else 0.0)
+    if case in ("full", "causal"):  # the stream before the feed-forward is not the one given: 6 % of its power
+        claim += 0.06
+    for value, sample in zip(expected, np.array(found).T, strict=True):
+        assert abs(sample.mean() - value) < claim * expected[0] + 4.5 * sample.std(ddof=1) / N_NETWORKS**0.5
+
+
+def test_relu_gradients_telescope():
+    """v_J = v for relu: the product of 1 + v / q_l is q_L / q_0, up to 1/d."""
+    spec = model(attention=None, activation="relu", gated=False, d_model=10**6, d_ff=64, n_layers=24, n_heads=1)
+    q = 1 + 0.5 * np.arange(24)
+    found = profile(spec, q)
+    np.testing.assert_allclose(found.second_moment, 13 / np.append(q, 13), rtol=1e-4)
+    np.testing.assert_allclose(found.second_moment[0], jacobian_product(1.0, 0.5, 0.5, 24), rtol=1e-4)
+
+
+def test_interval_of_xiong():
+    """Relu Pre-LN: 1 + L/2 <= q_L <= 1 + 3L/2 (arXiv 2002.04745, lemma 2); the gradient grows by the same factor at
+    the upper end, where one token's attention is linear."""
+    spec = model(activation="relu", gated=False, n_layers=6, d_model=2**16, n_heads=2**11, d_ff=64)
+    layers = np.arange(6)
+    for n_tokens, step in ((1, 1.5), (64, 0.5)):
+        q = 1 + step * layers
+        moments = {"second_moment": q, "token_correlation": q * 0, "middle_second_moment": q + step - 0.5}
+        found = gradient_second_moment(spec, n_tokens=n_tokens, middle_token_correlation=q * 0, **moments)
+        growth = found.second_moment[0]
+        assert growth == pytest.approx(10, rel=1e-3) if n_tokens == 1 else 4 < growth < 10
+
+
+def test_gelu_residual_stack_of_partial_jacobians():
+    """1 + E gelu'^2 / q: 1.4559, 1.3199, 1.2463 for the first blocks (arXiv 2111.12143's code measures 1.4753 ...)."""
+    spec = model(attention=None, activation="gelu", gated=False, d_model=10**6, d_ff=64, n_layers=3, n_heads=1)
+    q = 1 + 0.425221 * np.arange(3)
+    second_moment = profile(spec, q).second_moment
+    np.testing.assert_allclose(second_moment[:-1] / second_moment[1:], [1.4559, 1.3199, 1.2463], atol=2e-4)
+
+
+def test_masks_multiply_the_factor():
+    """1 + density^2 E phi'^2 / q for two masked matrices."""
+    changes = {"attention": None, "activation": "relu", "gated": False, "d_model": 10**6, "d_ff": 64, "n_heads": 1}
+    assert profile(model(**changes, density=0.5), 2.0).second_moment[0] == pytest.approx(1 + 0.25 * 0.5 / 2, rel=1e-5)
+    assert profile(model(**changes, density=1.0), 2.0).second_moment[0] == pytest.approx(1 + 0.5 / 2, rel=1e-5)
+
+
+@pytest.mark.long
+def test_finite_width_bias_of_the_product():
+    """Relu stack, d = 64, 16 layers, 400 networks: above q_L / q_0 by less than 0.6 L / d."""
+    spec = model(attention=None, activation="relu", gated=False, d_model=64, d_ff=64, n_layers=16)
+    generator, growth = make_generator(9), []
+    for _ in range(400):
+        x = tokens(0.0, generator, 64)[:1].requires_grad_()
+        y = x
+        for layer in range(1, 17):
+            weights = draw_layer(spec, layer, generator, (), dtype=torch.float64)
+            y = block_forward(y, weights, spec, layer)
+        (gradient,) = torch.autograd.grad(y, x, torch.randn(y.shape, generator=generator, dtype=torch.float64))
+        growth.append(float(gradient.square().mean()))
+    ratio = np.array(growth) / ((1.7 + 8) / 1.7)
+    stderr = ratio.std(ddof=1) / 20
+    assert -4 * stderr < ratio.mean() - 1 < 0.6 * 16 / 64 + 4 * stderr
+
+
+# Limits, symmetries, domains
+
+
+def deviation(spec: ModelSpec, q=1.7, c=0.3, n_tokens: int = N_TOKENS, layer: int = 1):
+    moments = {"second_moment": q, "token_correlation": c, "middle_second_moment": q, "middle_token_correlation": c}
+    return block_jacobian(spec, layer, n_tokens=n_tokens, **moments)
+
+
+@pytest.mark.parametrize("spec", [model(), model(pattern="causal"), mixture(), model(placement="post")])
+def test_one_token_has_one_definition(spec):
+    values = deviation(spec, c=1.0, n_tokens=1)
+    assert values["all_sources"] == pytest.approx(values["own_token"]) == pytest.approx(values["token_mean"])
+
+
+def test_equal_tokens_have_one_feed_forward():
+    for spec in (model(attention=None), mixture(), mixture(n_shared_experts=1, shared_gate=True)):
+        values = deviation(spec, c=1.0)
+        assert values["token_mean"] == pytest.approx(values["own_token"], rel=2e-3)
+
+
+def test_flat_logits_share_the_value_path():
+    spec = model(feed_forward=None, logit_scale=1e-6)
+    values = deviation(spec, q=1.0, n_tokens=100)
+    assert values["all_sources"] == pytest.approx(0.01 * (1 - 1 / 128), rel=1e-6)
+    assert values["own_token"] == pytest.approx(0.0001 * (1 - 1 / 128), rel=1e-4)
+    causal = attention_jacobian(
+        model(pattern="causal", logit_scale=1e-6), 1, n_tokens=100, second_moment=1.0, token_correlation=0.0
+    )
+    harmonic = np.mean(1 / np.arange(1, 101)) * (1 - 1 / 128)  # H_T / T
+    assert causal["all_sources"] == pytest.approx(harmonic, rel=1e-4)
+
+
+def test_reductions():
+    assert deviation(model(density=1.0)) == deviation(model())
+    assert deviation(model(n_kv_heads=1)) == deviation(model(n_kv_heads=4))
+    one = mixture(n_experts=1, top_k=1, d_expert=64)
+    assert deviation(one) == pytest.approx(deviation(model(attention=None, d_ff=64)))
+    half = deviation(model(feed_forward=None, branch_multiplier=0.5))
+    assert half == pytest.approx({name: value / 4 for name, value in deviation(model(feed_forward=None)).items()})
+    wide = deviation(model(pattern="window", window=N_TOKENS))
+    assert wide == pytest.approx(deviation(model(pattern="causal")))
+
+
+def test_all_experts_active_equals_normalised():
+    plain, normalised = (deviation(mixture(n_experts=4, top_k=4, normalize_gates=flag)) for flag in (False, True))
+    assert plain == pytest.approx(normalised)
+
+
+def test_arrays_equal_numbers():
+    q, c = np.array([1.0, 2.0, 5.0]), np.array([0.0, 0.3, 0.9])
+    for spec in (model(), mixture(), model(placement="peri", pattern="causal")):
+        values = deviation(spec, q, c)
+        for index in range(3):
+            single = deviation(spec, float(q[index]), float(c[index]))
+            assert {name: float(v[index]) for name, v in values.items()} == pytest.approx(single, rel=1e-4)
+
+
+def test_paper_model_at_step_zero():
+    """Dense 1B at T = 128: sqrt(token_mean / d), the size of the published curves (0.014 to 0.002 when trained)."""
+    spec = presets.get("paper_dense_1b")
+    found = [(deviation(spec, q, 0.2, 128)["token_mean"] / spec.d_model) ** 0.5 for q in (6.0, 13.0)]
+    np.testing.assert_allclose(found, [0.0083, 0.0056], rtol=0.12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    q=st.floats(1e-3, 1e6),
+    c=st.floats(0.0, 1.0),
+    n_tokens=st.integers(1, 3000),
+    scale=st.floats(1e-6, 2.0),
+    pattern=st.sampled_from(["full", "causal", "window"]),
+    placement=st.sampled_from(["pre", "lns", "peri", "post"]),
+)
+def test_own_is_part_of_all(q, c, n_tokens, scale, pattern, placement):
+    window = 7 if pattern == "window" else None
+    values = deviation(model(pattern=pattern, window=window, logit_scale=scale, placement=placement), q, c, n_tokens)
+    assert 0 < values["own_token"] <= values["all_sources"] * (1 + 1e-9) < np.inf
+    assert 0 < values["token_mean"] < np.inf
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 10**7])
+@pytest.mark.parametrize("scale", [1e-10, 50.0])
+def test_extremes(n_tokens, scale):
+    for pattern in ("full", "causal"):
+        values = deviation(model(pattern=pattern, logit_scale=scale / 32**0.5), 1.0, 0.0, n_tokens)
+        assert all(np.isfinite(v) and v > 0 for v in values.values())
+
+
+def test_thin_masks():
+    assert 0 < deviation(model(attention=None, density=1e-9))["own_token"] < 1e-17
+
+
+@pytest.mark.long
+def test_sharp_router():
+    sharp = deviation(mixture().with_fields({"init.overrides": (("router", 5.0),)}))
+    assert all(np.isfinite(v) and v > 0 for v in sharp.values())
+
+
+def test_large_logits_fall_like_their_inverse():
+    spec = model(qk_norm="head")
+    found = softmax_averages(spec, 1, 1000, np.array(64.0), np.array(0.0))
+    y, square, spread = power_moments(np.array([1000.0]), 64.0)[:, 0]
+    np.testing.assert_allclose(
+        [1 - found.participation, found.square, found.spread], [1 - y, square, spread], rtol=0.01
+    )
+
+
+def test_counts_cover_every_position():
+    for n_tokens in (1, 7, 33, 1000, 10**6):
+        for window in (None, 3, 500):
+            spec = model(pattern="causal") if window is None else model(pattern="window", window=window)
+            counts, weight = visible_counts(spec, 1, n_tokens)
+            assert weight.sum() == pytest.approx(1)
+            limit = n_tokens if window is None else min(window, n_tokens)
+            mean = (limit * (limit + 1) / 2 + (n_tokens - limit) * limit) / n_tokens
+            assert weight @ counts == pytest.approx(mean, rel=1e-3)
+
+
+def test_table_equals_the_quadrature():
+    for n_tokens, std in ((5, 0.3), (300, 1.7), (10**6, 4.0)):
+        spec = model(qk_norm="head")  # no average over the query's norm
+        found = softmax_averages(spec, 1, n_tokens, np.array(std), np.array(0.0))
+        y, square, spread = power_moments(np.array([float(n_tokens)]), std)[:, 0]
+        np.testing.assert_allclose([found.participation, found.square, found.spread], [y, square, spread], rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "spec, arguments, message",
+    [
+        (model(), {"layer": 2}, "layer=2 is outside the domain; expected an integer in 1..1"),
+        (model(), {"n_tokens": 0}, "n_tokens=0 is outside the domain; expected an integer >= 1"),
+        (model(), {"n_tokens": True}, "n_tokens=True is outside the domain"),
+        (model(), {"second_moment": 0.0}, "second_moment=0.0 is outside the domain; expected finite numbers > 0"),
+        (model(), {"second_moment": np.nan}, "second_moment=nan"),
+        (model(), {"second_moment": "one"}, "second_moment='one'"),
+        (model(), {"second_moment": None}, "second_moment=None"),
+        (model(), {"token_correlation": 1.5}, "token_correlation=1.5 is outside the domain"),
+        (model(), {"second_moment": [1.0, 2.0], "token_correlation": [0.0] * 3}, "expected one shape"),
+        (model(logit_softcap=5.0), {}, "attention.logit_softcap"),
+        (model(sink_logit=True), {}, "attention.sink_logit"),
+        (model(key_mask_density=0.5), {}, "attention.key_mask_density"),
+    ],
+)
+def test_errors(spec, arguments, message):
+    arguments = {"layer": 1, "n_tokens": 4, "second_moment": 1.0, "token_correlation": 0.0, **arguments}
+    with pytest.raises(AssumptionError, match=message):
+        attention_jacobian(spec, arguments.pop("layer"), **arguments)
+
+
+def test_errors_of_other_functions():
+    with pytest.raises(AssumptionError, match=r"moe\.routing='expert_choice' is not covered"):
+        feed_forward_jacobian(mixture(routing="expert_choice"), 1, n_tokens=4, second_moment=1.0, token_correlation=0.0)
+    two = {"second_moment": [1.0, 2.0], "token_correlation": [0.0, 0.0]}
+    middle = {f"middle_{name}": value for name, value in two.items()}
+    with pytest.raises(AssumptionError, match="expected one number for each of the 1 layers"):
+        gradient_second_moment(model(), n_tokens=4, **two, **middle)
+    with pytest.raises(AssumptionError, match=r"increment=0\.0 is outside the domain"):
+        jacobian_product(1.0, 0.0, 0.5, 4)
+    with pytest.raises(AssumptionError, match="top_k=9 is outside the domain"):
+        gate_jacobian(8, 9, 1.0, normalize=True)
+    with pytest.raises(AssumptionError, match=r"logit_std=-1\.0"):
+        power_moments(np.array([4.0]), -1.0)
