@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,9 +83,8 @@ def test_extremes() -> None:
     assert gate_second_moment(8, 8, 0.7, normalize=False) == gate_second_moment(8, 8, 0.7, normalize=True)
     assert gate_second_moment(4096, 8, 0.0, normalize=False) == 8 / 4096**2
     assert math.isfinite(gate_second_moment(4096, 4096, 16.0, normalize=False))
-    assert gate_second_moment(np.int64(8), 2, np.float32(1.0), normalize=True) == gate_second_moment(
-        8, 2, 1.0, normalize=True
-    )
+    experts: Any = np.int64(8)
+    assert gate_second_moment(experts, 2, np.float32(1), normalize=True) == gate_second_moment(8, 2, 1, normalize=True)
     array = gate_second_moment(8, 2, np.array([[0.05, 1.1], [3.3, 40.0]]), normalize=False)
     each = [gate_second_moment(8, 2, s, normalize=False) for s in (0.05, 1.1, 3.3, 40.0)]
     np.testing.assert_allclose(array.ravel(), each, rtol=1e-6)
