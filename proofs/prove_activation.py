@@ -168,7 +168,7 @@ FUNCTIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "sigmoid": _sigmoid}
 VARIANCES = (1e-6, 0.1, 0.8, 4.0, 20.0, 400.0)
 
 
-def _relative(actual, expected):
+def _relatively_close(actual, expected):
     close(float(actual) / expected, 1)
 
 
@@ -179,26 +179,28 @@ def _average(function, variance):
 def prove_quadrature_moments(rule=activation_second_moment):
     for name, function in FUNCTIONS.items():
         for variance in VARIANCES:
-            _relative(rule(name, variance), _average(lambda h, f=function: f(h) ** 2, variance))
+            _relatively_close(rule(name, variance), _average(lambda h, f=function: f(h) ** 2, variance))
 
 
 def prove_quadrature_means(rule=activation_mean):
     for name, function in FUNCTIONS.items():
         for variance in VARIANCES:
-            _relative(rule(name, variance), _average(function, variance))
+            _relatively_close(rule(name, variance), _average(function, variance))
 
 
 def prove_quadrature_derivatives(rule=activation_derivative_second_moment):
     with mpmath.workdps(30):
         for name, function in FUNCTIONS.items():
             for variance in (1e-6, 0.8, 400.0):
-                _relative(rule(name, variance), _average(lambda h, f=function: mpmath.diff(f, h) ** 2, variance))
+                _relatively_close(
+                    rule(name, variance), _average(lambda h, f=function: mpmath.diff(f, h) ** 2, variance)
+                )
 
 
 def prove_quadrature_fourth(rule=activation_fourth_moment):
     for name, function in {**FUNCTIONS, "gelu": _gelu}.items():
         for variance in VARIANCES:
-            _relative(rule(name, variance), _average(lambda h, f=function: f(h) ** 4, variance))
+            _relatively_close(rule(name, variance), _average(lambda h, f=function: f(h) ** 4, variance))
 
 
 def prove_kurtosis_response(rule=kurtosis_response):
@@ -209,7 +211,7 @@ def prove_kurtosis_response(rule=kurtosis_response):
             return (z**4 - 6 * z**2 + 3) * f(mpmath.sqrt(variance) * z) ** 2
 
         second_moment = _average(lambda h, f=function: f(h) ** 2, variance)
-        _relative(rule(name, 0.8), normal_average(weighted) / (24 * second_moment))
+        _relatively_close(rule(name, 0.8), normal_average(weighted) / (24 * second_moment))
 
 
 def _pair_average(function, variance, other, correlation):
@@ -219,13 +221,15 @@ def _pair_average(function, variance, other, correlation):
         second = function(np.sqrt(other) * (correlation * a + np.sqrt(1 - correlation**2) * b))
         return function(np.sqrt(variance) * a) * second * np.exp(-(a**2 + b**2) / 2) / (2 * np.pi)
 
-    return plane_integral(integrand, np.linspace(-9, 9, 25) if max(variance, other) > 50 else [-9, -3, 0, 3, 9])
+    return plane_integral(
+        integrand, np.linspace(-9, 9, 25).tolist() if max(variance, other) > 50 else [-9, -3, 0, 3, 9]
+    )
 
 
 PAIRS = ((0.8, 0.8, 0.6), (1e-6, 0.3, -0.7), (2.0, 0.5, 0.95), (400.0, 3.0, 0.9))
 
 
-def _check_series(rule, function, name):
+def _series_close(rule, function, name):
     for variance, other, correlation in PAIRS:
         expected = _pair_average(function, variance, other, correlation)
         scale = np.sqrt(float(rule(name, variance, 1.0) * rule(name, other, 1.0)))
@@ -233,9 +237,9 @@ def _check_series(rule, function, name):
 
 
 def prove_series(rule=activation_kernel):
-    _check_series(rule, lambda h: _silu(h, np), "silu")
-    _check_series(rule, lambda h: _gelu_tanh(h, np), "gelu_tanh")
-    _check_series(rule, lambda h: _sigmoid(h, np), "sigmoid")
+    _series_close(rule, lambda h: _silu(h, np), "silu")
+    _series_close(rule, lambda h: _gelu_tanh(h, np), "gelu_tanh")
+    _series_close(rule, lambda h: _sigmoid(h, np), "sigmoid")
 
 
 def prove_derivative_series(rule=activation_derivative_kernel):
@@ -250,8 +254,8 @@ def prove_derivative_series(rule=activation_derivative_kernel):
 
 
 def prove_square_series(rule=activation_square_kernel):
-    _check_series(rule, lambda h: _silu(h, np) ** 2, "silu")
-    _check_series(rule, lambda h: _gelu_tanh(h, np) ** 2, "gelu_tanh")
+    _series_close(rule, lambda h: _silu(h, np) ** 2, "silu")
+    _series_close(rule, lambda h: _gelu_tanh(h, np) ** 2, "gelu_tanh")
 
 
 GAUSSIAN = "Gaussian pre-activations"

@@ -226,8 +226,8 @@ def activation_kernel(activation: str, variance: Any, correlation: Any, other_va
 
     activation: relu, relu2, gelu, gelu_tanh, silu, identity or sigmoid; variance: of h, in [0, 1e12];
     correlation: in [-1, 1]; other_variance: of h', `variance` if None. Closed form (exact) or Hermite series, in units
-    of sqrt(E phi(h)^2 E phi(h')^2): 1e-12 for variance <= 20, and for any variance below `series_error`, which
-    vanishes like |c|^512. Raises `AssumptionError` outside these domains.
+    of sqrt(E phi(h)^2 E phi(h')^2): 1e-11 for variances up to 20; above, 1e-11 + `series_error` |c|^512, which is felt
+    for |c| > 0.95 only. Raises `AssumptionError` outside these domains.
     Checked by: tests/theory/test_activation.py against mpmath.
 
     >>> round(float(activation_kernel("silu", 1.0, 0.0)), 6), round(float(activation_kernel("gelu", 1.0, 0.5)), 9)
@@ -299,18 +299,24 @@ def activation_mean(activation: str, variance: Any) -> Any:
     return hermite_expansion(rule, variance).even[0] if activation in SERIES else rule(variance)
 
 
-def series_error(activation: str, variance: Any) -> Any:
-    """Bound on the relative truncation error of the series: the dropped orders' share of E phi^2; 0 for closed forms.
+def series_error(activation: str, variance: Any, kernel: str = "value") -> Any:
+    """Bound on the relative truncation error of a series: the dropped orders' share of its value at c = 1.
 
-    Approached near c = 1; at c = 1 itself the kernel is E phi^2 to 1e-12: the series ends in a term for the rest.
+    kernel: "value", "derivative" or "square". 0 for closed forms. The error at correlation c is at most this times
+    |c|^512 or so, and nothing at c = 1 itself, where the series ends in a term for the rest. Raises `AssumptionError`
+    outside the domains.
 
     >>> float(series_error("silu", 20.0)) < 1e-12, 1e-7 < float(series_error("silu", 400.0)) < 2e-6
     (True, True)
     """
-    rule = _rule(_VALUE, activation)
-    if activation in CLOSED_FORMS:
-        return 0.0
-    expansion = hermite_expansion(rule, _variance(variance))
+    rules = {"value": _VALUE, "derivative": _DERIVATIVE, "square": _SQUARE}
+    known = isinstance(kernel, str) and kernel in rules
+    require(known, AssumptionError, "kernel", kernel, "unknown", "one of " + ", ".join(rules))
+    rule = _rule(rules[kernel], activation)
+    values = _variance(variance)
+    if rule in _KERNELS:
+        return np.zeros_like(values)[()]
+    expansion = hermite_expansion(rule, values)
     return expansion.remainder / expansion.second_moment
 
 

@@ -143,7 +143,7 @@ def branch_powers(
     spec: ModelSpec, layer: int, n_tokens: int, name: str, second_moment: Any, correlation: Any
 ) -> BranchPowers:
     """Powers of what the branch `attention` or `mlp` adds to the stream: norms, branch and branch scale."""
-    tokens = _input(spec, layer, second_moment, correlation)
+    tokens = branch_input(spec, layer, second_moment, correlation)
     if name == "attention":
         power = _attention(spec, layer, n_tokens, tokens)
     else:
@@ -153,7 +153,7 @@ def branch_powers(
     return power.scaled(spec.branch_scale**2)
 
 
-def _input(spec: ModelSpec, layer: int, second_moment: Any, correlation: Any) -> BranchInput:
+def branch_input(spec: ModelSpec, layer: int, second_moment: Any, correlation: Any) -> BranchInput:
     """What the branch reads: the stream after its norm, or the stream itself (post, reordered)."""
     placement = spec.norm_placement(layer)
     if placement in ("post", "reordered"):
@@ -179,7 +179,7 @@ def _attention(spec: ModelSpec, layer: int, n_tokens: int, tokens: BranchInput) 
     std = logit_std(spec, gains.query * gains.key, tokens.second_moment)
     mean = softmax_averages(spec, layer, n_tokens, std * np.sqrt(1 - key_c), c)
     forward = gains.value_output * tokens.second_moment * incoherent_average(c, mean.participation)
-    variance = std**2 * _projected_share(spec)
+    variance = std**2 * projected_share(spec)
     powers = _attention_powers(mean, tokens, variance, c, key_c, n_tokens, spec.d_model)
     return replace(powers.scaled(gains.value_output), forward=forward)
 
@@ -224,7 +224,7 @@ def logit_std(spec: ModelSpec, query_key_gain: float, second_moment: Any) -> Any
     return scale * (np.ones_like(second_moment) if part.qk_norm != "none" else second_moment * query_key_gain**0.5)
 
 
-def _projected_share(spec: ModelSpec) -> float:
+def projected_share(spec: ModelSpec) -> float:
     """A QK-norm removes one of the dimensions that it normalises over from the logits' derivative."""
     part = spec.attention
     assert part is not None

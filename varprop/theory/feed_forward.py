@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from varprop.errors import AssumptionError, require
 from varprop.spec import TensorRow
 from varprop.theory.activation import activation_kernel, activation_second_moment
 from varprop.theory.linear import effective_gain
@@ -78,6 +79,30 @@ def feed_forward_second_moment(second_moment: Any, gains: FeedForwardGains, acti
     m = np.asarray(second_moment, dtype=float)
     moment = activation_second_moment(activation, gains.inner * m)
     return gated_kernel(m * moment, gains.up, gains.down) if gated else plain_kernel(moment, gains.down)
+
+
+def feed_forward_mask_factor(
+    retained: FeedForwardGains, gains: FeedForwardGains, activation: str, gated: bool, second_moment: Any = 1.0
+) -> Any:
+    """Second moment of the masked network over that of the dense one.
+
+    retained: variance that the masks keep of each matrix; gains: before masks; second_moment: of the input. relu and
+    identity: inner * down (times up if gated); relu2: inner^2 * down. Gated silu: inner * up * down times a factor in
+    [1/2, 1], because E silu(h)^2 / v rises with v from 1/4 to 1/2. Exact as `feed_forward_second_moment`.
+    Raises `AssumptionError` outside its domains and where the dense network gives 0.
+    Source: derived in proofs/prove_feed_forward.py.
+
+    >>> half, gains = FeedForwardGains(0.5, 0.5, 0.5), FeedForwardGains(1.0, 1.0, 1.0)
+    >>> round(float(feed_forward_mask_factor(half, gains, "relu", gated=False)), 9)
+    0.25
+    >>> round(float(feed_forward_mask_factor(half, gains, "silu", gated=True)), 4)  # below 1/8
+    0.1114
+    """
+    masked = FeedForwardGains(gains.inner * retained.inner, gains.up * retained.up, gains.down * retained.down)
+    dense = feed_forward_second_moment(second_moment, gains, activation, gated)
+    least = float(np.min(dense))
+    require(least > 0, AssumptionError, "dense second moment", least, "zero", "a number > 0")
+    return feed_forward_second_moment(second_moment, masked, activation, gated) / dense
 
 
 def feed_forward_covariance(

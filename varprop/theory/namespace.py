@@ -21,9 +21,9 @@ def erf(x: Any, xp: Any = np) -> Any:
     return scipy.special.erf(x) if xp is np else xp.erf(x)
 
 
-def erfinv(x: Any, xp: Any = np) -> Any:
-    """The inverse error function."""
-    return scipy.special.erfinv(x) if xp is np else xp.erfinv(x)
+def erfcinv(x: Any, xp: Any = np) -> Any:
+    """The inverse of 1 - erf, accurate for tiny x."""
+    return scipy.special.erfcinv(x) if xp is np else xp.erfinv(1 - x)
 
 
 def normal_density(x: Any, xp: Any = np) -> Any:
@@ -47,7 +47,8 @@ def checked(name: str, value: Any, expected: str, low: float = -math.inf, high: 
     if hasattr(value, "free_symbols"):
         return value
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
-        good = math.isfinite(value) and low <= value <= high
+        number: Any = value
+        good = -math.inf < number < math.inf and low <= number <= high
         require(good, AssumptionError, name, value, "outside the domain", expected)
         return value
     try:
