@@ -8,11 +8,11 @@ import sys
 from proofs import (
     prove_activation,
     prove_attention,
+    prove_backward,
     prove_coherent,
     prove_collapse,
     prove_decay,
     prove_expert_choice,
-    prove_backward,
     prove_feed_forward,
     prove_gates,
     prove_gqa,
