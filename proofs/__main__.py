@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
+from pathlib import Path
+from types import ModuleType
 
-from proofs import (
-    prove_activation,
-    prove_attention,
-    prove_backward,
-    prove_coherent,
-    prove_collapse,
-    prove_decay,
-    prove_expert_choice,
-    prove_feed_forward,
-    prove_gates,
-    prove_gqa,
-    prove_growth,
-    prove_linear,
-    prove_mitigation,
-    prove_moe,
-    prove_norm,
-    prove_overlap,
-    prove_residual,
-    prove_scaling,
-    prove_softmax,
-    prove_stream,
-)
+PREFIX = "prove_"
 
-MODULES = (
-    prove_linear,
-    prove_norm,
-    prove_activation,
-    prove_feed_forward,
-    prove_residual,
-    prove_softmax,
-    prove_attention,
-    prove_gqa,
-    prove_gates,
-    prove_overlap,
-    prove_expert_choice,
-    prove_moe,
-    prove_stream,
-    prove_coherent,
-    prove_collapse,
-    prove_decay,
-    prove_scaling,
-    prove_growth,
-    prove_mitigation,
-    prove_backward,
-)
+
+def modules() -> list[ModuleType]:
+    """Every module proofs/prove_<component>.py, by name."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob(f"{PREFIX}*.py"))
+    return [importlib.import_module(f"proofs.{name}") for name in names]
 
 
 def main() -> int:
     """Print statement, assumption and status of every proof; the number of failures."""
     failures = 0
-    for module in MODULES:
-        component = module.__name__.removeprefix("proofs.prove_")
+    for module in modules():
+        component = module.__name__.rsplit(PREFIX, 1)[-1]
         for proof in module.PROOFS:
             try:
                 proof.function()

@@ -16,7 +16,7 @@ LINES = (
     ("presets", "theory", "nn", "measure"),
     ("hf", "simulate", "train", "diagnose", "evaluate"),
     ("compare", "attribute", "plot"),
-    ("report", "testing"),
+    ("report", "testing", "formula"),
     ("demo",),
     ("cli",),
     ("__main__",),

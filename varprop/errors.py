@@ -1,4 +1,4 @@
-"""The errors that bad input raises: every one is a `ValueError` with a one-line message.
+"""The errors that bad input raises, and one warning. Every error is a `ValueError` with a one-line message.
 
 Message form: `name=value is <what is wrong>; expected <domain>`. The command line prints that line and exits with 2.
 """
@@ -18,6 +18,10 @@ class SpecError(VarpropError):
 
 class AssumptionError(VarpropError):
     """A closed form was asked outside the assumptions under which it holds."""
+
+
+class AccuracyWarning(UserWarning):
+    """A prediction claims an error too large to be relied on; the message gives its size."""
 
 
 class SchemaError(VarpropError):

@@ -82,6 +82,14 @@ def test_statistics_equal_those_of_the_loop_written_network(name: str) -> None:
                 assert measured == pytest.approx(expected, abs=1e-9)
 
 
+def test_a_generator_made_on_a_device_has_the_seed_of_the_cpu() -> None:
+    """ "cpu:0" takes the way of an accelerator; its numbers are known."""
+    spec = SMALL.with_fields(key_mask_density=0.5)
+    plain, made = (sample(spec, n_networks=3, n_tokens=6, seed=2**63, draw_device=name) for name in ("cpu", "cpu:0"))
+    assert plain.equals(made)
+    assert (plain.attrs["draw_device"], made.attrs["draw_device"]) == ("cpu", "cpu:0")
+
+
 def test_single_and_double_precision_are_the_same_networks() -> None:
     """Equal to float32 rounding, 6e-8 per operation over two layers; networks themselves differ by tens of percent."""
     single, double = (sample(SMALL, n_networks=4, n_tokens=6, dtype=dtype) for dtype in ("float32", "float64"))
@@ -152,6 +160,8 @@ def test_absence_and_attributes(tmp_path) -> None:
         ({"n_networks": 1, "n_tokens": 2, "seed": -1}, "seed=-1 is outside"),
         ({"n_networks": 1, "n_tokens": 2, "method": "magic"}, "method='magic' is unknown"),
         ({"n_networks": 1, "n_tokens": 2, "device": "abacus"}, "device='abacus' is not available"),
+        ({"n_networks": 1, "n_tokens": 2, "draw_device": "abacus"}, "draw_device='abacus' is not available"),
+        ({"n_networks": 1, "n_tokens": 2, "draw_device": None}, "draw_device=None is not available"),
         ({"n_networks": 1, "n_tokens": 2, "dtype": "int8"}, "dtype='int8' is unknown"),
         ({"n_networks": 1, "inputs": np.full((2, 16), np.inf)}, "inputs=array is not finite"),
         ({"n_networks": 1, "inputs": np.zeros((2, 15))}, r"inputs=array is an array of float64 with shape \(2, 15\)"),

@@ -7,22 +7,19 @@ import math
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from varprop import presets
 from varprop.errors import ArgumentError, SpecError
 from varprop.spec import (
     AttentionSpec,
     FeedForwardSpec,
-    InitSpec,
     MaskSpec,
     ModelSpec,
-    MoESpec,
-    NormSpec,
     ResidualSpec,
     WeightMasks,
     layer_table,
 )
+from varprop.testing import model_specs
 
 
 def small(**fields: object) -> ModelSpec:
@@ -30,36 +27,7 @@ def small(**fields: object) -> ModelSpec:
     return base.with_fields(fields)
 
 
-@st.composite
-def specs(draw: st.DrawFn) -> ModelSpec:
-    heads = draw(st.sampled_from([1, 2, 4, 8]))
-    attention = AttentionSpec(
-        n_heads=heads,
-        n_kv_heads=draw(st.sampled_from([None, *[k for k in (1, 2, 4, 8) if heads % k == 0]])),
-        rope_theta=draw(st.sampled_from([None, 1e4])),
-        qk_norm=draw(st.sampled_from(["none", "head", "projection"])),
-        pattern=draw(st.sampled_from(["causal", "full"])),
-        logit_softcap=draw(st.sampled_from([None, 30.0])),
-    )
-    activation = draw(st.sampled_from(["relu", "relu2", "gelu", "gelu_tanh", "silu", "identity"]))
-    feed_forward = FeedForwardSpec(d_ff=draw(st.integers(1, 300)), activation=activation, gated=draw(st.booleans()))
-    moe = MoESpec(n_experts=8, top_k=draw(st.integers(1, 8)), d_expert=16, n_shared_experts=draw(st.integers(0, 2)))
-    parts = draw(st.sampled_from(["dense", "moe", "both"]))
-    density = draw(st.floats(0.01, 1.0))
-    return ModelSpec(
-        d_model=draw(st.sampled_from([16, 64])),
-        n_layers=draw(st.integers(1, 40)),
-        attention=attention,
-        feed_forward=feed_forward if parts != "moe" else None,
-        moe=moe if parts != "dense" else None,
-        moe_pattern=(False, True) if parts == "both" else (),
-        norm=NormSpec(placement=draw(st.sampled_from(["pre", "post", "peri", "reordered", "mix", "lns"]))),
-        init=InitSpec(rule=draw(st.sampled_from(["fixed", "fan_in", "xavier"])), overrides={"q": 0.5}),  # type: ignore[arg-type]
-        masks=WeightMasks.uniform(density),
-    )
-
-
-@given(specs())
+@given(model_specs())
 def test_json_round_trip(spec: ModelSpec) -> None:
     again = ModelSpec.from_json(spec.to_json())
     assert again == spec
@@ -68,7 +36,7 @@ def test_json_round_trip(spec: ModelSpec) -> None:
     assert json.dumps(json.loads(spec.to_json()), sort_keys=True, separators=(",", ":")) == spec.to_json()
 
 
-@given(specs())
+@given(model_specs())
 def test_tensor_table_is_consistent(spec: ModelSpec) -> None:
     rows = spec.tensor_table()
     assert len({row.name for row in rows}) == len(rows)

@@ -9,7 +9,6 @@ from varprop import presets
 from varprop.errors import AssumptionError
 from varprop.spec import ModelSpec
 from varprop.theory.attention import (
-    allowed_keys,
     attention_gains,
     draw_keys,
     exchangeable_attention,
@@ -79,15 +78,6 @@ def test_keys_and_what_they_tell_have_the_right_means(head_dim, d_model):
     np.testing.assert_allclose(given[0, :, [0, 1], [0, 1]], 1.0)
     size = (keys[0] ** 2).mean(axis=(-2, -1))
     assert abs(size.mean() - 1) < 5 * size.std() / 20_000**0.5 + second_order
-
-
-def test_allowed_keys():
-    spec = presets.tiny().with_fields(pattern="window", window=2, n_sink_tokens=1)
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
-    np.testing.assert_array_equal(allowed_keys(spec, 1, 4), np.array(expected, dtype=bool))
-    patterned = presets.tiny().with_fields(pattern="window", window_pattern=(1, 0))
-    assert allowed_keys(patterned, 1, 4).sum() == 4
-    assert allowed_keys(patterned, 2, 4).sum() == 10
 
 
 def test_rotation_keeps_norms_and_relative_angles():

@@ -35,7 +35,7 @@ def test_schema_and_round_trip(tmp_path):
 
 
 def test_same_seed_is_bitwise_the_same():
-    first, second, other = (predict(small(), n_tokens=16, seed=s) for s in (1, 1, 2))
+    first, second, other = (predict(small(), n_tokens=16, seed=s, method="sampled") for s in (1, 1, 2))
     assert results.identical(first, second)
     assert final(first) != final(other)
 
@@ -131,7 +131,7 @@ def test_correlation_array_equals_the_number():
     matrix = np.full((7, 7), 0.3) + 0.7 * np.eye(7)
     a, b = (predict(spec, n_tokens=7, token_correlation=c) for c in (0.3, matrix))
     np.testing.assert_allclose(a.second_moment, b.second_moment, rtol=1e-9)
-    np.testing.assert_allclose(a.token_correlation, b.token_correlation, rtol=1e-9)
+    np.testing.assert_allclose(a.token_correlation, b.token_correlation, rtol=1e-7)  # interpolated in one of them
 
 
 def test_repeated_tokens():
@@ -239,7 +239,8 @@ def test_against_real_networks(case):
 @pytest.mark.parametrize(
     "spec, arguments, message",
     [
-        (small(placement="peri"), {}, "norm.placement='peri' is not covered by the theory; expected 'pre'"),
+        (small(), {"method": "exact"}, "method='exact' is unknown; expected auto or sampled"),
+        (small(), {"documents": [0, 0, 1]}, "documents='array int64"),
         (small(), {"n_tokens": 0}, "n_tokens=0 is outside the domain; expected an integer >= 1"),
         (small(), {"token_correlation": 1.5}, "token_correlation=1.5 is outside the domain; expected a number in"),
         (small(), {"token_correlation": np.eye(3)}, "array of shape"),

@@ -53,13 +53,30 @@ class Recorder:
             self._streams[site] = x
 
 
+def stream_generator(entropy: Sequence[int], block: int, stream: int, draw_device: str) -> torch.Generator:
+    """The generator of one stream of a block: the seed is that of the CPU, the numbers are those of `draw_device`."""
+    on_cpu = make_generator(entropy, block, stream)
+    return on_cpu if draw_device == "cpu" else torch.Generator(draw_device).manual_seed(on_cpu.initial_seed())
+
+
 @torch.inference_mode()
 def explicit_block(
-    spec: ModelSpec, inputs: Inputs, entropy: Sequence[int], block: int, device: str, dtype: torch.dtype
+    spec: ModelSpec,
+    inputs: Inputs,
+    entropy: Sequence[int],
+    block: int,
+    device: str,
+    dtype: torch.dtype,
+    draw_device: str = "cpu",
 ) -> dict[str, np.ndarray]:
-    """Statistics of the networks of one block, name -> (networks, layer, site or branch), float64."""
+    """Statistics of the networks of one block, name -> (networks, layer, site or branch), float64.
+
+    Weights and key masks are drawn on `draw_device`, the tokens (few numbers) always on the CPU.
+    """
     size = networks_per_block(spec, inputs.n_tokens)
-    weight_stream, input_stream, key_stream = (make_generator(entropy, block, stream) for stream in range(3))
+    weight_stream = stream_generator(entropy, block, 0, draw_device)
+    input_stream = make_generator(entropy, block, 1)
+    key_stream = stream_generator(entropy, block, 2, draw_device)
     recorder = Recorder(size, spec.n_layers)
     x = inputs.draw(size, input_stream).to(device, dtype)
     recorder(0, "resid_post", x)

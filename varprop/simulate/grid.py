@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,13 @@ from rich.console import Console
 from rich.progress import track
 
 from varprop import results
-from varprop.errors import ArgumentError, SchemaError, require
+from varprop.errors import ArgumentError, SchemaError
 from varprop.simulate.inputs import positive_integer, read_inputs
 from varprop.simulate.sampling import check_device, sample
 from varprop.spec import ModelSpec
+from varprop.spec.axes import combinations, dimensions, plain
 
 RUN_ARGUMENTS = ("n_tokens", "token_correlation")
-RENAMED = {"token_correlation": "input_token_correlation"}
-"""Dimension of an axis whose own name is that of a variable."""
 
 
 def grid(
@@ -100,23 +98,12 @@ def _is_finished(folder: Path, task: str) -> bool:
         return False
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _points(
     spec: ModelSpec, axes: Mapping[str, Sequence[Any]], n_tokens: int | None, token_correlation: float
 ) -> list[dict[str, Any]]:
     """Spec and run arguments of every combination, the last axis fastest."""
-    domain, wrong = "at least one value, all distinct", "not an axis, as profiles differ in length"
-    for name, values in axes.items():
-        require(name != "n_layers", ArgumentError, "axes", name, wrong, "one grid per n_layers")
-        texts = {json.dumps(_plain(value)) for value in values}
-        distinct = 0 < len(texts) == len(values)
-        require(distinct, ArgumentError, f"axes.{name}", list(values), "empty or repeats a value", domain)
     points = []
-    for combination in itertools.product(*axes.values()):
-        fields = {name: _plain(value) for name, value in zip(axes, combination, strict=True)}
+    for fields in combinations(axes):
         arguments = {"n_tokens": n_tokens, "token_correlation": token_correlation}
         arguments |= {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
         changed = spec.with_fields(fields)
@@ -126,17 +113,11 @@ def _points(
     return points
 
 
-def _labels(values: Sequence[Any]) -> list[Any]:
-    plain = [_plain(value) for value in values]
-    same = all(isinstance(v, (int, float)) for v in plain) or all(isinstance(v, str) for v in plain)
-    return plain if same else [json.dumps(v) for v in plain]
-
-
 def _assemble(
     spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: list[xr.Dataset], shared: Mapping[str, Any]
 ) -> xr.Dataset:
-    dims = tuple(RENAMED.get(name, name) for name in axes)
-    shape = tuple(len(values) for values in axes.values())
+    labels = dimensions(axes)
+    dims, shape = tuple(labels), tuple(map(len, labels.values()))
     variables = {}
     for name, first in points[0].data_vars.items():
         stacked = np.stack([point[name].values for point in points])
@@ -149,12 +130,12 @@ def _assemble(
         spec_json=spec.to_json(),
         spec_id=spec.spec_id,
         n_tokens=same.get("n_tokens", 0),
-        coords={dim: _labels(values) for dim, values in zip(dims, axes.values(), strict=True)},
+        coords=labels,
         seed_entropy=first["seed_entropy"],
         dtype=first["dtype"],
         device=first["device"],
         attributes={
-            "axes": json.dumps({name: [_plain(v) for v in values] for name, values in axes.items()}),
+            "axes": json.dumps({name: [plain(v) for v in values] for name, values in axes.items()}),
             **{name: same.get(name, "") for name in ("method", "inputs", "token_correlation", "torch_version")},
             "seed": str(shared["seed"]),
             "n_networks": shared["n_networks"],

@@ -33,6 +33,7 @@ def sample(
     seed: int = 0,
     method: str = "explicit",
     device: str = "cpu",
+    draw_device: str = "cpu",
     dtype: str = "float32",
     progress: bool = True,
 ) -> xr.Dataset:
@@ -45,7 +46,10 @@ def sample(
     `token_correlation` between tokens, fresh for each network. inputs, instead: an array (n_tokens, d_model) used as
     the embedding output of every network, or token ids (n_tokens,), of which each network draws its own embedding rows.
     seed: network i is bitwise the same for every n_networks and number of threads, on one device; to rounding across
-    devices. dtype: type of the matrices; statistics accumulate in float64. progress: a bar on standard error.
+    devices. dtype: type of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
+    draw_device: where the weights are drawn. The CPU's generator is slow (about 1e8 normal numbers a second) and its
+    numbers are the same for every `device`; those of an accelerator are fast and others: the same law, from the same
+    seeds, but other networks. progress: a bar on standard error.
     Exact up to rounding: each network is a real one. Raises `ArgumentError` for arguments outside their domain.
 
     >>> from varprop import presets
@@ -56,6 +60,7 @@ def sample(
     require(method in METHODS, ArgumentError, "method", method, "unknown", "one of " + ", ".join(METHODS))
     require(dtype in DTYPES, ArgumentError, "dtype", dtype, "unknown", "one of " + ", ".join(DTYPES))
     check_device(device)
+    check_device(draw_device, "draw_device")
     n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
     block_size = networks_per_block(spec, source.n_tokens)
@@ -67,8 +72,8 @@ def sample(
         transient=True,
     )
     entropy = (seed, int(spec.spec_id, 16))
-    with _one_thread():
-        pieces = [explicit_block(spec, source, entropy, block, device, DTYPES[dtype]) for block in blocks]
+    with _reproducible():
+        pieces = [explicit_block(spec, source, entropy, block, device, DTYPES[dtype], draw_device) for block in blocks]
     dims = {"branch_correlation": ("network", "layer", "branch")}
     return results.new(
         {
@@ -91,25 +96,28 @@ def sample(
             "n_networks": n_networks,
             "token_correlation": source.token_correlation,
             "inputs": source.label,
+            "draw_device": draw_device,
             "torch_version": str(torch.__version__),
         },
     )
 
 
-def check_device(device: str) -> None:
+def check_device(device: str, name: str = "device") -> None:
     """`ArgumentError` unless torch can put a tensor there."""
     try:
-        torch.zeros(1, device=device).cpu()
+        torch.zeros(1, device=torch.device(device)).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # unknown name, or no such accelerator
-        raise ArgumentError(f"device={device!r} is not available; expected cpu or an accelerator of torch") from None
+        raise ArgumentError(f"{name}={device!r} is not available; expected cpu or an accelerator of torch") from None
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one CPU thread: matrix products may round differently on another number of threads."""
-    before = torch.get_num_threads()
+def _reproducible() -> Iterator[None]:
+    """Torch on one CPU thread (another number may round differently) and with full float32 products, no TF32."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)

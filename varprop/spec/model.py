@@ -162,7 +162,10 @@ class ModelSpec:
         )
 
     def _check_masks(self) -> None:
-        for row in self.tensor_table():
+        if not self.masks.any:
+            return
+        one_of_each = {self.is_moe(layer): layer for layer in range(1, self.n_layers + 1)}.values()
+        for row in (row for layer in one_of_each for row in tensors.layer_table(self, layer).values()):
             if row.mask is not None and row.mask.kind == "n_of_m":
                 require(
                     row.fan_in % row.mask.group == 0,

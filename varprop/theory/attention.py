@@ -34,6 +34,7 @@ from varprop.spec import ModelSpec, layer_table
 from varprop.theory.linear import effective_gain
 from varprop.theory.moments import Moments
 from varprop.theory.norm import cosine_mean
+from varprop.theory.patterns import allowed_keys
 from varprop.theory.quadrature import gram_root
 from varprop.theory.softmax import MAX_OVERLAP_STD, softmax_moments, softmax_overlap
 
@@ -135,11 +136,17 @@ def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.n
 
 
 def sampled_attention(
-    spec: ModelSpec, layer: int, tokens: Moments, n_heads: int, rng: np.random.Generator
+    spec: ModelSpec,
+    layer: int,
+    tokens: Moments,
+    n_heads: int,
+    rng: np.random.Generator,
+    documents: np.ndarray | None = None,
 ) -> np.ndarray:
     """Gram matrices of the attention output, (n_recursions, T, T), from `n_heads` drawn heads per recursion.
 
-    tokens: after the norm, one position each. Heads of a recursion share keys as far as the spec's do. The mean over
+    tokens: after the norm, one position each. documents: (T,) integers; a query sees only keys of its own document.
+    Heads of a recursion share keys as far as the spec's do. The mean over
     draws is exact up to O(1/d) terms other than the coupling; the draws' spread is left to the caller.
     Raises `AssumptionError` where the Gram matrix does not resolve every position.
     """
@@ -147,24 +154,13 @@ def sampled_attention(
     if n_tokens != tokens.n_tokens:
         raise AssumptionError(f"gram={tokens.gram.shape!r} holds fewer than {tokens.n_tokens} positions; expected all")
     gains = attention_gains(spec, layer)
-    allowed = allowed_keys(spec, layer, n_tokens)
+    allowed = allowed_keys(spec, layer, n_tokens, documents)
     out = np.empty_like(tokens.gram)
     chunk = max(1, CHUNK_ELEMENTS // (n_heads * n_tokens**2))
     for start in range(0, n_recursions, chunk):
         gram = tokens.gram[start : start + chunk]
         out[start : start + chunk] = _average_heads(spec, gains, gram, allowed, n_heads, rng)
     return gains.value_output * out
-
-
-def allowed_keys(spec: ModelSpec, layer: int, n_tokens: int) -> np.ndarray:
-    """(T, T) booleans: whether query t (row) sees key s, by pattern, window and sink tokens."""
-    assert spec.attention is not None
-    t, s = np.arange(n_tokens)[:, None], np.arange(n_tokens)
-    if spec.attention.pattern == "full":
-        return np.ones((n_tokens, n_tokens), dtype=bool)
-    window = spec.window(layer)
-    near = t - s < window if window is not None else np.ones((n_tokens, n_tokens), dtype=bool)
-    return (s <= t) & (near | (s < spec.attention.n_sink_tokens))
 
 
 def _average_heads(

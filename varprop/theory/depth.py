@@ -1,216 +1,265 @@
-"""The recursion over depth of a Pre-LN model at initialisation: `predict(spec)`."""
+"""The recursion over depth of a model at initialisation: `predict(spec)`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from varprop import results
-from varprop.errors import AssumptionError, require
-from varprop.spec import ModelSpec, layer_table
-from varprop.theory.attention import exchangeable_attention, is_exchangeable, sampled_attention
-from varprop.theory.error import Claim, ErrorBudget
-from varprop.theory.feed_forward import feed_forward_gram
-from varprop.theory.moe import moe_gram
+from varprop.errors import AccuracyWarning, AssumptionError, require
+from varprop.spec import ModelSpec
+from varprop.spec.axes import combinations, dimensions, plain
+from varprop.theory.causal import has_closure
+from varprop.theory.error import claims
+from varprop.theory.exchangeable import embedding_second_moment, exchangeable_profile, is_tabulated, structure
+from varprop.theory.gram import GramRecursion
 from varprop.theory.moments import Moments
-from varprop.theory.norm import norm_gram
-from varprop.theory.residual import residual_second_moment
 
-HEAD_BUDGET = 12_288
-"""Heads drawn per layer, over all recursions, times n_tokens; between 8 and 512 heads."""
-MAX_HEADS = 8
-"""Heads per recursion: as many as the layer has, but not more than this."""
-ROUTER_DRAWS = 8192
-"""Router draws per layer for two exchangeable tokens, over all recursions."""
+CLOSURE_ERROR = 0.01
+METHODS = ("auto", "sampled")
+MAX_GRAM_TOKENS = 4096
+"""A position-resolved recursion holds several (n_tokens, n_tokens) matrices."""
+WARN_ABOVE = 0.05
+"""Claimed relative error of the stream beyond which `predict` warns."""
+NUMBERS = (
+    *("second_moment", "token_correlation", "theory_error", "token_correlation_error"),
+    *("second_moment_stderr", "token_correlation_stderr"),
+)
+RUN_ARGUMENTS = ("n_tokens", "token_correlation")
 
 
-@dataclass(frozen=True)
-class _Sampling:
-    """How many independent recursions there are, and heads and routers drawn per layer in each."""
+@dataclass
+class _Point:
+    """One spec and its tokens, and the profile found: arrays (n_layers + 1, 5)."""
 
-    n_recursions: int
-    n_heads: int
-    n_routers: int
+    spec: ModelSpec
+    n_tokens: int
+    token_correlation: float | np.ndarray
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
+    exactness: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def write(
+        self,
+        second_moment: np.ndarray,
+        correlation: np.ndarray,
+        stderr: np.ndarray | float = 0.0,
+        correlation_stderr: np.ndarray | float = 0.0,
+        attention_error: float = 0.0,
+    ) -> None:
+        """Store layers 1..n_layers, (n_layers, 5), add the claimed errors, and the embedding as layer 0."""
+        claimed = claims(self.spec, self.n_tokens, second_moment, attention_error)
+        shape = second_moment.shape
+        profile = (
+            *(second_moment, correlation, claimed.relative, claimed.correlation),
+            *(np.broadcast_to(stderr, shape), np.broadcast_to(correlation_stderr, shape)),
+        )
+        embedding = np.full((1, 5), np.nan)
+        for name, values in zip(NUMBERS, profile, strict=True):
+            embedding[0, 4] = values[0, 0]  # the embedding is what layer 1 reads
+            self.numbers[name] = np.concatenate([embedding, values])
+        first = np.array([["", "", "", "", "exact"]])
+        self.exactness = np.concatenate([first, claimed.exactness]).astype("<U10")
 
 
 def predict(
-    spec: ModelSpec, *, n_tokens: int, token_correlation: float | np.ndarray = 0.0, seed: int = 0
+    spec: ModelSpec,
+    *,
+    n_tokens: int,
+    token_correlation: float | np.ndarray = 0.0,
+    seed: int = 0,
+    method: str = "auto",
+    documents: Sequence[int] | np.ndarray | None = None,
+    over: Mapping[str, Sequence[Any]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """Second moment and token correlation at every layer and site of a Pre-LN model at initialisation.
+    """Second moment and token correlation at every layer and site of a model at initialisation.
 
     token_correlation: of the embeddings of two tokens, a number in [0, 1], or a correlation matrix
     (n_tokens, n_tokens), 1 where two positions hold the same token. The embedding has the second moment
-    (init std * embedding_scale)^2.
+    (init std * embedding_scale)^2. documents: (n_tokens,) integers, tokens see keys of their own document only.
+    over: field names (or `n_tokens`, `token_correlation`) with their values; the result has these dimensions first, the
+    second of those two as `input_token_correlation`. progress: called with layers done and in all.
+    method: "auto" takes the two-scalar recursion where tokens are exchangeable (full attention without positions), the
+    deterministic closure of the token Gram matrix where it holds, and else draws attention heads; "sampled" draws them
+    wherever there is attention.
 
     Variables, dimensions (layer, site): `second_moment`, E|x|^2 / d averaged over positions; `token_correlation`,
     E x_i.x_j / d averaged over i != j over the second moment (1 for one token, 0 for an absent branch);
-    `theory_error`, the claimed relative error of `second_moment`; `token_correlation_error`, its own claimed
-    absolute error;
-    `second_moment_stderr` and `token_correlation_stderr`, the standard errors from drawn heads and routers (0 where
-    nothing was drawn); `exactness`,
-    "exact", "quadrature" or "O(1/width)" of `second_moment`.
+    `theory_error`, the claimed relative error of `second_moment`; `token_correlation_error`, its own claimed absolute
+    error; `second_moment_stderr` and `token_correlation_stderr`, the standard errors from drawn heads (0 where nothing
+    was drawn); `exactness`, "exact", "quadrature" or "O(1/width)" of `second_moment`.
 
-    The same seed gives bitwise the same result. Raises `AssumptionError` for other norm placements than "pre", for
-    expert-choice routing, and for a token correlation outside its domain. Source: proofs/ of each component.
+    The same seed gives bitwise the same result. Warns (`AccuracyWarning`) where the claimed error of the stream passes
+    5 %. Raises `AssumptionError` outside the domain, naming the parameter. Source: proofs/ of each component.
+    Checked by: experiments/theory_accuracy.py, tests/theory/test_depth.py.
 
     >>> from varprop.spec import FeedForwardSpec, ModelSpec
     >>> spec = ModelSpec(d_model=64, n_layers=4, feed_forward=FeedForwardSpec(d_ff=256, activation="relu", gated=False))
     >>> [round(float(q), 3) for q in predict(spec, n_tokens=8).second_moment.sel(site="resid_post")]
     [1.0, 1.5, 2.0, 2.5, 3.0]
+    >>> predict(spec, n_tokens=8, over={"density": [1.0, 0.5]}).second_moment.sel(site="resid_post", layer=4).round(3)
+    ... # doctest: +ELLIPSIS
+    <xarray.DataArray 'second_moment' (density: 2)>...
+    array([3. , 1.5])
+    ...
     """
-    _check(spec, n_tokens, seed)
-    tokens, sampling = _embedding(spec, n_tokens, token_correlation)
-    budget = ErrorBudget(spec, n_tokens)
-    table = _Table(spec.n_layers)
-    table.write(0, "resid_post", tokens, budget.embedding())
-    zero = tokens.with_gram(np.zeros_like(tokens.gram))
-    for layer in range(1, spec.n_layers + 1):
-        rng = np.random.default_rng([seed, layer])
-        before = tokens
-        attention, mlp, middle = zero, zero, before
-        if spec.attention is not None:
-            attention = _scaled(spec, _attention(spec, layer, before, sampling, rng))
-            middle = _added(before, attention, spec.skip_scale)
-        tokens = middle
-        if spec.feed_forward is not None or spec.moe is not None:
-            parallel = spec.block == "parallel"
-            mlp = _scaled(spec, _mlp(spec, layer, before if parallel else middle, sampling, rng))
-            one_sum = parallel and spec.attention is not None
-            tokens = _added(middle, mlp, 1.0 if one_sum else spec.skip_scale)
-        sites = dict(zip(results.SITES, (before, attention, middle, mlp, tokens), strict=True))
-        claims = budget.advance(layer, {site: float(m.second_moment.mean()) for site, m in sites.items()})
-        for site, moments in sites.items():
-            table.write(layer, site, moments, claims[site])
-    return results.new(
-        table.variables(),
+    _check_integer("seed", seed, 0)
+    require(method in METHODS, AssumptionError, "method", method, "unknown", " or ".join(METHODS))
+    axes = dict(over or {})
+    points = []
+    for fields in combinations(axes):
+        arguments: dict[str, Any] = {"n_tokens": n_tokens, "token_correlation": token_correlation}
+        arguments |= {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
+        _check_integer("n_tokens", arguments["n_tokens"], 1)
+        arguments["token_correlation"] = _checked_correlation(arguments["token_correlation"], arguments["n_tokens"])
+        points.append(_Point(spec.with_fields(fields) if fields else spec, **arguments))
+    ids = None if documents is None else _checked_documents(documents, points)
+    exchangeable = [p for p in points if method == "auto" and ids is None and _is_exchangeable(p)]
+    chosen = set(map(id, exchangeable))
+    others = [p for p in points if id(p) not in chosen]
+    _exchangeable(exchangeable)
+    for index, point in enumerate(others):
+        _position_resolved(point, None if method == "auto" else seed, seed, ids, (index, len(others)), progress)
+    _warn(points)
+    return _dataset(spec, axes, points, seed)
+
+
+def _is_exchangeable(point: _Point) -> bool:
+    if np.ndim(point.token_correlation):
+        return False
+    part = point.spec.attention
+    return is_tabulated(point.spec) or (point.n_tokens == 1 and part is not None and not part.sink_logit)
+
+
+def _exchangeable(points: Sequence[_Point]) -> None:
+    """Points of one structure and number of tokens advance together."""
+    groups: dict[tuple[object, ...], list[_Point]] = {}
+    for point in points:
+        groups.setdefault((point.n_tokens, structure(point.spec)), []).append(point)
+    for group in groups.values():
+        correlations = np.array([point.token_correlation for point in group], dtype=float)
+        specs = [point.spec for point in group]
+        second_moment, covariance = exchangeable_profile(specs, group[0].n_tokens, correlations)
+        present = second_moment > 0
+        correlation = np.divide(covariance, second_moment, out=np.zeros_like(covariance), where=present)
+        for index, point in enumerate(group):
+            point.write(second_moment[index], correlation[index])
+
+
+def _position_resolved(
+    point: _Point,
+    seed: int | None,
+    fallback_seed: int,
+    documents: np.ndarray | None,
+    place: tuple[int, int],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    spec, n_tokens = point.spec, point.n_tokens
+    domain = f"at most {MAX_GRAM_TOKENS} (full attention without positions and with one correlation has no limit)"
+    wrong = "too many for a position-resolved recursion"
+    require(n_tokens <= MAX_GRAM_TOKENS, AssumptionError, "n_tokens", n_tokens, wrong, domain)
+    if seed is None and not has_closure(spec):
+        seed = fallback_seed
+    matrix = np.asarray(point.token_correlation, dtype=float)
+    if matrix.ndim == 0:
+        matrix = (1 - matrix) * np.eye(n_tokens) + matrix
+    recursion = GramRecursion(spec, embedding_second_moment(spec) * matrix, seed, documents)
+    moments = np.empty((spec.n_layers, 5, recursion.n_recursions))
+    correlations = np.empty_like(moments)
+    for layer, sites in enumerate(recursion):
+        for site, gram in enumerate(sites):
+            tokens = Moments(gram, n_tokens)
+            moments[layer, site], correlations[layer, site] = tokens.second_moment, tokens.token_correlation
+        if progress is not None:
+            progress(place[0] * spec.n_layers + layer + 1, place[1] * spec.n_layers)
+    weight = moments.sum(axis=-1)
+    weighted = (moments * correlations).sum(axis=-1)
+    correlation = np.divide(weighted, weight, out=np.zeros_like(weight), where=weight > 0)
+    count = recursion.n_recursions
+
+    def stderr(values: np.ndarray) -> np.ndarray | float:
+        return values.std(axis=-1, ddof=1) / count**0.5 if count > 1 else 0.0
+
+    error = CLOSURE_ERROR if seed is None and spec.attention is not None else 0.0
+    point.write(moments.mean(axis=-1), correlation, stderr(moments), stderr(correlations), error)
+
+
+def _warn(points: Sequence[_Point]) -> None:
+    worst = max(points, key=lambda p: float(p.numbers["theory_error"][-1, 4]))
+    error = float(worst.numbers["theory_error"][-1, 4])
+    if error > WARN_ABOVE:
+        message = (
+            f"theory_error={error:.2g} is claimed at the last layer; expected below {WARN_ABOVE:g}, as with fewer "
+            "layers, a wider stream, heads or feed-forward, or masks that keep more"
+        )
+        warnings.warn(message, AccuracyWarning, stacklevel=3)
+
+
+def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequence[_Point], seed: int) -> xr.Dataset:
+    labels = dimensions(axes)
+    dims, shape = (*labels, "layer", "site"), tuple(len(values) for values in labels.values())
+
+    def stacked(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.stack(arrays).reshape(*shape, *arrays[0].shape)
+
+    variables = {name: (dims, stacked([p.numbers[name] for p in points])) for name in NUMBERS}
+    variables["exactness"] = (dims, stacked([p.exactness for p in points]))
+    given = points[0].token_correlation
+    same = "token_correlation" not in axes
+    dataset = results.new(
+        variables,
         source="theory",
         spec_json=spec.to_json(),
         spec_id=spec.spec_id,
-        n_tokens=n_tokens,
+        n_tokens=points[0].n_tokens,
+        coords=labels,
         seed_entropy=str(seed),
-        attributes={"token_correlation": float(token_correlation) if np.ndim(token_correlation) == 0 else "matrix"},
+        attributes={
+            "token_correlation": (float(given) if np.ndim(given) == 0 else "matrix") if same else "",
+            **({"axes": json.dumps({n: list(map(plain, v)) for n, v in axes.items()})} if axes else {}),
+        },
     )
+    if "n_tokens" in axes:
+        dataset.attrs["n_tokens"] = ""
+    return dataset
 
 
-def _check(spec: ModelSpec, n_tokens: int, seed: int) -> None:
-    good = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and seed >= 0
-    require(good, AssumptionError, "seed", seed, "outside the domain", "an integer >= 0")
-    require(
-        isinstance(n_tokens, (int, np.integer)) and not isinstance(n_tokens, bool) and n_tokens >= 1,
-        AssumptionError,
-        "n_tokens",
-        n_tokens,
-        "outside the domain",
-        "an integer >= 1",
-    )
-    placement = spec.norm.placement
-    require(placement == "pre", AssumptionError, "norm.placement", placement, "not covered by the theory", "'pre'")
+def _check_integer(name: str, value: object, least: int) -> None:
+    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    require(good, AssumptionError, name, value, "outside the domain", f"an integer >= {least}")
 
 
-def _embedding(spec: ModelSpec, n_tokens: int, token_correlation: float | np.ndarray) -> tuple[Moments, _Sampling]:
-    """The embedding's moments in the smallest form that the spec's attention allows, and what to draw."""
-    second_moment = (spec.tensor_table()[0].init_std * spec.embedding_scale) ** 2
+def _checked_correlation(value: object, n_tokens: int) -> float | np.ndarray:
     try:
-        matrix = np.asarray(token_correlation, dtype=float)
+        matrix = np.asarray(value, dtype=float)
     except (TypeError, ValueError):
         matrix = np.asarray(np.nan)
-    sink = spec.attention is not None and spec.attention.sink_logit
-    draws_heads = spec.attention is not None and not is_exchangeable(spec) and (n_tokens > 1 or sink)
-    draws_routers = spec.moe is not None and n_tokens > 1
-    if matrix.ndim == 0:
-        _check_correlation(bool(0 <= matrix <= 1), float(matrix))
-        if not draws_heads:
-            n_recursions = 8 if draws_routers and spec.attention is not None else 1
-            start = Moments.exchangeable(second_moment, float(matrix), n_tokens, n_recursions)
-            return start, _Sampling(n_recursions, 1, ROUTER_DRAWS // n_recursions)
-        matrix = (1 - matrix) * np.eye(n_tokens) + matrix
-    _check_matrix(matrix, n_tokens)
-    n_recursions, n_heads = (8 if draws_routers else 1), 1
-    if spec.attention is not None:
-        total = int(np.clip(HEAD_BUDGET // n_tokens, 8, 512))
-        n_recursions = max(8, total // min(spec.n_heads, MAX_HEADS))
-        n_heads = max(1, min(spec.n_heads, MAX_HEADS, total // n_recursions))
-    gram = np.broadcast_to(second_moment * matrix, (n_recursions, n_tokens, n_tokens)).copy()
-    return Moments(gram, n_tokens), _Sampling(n_recursions, n_heads, 1)
-
-
-def _check_correlation(good: bool, value: object) -> None:
     domain = "a number in [0, 1] or an (n_tokens, n_tokens) correlation matrix"
-    require(good, AssumptionError, "token_correlation", value, "outside the domain", domain)
 
+    def check(good: object, shown: object) -> None:
+        require(bool(good), AssumptionError, "token_correlation", shown, "outside the domain", domain)
 
-def _check_matrix(matrix: np.ndarray, n_tokens: int) -> None:
-    _check_correlation(matrix.shape == (n_tokens, n_tokens), f"array of shape {matrix.shape}")
+    if matrix.ndim == 0:
+        check(0 <= matrix <= 1, value)
+        return float(matrix)
+    check(matrix.shape == (n_tokens, n_tokens), f"array of shape {matrix.shape}")
     good = np.isfinite(matrix).all() and np.allclose(matrix, matrix.T) and np.allclose(np.diagonal(matrix), 1)
-    _check_correlation(bool(good), "array that is not symmetric with a unit diagonal")
+    check(good, "array that is not symmetric with a unit diagonal")
     rounding = 1e-8 * n_tokens
-    _check_correlation(bool(np.linalg.eigvalsh(matrix)[0] > -rounding), "array that is not positive semidefinite")
+    check(np.linalg.eigvalsh(matrix)[0] > -rounding, "array that is not positive semidefinite")
+    return matrix
 
 
-def _normalised(spec: ModelSpec, tokens: Moments) -> Moments:
-    return tokens.with_gram(norm_gram(tokens.gram, spec.norm.kind, spec.norm.eps, spec.d_model))
-
-
-def _attention(spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling, rng: np.random.Generator) -> Moments:
-    tokens = _normalised(spec, tokens)
-    if "exchangeable" in tokens.assumptions and is_exchangeable(spec):
-        return tokens.with_gram(exchangeable_attention(spec, layer, tokens))
-    return tokens.with_gram(sampled_attention(spec, layer, tokens, sampling.n_heads, rng))
-
-
-def _mlp(spec: ModelSpec, layer: int, tokens: Moments, sampling: _Sampling, rng: np.random.Generator) -> Moments:
-    gram = _normalised(spec, tokens).gram
-    rows = layer_table(spec, layer)
-    if spec.is_moe(layer):
-        assert spec.moe is not None
-        return tokens.with_gram(moe_gram(gram, rows, spec.moe, spec.d_model, sampling.n_routers, rng))
-    part = spec.feed_forward
-    assert part is not None
-    matrices = {name.removeprefix("mlp."): row for name, row in rows.items() if name.startswith("mlp.")}
-    return tokens.with_gram(feed_forward_gram(gram, matrices, part.activation, part.gated, spec.d_model))
-
-
-def _scaled(spec: ModelSpec, branch: Moments) -> Moments:
-    """What a branch adds to the stream, after its multiplier."""
-    return branch.with_gram(residual_second_moment(0.0, branch.gram, branch_scale=spec.branch_scale))
-
-
-def _added(stream: Moments, branch: Moments, skip_scale: float) -> Moments:
-    return stream.with_gram(residual_second_moment(stream.gram, branch.gram, skip_scale=skip_scale))
-
-
-class _Table:
-    """The result's arrays, filled site by site; NaN and "" where a site does not exist."""
-
-    def __init__(self, n_layers: int) -> None:
-        shape = (n_layers + 1, len(results.SITES))
-        names = (
-            "second_moment",
-            "token_correlation",
-            "theory_error",
-            "token_correlation_error",
-            "second_moment_stderr",
-            "token_correlation_stderr",
-        )
-        self.numbers = {name: np.full(shape, np.nan) for name in names}
-        self.exactness = np.full(shape, "", dtype="<U10")
-
-    def write(self, layer: int, site: str, moments: Moments, claim: Claim) -> None:
-        at = layer, results.SITES.index(site)
-        per_recursion = moments.second_moment
-        count = per_recursion.size
-        stderr = float(per_recursion.std(ddof=1)) / count**0.5 if count > 1 else 0.0
-        weight = per_recursion.sum()
-        correlation = float(per_recursion @ moments.token_correlation / weight) if weight > 0 else 0.0
-        each = moments.token_correlation
-        spread = float(each.std(ddof=1)) / count**0.5 if count > 1 else 0.0
-        values = (float(per_recursion.mean()), correlation, claim.relative, claim.correlation, stderr, spread)
-        for array, value in zip(self.numbers.values(), values, strict=True):
-            array[at] = value
-        self.exactness[at] = claim.exactness
-
-    def variables(self) -> results.Variables:
-        dims = ("layer", "site")
-        return {name: (dims, array) for name, array in {**self.numbers, "exactness": self.exactness}.items()}
+def _checked_documents(documents: Sequence[int] | np.ndarray, points: Sequence[_Point]) -> np.ndarray:
+    ids = np.asarray(documents)
+    for point in points:
+        good = ids.shape == (point.n_tokens,) and ids.dtype.kind in "iu"
+        domain = f"({point.n_tokens},) integers"
+        require(good, AssumptionError, "documents", f"array {ids.dtype} {ids.shape}", "of another shape", domain)
+    return ids

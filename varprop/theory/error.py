@@ -17,8 +17,9 @@ CORRELATION_BIAS of the site times (layer + 1) * `inverse_width`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from varprop.spec import ModelSpec, layer_table
 from varprop.theory.activation import CLOSED_FORMS, kurtosis_sensitivity
@@ -59,84 +60,126 @@ def inverse_width(spec: ModelSpec) -> float:
 def _inner(spec: ModelSpec, matrix: str, width: int) -> float:
     """Inner units, or blocks of them that a block mask keeps: these come and go together."""
     mask = spec.masks.of(matrix)
-    return max(1.0, width * mask.density / mask.block_size) if mask is not None and mask.kind == "block" else width
+    if mask is None or mask.kind != "block" or mask.density == 1:
+        return width
+    return max(1.0, width * mask.density / mask.block_size)
 
 
 @dataclass(frozen=True)
-class Claim:
-    """Relative error of the second moment, absolute error of the token correlation, and the kind of formula."""
+class Claims:
+    """Per layer and site, (n_layers, 5): relative error of the second moment, absolute error of the token correlation,
+    and the kind of formula (one of `EXACTNESS`)."""
 
-    relative: float = 0.0
-    correlation: float = 0.0
-    exactness: str = "exact"
+    relative: np.ndarray
+    correlation: np.ndarray
+    exactness: np.ndarray
 
 
-class ErrorBudget:
-    """Follows the claimed errors down the layers of a spec."""
+def claims(spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: float = 0.0) -> Claims:
+    """Claimed errors of a predicted profile.
 
-    def __init__(self, spec: ModelSpec, n_tokens: int) -> None:
-        self.spec, self.n_tokens = spec, n_tokens
-        self._inverse_width = inverse_width(spec)
-        self._absolute = 0.0
-        self._quadrature = False
-        self._correlation = 0.0
+    second_moment: (n_layers, 5), at the sites of `results.SITES`. attention_error: relative error of the attention
+    rule itself, where it is not exact in infinite width (`causal.CLOSURE_ERROR`).
+    """
+    return _Budget(spec, n_tokens, second_moment, attention_error).run()
 
-    def embedding(self) -> Claim:
-        """The embedding is exact."""
-        return Claim()
 
-    def advance(self, layer: int, second_moments: Mapping[str, float]) -> dict[str, Claim]:
-        """Claims at every site of `layer` (1, 2, ...), given its predicted second moments."""
-        q = second_moments
-        claims = {"resid_pre": self._stream(q["resid_pre"])}
-        attention, attention_quadrature = self._attention(layer, q["resid_pre"])
-        middle_input = q["resid_pre" if self.spec.block == "parallel" else "resid_mid"]
-        mlp, mlp_quadrature = self._mlp(layer, middle_input)
-        depth = (layer + 1) * self._inverse_width if self.n_tokens > 1 else 0.0
-        claims["attn_out"] = self._branch(q["attn_out"], attention, attention_quadrature, "attn_out", depth)
-        self._correlation = CORRELATION_BIAS["stream"] * depth
-        skip = self.spec.skip_scale**2 if self.spec.attention is not None else 1.0
-        self._absolute = skip * self._absolute + attention * q["attn_out"]
-        self._quadrature |= attention_quadrature
-        claims["resid_mid"] = self._stream(q["resid_mid"])
-        claims["mlp_out"] = self._branch(q["mlp_out"], mlp, mlp_quadrature, "mlp_out", depth)
-        one_sum = self.spec.block == "parallel" and self.spec.attention is not None
-        skip = self.spec.skip_scale**2 if q["mlp_out"] > 0 and not one_sum else 1.0
-        self._absolute = skip * self._absolute + mlp * q["mlp_out"]
-        self._quadrature |= mlp_quadrature
-        claims["resid_post"] = self._stream(q["resid_post"])
-        return claims
+class _Budget:
+    """Follows the errors of a profile down its layers."""
 
-    def _stream(self, second_moment: float) -> Claim:
-        return _claim(self._absolute / second_moment, self._quadrature, self._correlation)
+    def __init__(self, spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: float) -> None:
+        self.spec, self.n_tokens, self.q = spec, n_tokens, second_moment
+        self.inverse_width = inverse_width(spec)
+        self.attention_error = attention_error
+        self.layers = np.arange(1, spec.n_layers + 1)
+        self.relative = np.zeros_like(second_moment)
+        self.quadrature = np.zeros(second_moment.shape, dtype=bool)
 
-    def _branch(self, second_moment: float, relative: float, quadrature: bool, site: str, depth: float) -> Claim:
-        if second_moment == 0:
-            return Claim()
-        return _claim(relative, quadrature, CORRELATION_BIAS[site] * depth)
+    def run(self) -> Claims:
+        spec, q = self.spec, self.q.tolist()  # plain numbers: this loop is long for many specs
+        mid = 0 if spec.block == "parallel" else 2
+        present = (spec.attention is not None, spec.feed_forward is not None or spec.moe is not None)
+        one_sum = spec.block == "parallel" and spec.attention is not None
+        branches = []
+        for exists, site, rule in zip(present, (1, 3), (self._attention, self._feed_forward), strict=True):
+            if exists:
+                error, by_quadrature = rule(self.q[:, 0 if site == 1 else mid])
+                self.quadrature[:, site] = by_quadrature
+                skip = 1.0 if one_sum and site == 3 else spec.skip_scale**2
+                branches.append((site, skip, error.tolist(), by_quadrature.tolist()))
+        absolute, relative, quadrature = 0.0, 0.0, False
+        for i in range(spec.n_layers):
+            placement = spec.norm_placement(i + 1)
+            row, marks = [relative] * 5, [quadrature] * 5
+            for site, skip, error, by_quadrature in branches:
+                row[site] = self._branch(error[i], relative, placement, q[i][site], i)
+                absolute = skip * absolute + row[site] * q[i][site]
+                if placement == "post":  # the norm forgets the size of its input, but for eps
+                    m = q[i][site + 1]
+                    absolute = (1 - m) * (absolute + 2 * m * self.inverse_width)
+                relative, quadrature = absolute / q[i][site + 1], quadrature or by_quadrature[i]
+                for after in range(site + 1, 5, 2):
+                    row[after], marks[after] = relative, quadrature
+            self.relative[i] = row
+            self.quadrature[i, ::2] = marks[::2]
+        for exists, site in zip(present, (1, 3), strict=True):
+            self.relative[:, site] *= exists
+        return self._claims(present)
 
-    def _norm(self, second_moment: float) -> float:
+    def _branch(self, error: float, relative_input: float, placement: str, second_moment: float, index: int) -> float:
+        """Relative error of what a branch adds, after the norms around it."""
+        spec = self.spec
+        if placement in ("post", "reordered"):  # the branch reads the stream as it is
+            fluctuation = INPUT_POWER * (INPUT_POWER - 1) * self.inverse_width
+            error += INPUT_POWER * relative_input + (fluctuation if placement == "reordered" or index == 0 else 0.0)
+        if placement in ("peri", "reordered"):  # its output has the second moment m of a normalised vector
+            m = min(1.0, second_moment / spec.branch_scale**2)
+            error = (1 - m) * (error + 2 * m * self.inverse_width)
+        return error
+
+    def _claims(self, present: tuple[bool, bool]) -> Claims:
+        depth = (self.layers + 1) * self.inverse_width if self.n_tokens > 1 else np.zeros(len(self.layers))
+        correlation = np.empty_like(self.q)
+        for site, name in enumerate(("stream", "attn_out", "stream", "mlp_out", "stream")):
+            correlation[:, site] = CORRELATION_BIAS[name] * depth
+        correlation[:, 0] = np.concatenate([[0.0], correlation[:-1, 4]])  # the embedding is exact
+        for exists, site in zip(present, (1, 3), strict=True):
+            if not exists:
+                correlation[:, site] = 0.0
+        names = np.where(self.relative > 0, "O(1/width)", np.where(self.quadrature, "quadrature", "exact"))
+        return Claims(self.relative + QUADRATURE_ERROR * self.quadrature, correlation, names)
+
+    def _norm(self, second_moment: np.ndarray) -> np.ndarray:
         return INPUT_POWER * eps_fluctuation(second_moment, self.spec.norm.eps, self.spec.d_model)
 
-    def _attention(self, layer: int, second_moment: float) -> tuple[float, bool]:
-        """Relative error of the attention output and whether a quadrature enters."""
-        spec = self.spec
+    def _attention(self, second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Relative error of the attention output by layer, and whether a quadrature enters."""
+        spec, n_layers = self.spec, self.spec.n_layers
         if spec.attention is None:
-            return 0.0, False
-        rows = layer_table(spec, layer)
+            return np.zeros(n_layers), np.zeros(n_layers, dtype=bool)
+        rows = layer_table(spec, 1)
         error = self._norm(second_moment) + sum(gain_error(rows[f"attention.{name}"]) for name in "qkvo")
         if self.n_tokens == 1 and not spec.attention.sink_logit:  # one key takes all the weight
-            return error, False
+            return error, np.zeros(n_layers, dtype=bool)
         gains = [effective_gain(rows[f"attention.{name}"]) for name in "qk"]
         scale = spec.attention.logit_scale or spec.head_dim**-0.5
         logit_variance = scale**2 * spec.head_dim * gains[0] * gains[1]
         kurtosis = sum(mask_excess_kurtosis(rows[f"attention.{name}"].mask, spec.d_model) for name in "qk")
         # E sum p^2 = E e^{2g} / (T (E e^g)^2) to leading order in 1/T; a fourth cumulant adds (2^4 - 2) / 24 of itself.
-        error += min(1.0, 7 / 12 * kurtosis * logit_variance**2)
-        return error + ATTENTION_BIAS * (layer + 1) * self._inverse_width, True
+        error = error + min(1.0, 7 / 12 * kurtosis * logit_variance**2) + self.attention_error
+        return error + ATTENTION_BIAS * (self.layers + 1) * self.inverse_width, np.ones(n_layers, dtype=bool)
 
-    def _mlp(self, layer: int, second_moment: float) -> tuple[float, bool]:
-        """Relative error of the feed-forward output and whether a quadrature enters."""
+    def _feed_forward(self, second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Relative error of the feed-forward output by layer, and whether a quadrature enters."""
+        kinds = np.array([self.spec.is_moe(layer) for layer in self.layers.tolist()])
+        error, quadrature = self._norm(second_moment), np.zeros(len(kinds), dtype=bool)
+        for is_moe in set(kinds.tolist()):
+            added, by_quadrature = self._one_feed_forward(int(self.layers[kinds == is_moe][0]))
+            error = error + np.where(kinds == is_moe, added, 0.0)
+            quadrature |= by_quadrature & (kinds == is_moe)
+        return error, quadrature
+
+    def _one_feed_forward(self, layer: int) -> tuple[float, bool]:
         spec = self.spec
         part = spec.moe if spec.is_moe(layer) else spec.feed_forward
         if part is None:
@@ -145,7 +188,7 @@ class ErrorBudget:
         prefix = "moe.experts." if spec.is_moe(layer) else "mlp."
         inner = rows[prefix + ("gate" if part.gated else "up")]
         kurtosis = mask_excess_kurtosis(inner.mask, spec.d_model)
-        error = self._norm(second_moment) + sum(gain_error(row) for row in rows.values() if row.matrix in MLP_MATRICES)
+        error = sum(gain_error(row) for row in rows.values() if row.matrix in MLP_MATRICES)
         if kurtosis:
             error += kurtosis * kurtosis_sensitivity(part.activation, effective_gain(inner))
         quadrature = part.activation not in CLOSED_FORMS
@@ -153,8 +196,3 @@ class ErrorBudget:
             error += mask_excess_kurtosis(rows["moe.router"].mask, spec.d_model)
             quadrature = True
         return error, quadrature
-
-
-def _claim(relative: float, quadrature: bool, correlation: float) -> Claim:
-    kind = "O(1/width)" if relative > 0 else "quadrature" if quadrature else "exact"
-    return Claim(relative + (QUADRATURE_ERROR if quadrature else 0.0), correlation, kind)

@@ -15,6 +15,7 @@ import numpy as np
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec, MoESpec, TensorRow, layer_table
 from varprop.theory.activation import activation_kernel
+from varprop.theory.expert_choice import expert_choice_gates
 from varprop.theory.feed_forward import (
     FeedForwardGains,
     feed_forward_covariance,
@@ -27,6 +28,9 @@ from varprop.theory.namespace import checked
 from varprop.theory.norm import cosine_mean, cosine_variance
 from varprop.theory.overlap import gate_overlap
 from varprop.theory.quadrature import normal_nodes
+
+N_CHOICE_ANGLES = 7
+"""Token correlations at which expert-choice gates are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,56 @@ def moe_covariance(
             routed = mix_shared(routed, shared, part.top_k, part.shared_mixing)
         total = total + probability * routed
     return total
+
+
+def expert_choice_moments(
+    second_moment: np.ndarray,
+    correlation: np.ndarray,
+    gains: MoEGains,
+    part: MoESpec,
+    n_tokens: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Second moment and covariance of a mixture's output under expert choice, for exchangeable tokens.
+
+    second_moment: m of the inputs, (..., 1); correlation: (n,) in [0, 1], of their entries; results (..., n). The gates
+    are `expert_choice_gates` at N_CHOICE_ANGLES angles arccos c and interpolated: their own error, up to 1 %, dominates.
+    Source: derived in proofs/prove_expert_choice.py. Checked by: tests/theory/test_expert_choice.py.
+
+    >>> part = MoESpec(n_experts=4, top_k=2, d_expert=8, activation="relu", gated=False, router="sigmoid",
+    ...                routing="expert_choice")
+    >>> gains = MoEGains(1e-12, FeedForwardGains(1.0, 1.0, 1.0))
+    >>> q, k = expert_choice_moments(np.ones((1, 1)), np.array([0.0, 1.0]), gains, part, 64)
+    >>> q.round(3).tolist()  # two experts of gate 1/2 on average
+    [[0.25, 0.25]]
+    """
+    law = {"normalize": part.normalize_gates, "router": part.router, "gate_order": part.gate_order}
+    nodes = np.polynomial.chebyshev.chebpts1(N_CHOICE_ANGLES)
+    cosines = np.cos((nodes + 1) * np.pi / 4)
+    std = np.broadcast_to(np.sqrt(gains.router * second_moment), second_moment.shape)
+    found = []
+    for s in std.ravel():
+        each = [expert_choice_gates(part.n_experts, part.top_k, float(s), n_tokens, float(c), **law) for c in cosines]
+        series = np.polynomial.chebyshev.chebfit(
+            nodes, [[e.second_moment, e.overlap] for e in each], N_CHOICE_ANGLES - 1
+        )
+        found.append(np.polynomial.chebyshev.chebval(np.arccos(correlation) * 4 / np.pi - 1, series))
+    power, overlap = np.moveaxis(np.reshape(found, (*second_moment.shape[:-1], 2, len(correlation))), -2, 0)
+    inputs = second_moment, second_moment, correlation
+    scale, functions = part.gate_multiplier**2, (part.activation, part.gated)
+    diagonal = scale * power * feed_forward_second_moment(second_moment, gains.experts, *functions)
+    covariance = scale * overlap * feed_forward_covariance(*inputs, gains.experts, *functions)
+    if gains.shared is None:
+        return diagonal, covariance
+    shared = feed_forward_second_moment(second_moment, gains.shared, *functions)
+    pair = feed_forward_covariance(*inputs, gains.shared, *functions)
+    if gains.shared_gate is not None:
+        variance = gains.shared_gate * second_moment
+        shared, pair = (
+            shared * activation_kernel("sigmoid", variance, 1.0),
+            pair * activation_kernel("sigmoid", variance, correlation),
+        )
+    mixing = part.top_k, part.shared_mixing
+    return mix_shared(diagonal, shared, *mixing), mix_shared(covariance, pair, *mixing)
 
 
 def _cosine_law(cosine: np.ndarray, d_model: float) -> list[tuple[np.ndarray, float]]:

@@ -22,7 +22,6 @@ from varprop.theory.quadrature import chi_square_nodes, hermite_basis, normal_no
 
 Z_MAX = 10.0
 """Normal tails beyond 10 standard deviations hold 1e-23: negligible even summed over 10^9 tokens."""
-N_CHI_SQUARE = 12
 MAX_OVERLAP_STD = 8
 """Largest logit standard deviation that the two-query series resolves; beyond it heads are drawn (attention.py)."""
 
@@ -54,7 +53,7 @@ def softmax_participation(
     n_tokens: T keys; logit_std: s of the i.i.d. normal logits; head_dim: if given, s^2 is averaged over the squared
     norm of the query, s^2 chi^2_{head_dim} / head_dim; d_model: if given, the logits are those of i.i.d. tokens
     uniform on the sphere |u|^2 = d: s sqrt(chi^2_d / d) times the component of u along a direction. Quadrature,
-    relative error below 1e-8 (1e-6 with head_dim or d_model). Raises `AssumptionError` for T < 1 or s < 0.
+    relative error below 1e-8 (1e-5 with head_dim or d_model). Raises `AssumptionError` for T < 1 or s < 0.
     Source: derived in proofs/prove_attention.py.
 
     >>> softmax_participation(16, 0.0), round(softmax_participation(1, 3.0), 8)
@@ -74,11 +73,16 @@ def softmax_moments(
     """
     _check(n_tokens, logit_std)
     total = np.zeros(3)
-    for query, p_query in _ratio_nodes(N_CHI_SQUARE, head_dim):
-        for direction, p_direction in _ratio_nodes(4, d_model):
+    for query, p_query in _ratio_nodes(_n_chi_square(head_dim), head_dim):
+        for direction, p_direction in _ratio_nodes(4 if (d_model or 0) < 256 else 2, d_model):
             part = _softmax_moments(n_tokens, logit_std * math.sqrt(query * direction), d_model)
             total += p_query * p_direction * np.array([part.participation, part.pair, part.diagonal])
     return SoftmaxMoments(*total.tolist())
+
+
+def _n_chi_square(degrees: int | None) -> int:
+    """Nodes for the chi-square average: a variable of many degrees hardly varies."""
+    return 12 if (degrees or 0) < 64 else 7
 
 
 def _ratio_nodes(n_nodes: int, degrees: int | None) -> list[tuple[float, float]]:
@@ -130,10 +134,11 @@ def softmax_overlap(n_tokens: int, logit_std: float, correlation: float, head_di
     """E sum_j p_tj p_sj of two queries whose logits for one key have this correlation.
 
     n_tokens, logit_std: as in `softmax_participation`; correlation c in [0, 1]. head_dim: if given, averaged over the
-    Wishart matrix of the two queries, whose entries have correlation c, by a 4 x 3 x 5 Gauss rule: relative error below
-    1e-3 for head_dim >= 8 and s <= 1.5, 3e-3 at head_dim 1. Two-dimensional quadrature,
-    T int int E[e^{x + y - t e^x - t' e^y}] M_0(t, t')^{T-1} dt dt'; the bivariate normal average is a Hermite (Mehler)
-    series. Relative error below 1e-5 for s <= 2 and 1e-3 for s <= 4. Raises `AssumptionError` outside the domain.
+    Wishart matrix of the two queries, whose entries have correlation c, by a Gauss rule of 4 x 3 x 5 nodes (3 x 2 x 3
+    from head_dim 16 on): relative error below 1e-3 for head_dim >= 8 and s <= 1.5, 3e-3 at head_dim 1. Two-dimensional
+    quadrature, T int int E[e^{x + y - t e^x - t' e^y}] M_0(t, t')^{T-1} dt dt'; the bivariate normal average is a
+    Hermite (Mehler) series. Relative error below 1e-5 for s <= 2 and 1e-3 for s <= 4. Raises `AssumptionError` outside
+    the domain.
     Source: derived in proofs/prove_attention.py.
 
     >>> round(softmax_overlap(64, 1.0, 0.0), 8), softmax_overlap(64, 0.0, 0.3)
@@ -151,9 +156,11 @@ def softmax_overlap(n_tokens: int, logit_std: float, correlation: float, head_di
         return _overlap(n_tokens, logit_std, logit_std, correlation)
     total = 0.0
     other = math.sqrt(1 - correlation**2)
-    for r2, p_r in zip(*chi_square_nodes(4, head_dim), strict=True):
-        for w2, p_w in zip(*chi_square_nodes(3, head_dim - 1), strict=True):
-            for n, p_n in zip(*normal_nodes(5), strict=True):  # Bartlett: the part of q_s along q_t, and across it
+    n_along, n_across, n_mixed = (4, 3, 5) if head_dim < 16 else (3, 2, 3)
+    for r2, p_r in zip(*chi_square_nodes(n_along, head_dim), strict=True):
+        for w2, p_w in zip(*chi_square_nodes(n_across, head_dim - 1), strict=True):
+            for n, p_n in zip(*normal_nodes(n_mixed), strict=True):
+                # Bartlett: the part of q_s along q_t, and across it
                 along = correlation * math.sqrt(r2) + other * n / math.sqrt(head_dim)
                 across = other * math.sqrt(w2 * (head_dim - 1) / head_dim)
                 size = math.hypot(along, across)
