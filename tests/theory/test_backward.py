@@ -331,9 +331,25 @@ def test_extremes(n_tokens, scale):
     for pattern in ("full", "causal"):
         values = deviation(model(pattern=pattern, logit_scale=scale / 32**0.5), 1.0, 0.0, n_tokens)
         assert all(np.isfinite(v) and v > 0 for v in values.values())
-    assert np.isfinite(list(deviation(mixture().with_fields({"init.overrides": (("router", 5.0),)})).values())).all()
-    tiny = model(attention=None, density=1e-9)
-    assert 0 < deviation(tiny)["own_token"] < 1e-17
+
+
+def test_thin_masks():
+    assert 0 < deviation(model(attention=None, density=1e-9))["own_token"] < 1e-17
+
+
+@pytest.mark.long
+def test_sharp_router():
+    sharp = deviation(mixture().with_fields({"init.overrides": (("router", 5.0),)}))
+    assert all(np.isfinite(v) and v > 0 for v in sharp.values())
+
+
+def test_large_logits_fall_like_their_inverse():
+    spec = model(qk_norm="head")
+    found = softmax_averages(spec, 1, 1000, np.array(64.0), np.array(0.0))
+    y, square, spread = power_moments(np.array([1000.0]), 64.0)[:, 0]
+    np.testing.assert_allclose(
+        [1 - found.participation, found.square, found.spread], [1 - y, square, spread], rtol=0.01
+    )
 
 
 def test_counts_cover_every_position():

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from varprop.theory.gates import (
-    LOG_U_STEP,
     MAX_LOGIT_STD,
     STD_NODES,
     Router,
@@ -24,6 +23,8 @@ from varprop.theory.gates import (
     _thresholds,
 )
 
+LOG_U_STEP = 0.3
+"""Trapezoidal error below 1e-9: |Gamma(4 + 2 pi i / step)|."""
 TINY = 1e-300
 """Stands for 0 in a logarithm: normalised gates of one active expert have no derivative."""
 
@@ -45,7 +46,7 @@ def gate_jacobian(
 
     Arguments and errors as in `gate_second_moment`; logit_std may be an array. Quadrature at tabulated logit_std,
     relative error below 1e-6, and cubic interpolation between them, relative error below 1e-3; for a softmax beyond
-    logit_std 16 both fall like 1 / logit_std, error O(1 / logit_std). Source: derived in proofs/prove_backward.py.
+    logit_std 16 both are A / s + B / s^2, fixed at 8 and 16. Source: derived in proofs/prove_backward.py.
 
     >>> gate_jacobian(8, 1, 1.0, normalize=True)  # one active expert has the gate 1
     array([0., 0.])
@@ -54,8 +55,12 @@ def gate_jacobian(
     """
     law = _router(n_experts, top_k, normalize, router, gate_order)
     std = _checked_std(logit_std, law)
-    inside = np.minimum(std, MAX_LOGIT_STD)
-    return _interpolated(law, inside) * np.where(std > inside, inside / np.maximum(std, 1.0), 1.0)
+    values = _interpolated(law, np.minimum(std, MAX_LOGIT_STD))
+    if not (std > MAX_LOGIT_STD).any():
+        return values
+    low, high = (_interpolated(law, np.full_like(std, s)) for s in (MAX_LOGIT_STD / 2, MAX_LOGIT_STD))
+    ratio = MAX_LOGIT_STD / np.maximum(std, MAX_LOGIT_STD)
+    return np.where(std > MAX_LOGIT_STD, ratio * (high + (high - low / 2) * (1 - ratio)), values)
 
 
 def _interpolated(law: Router, std: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from varprop.theory.quadrature import chi_square_nodes
 Z_MAX = 10.0
 N_STD = 48
 """Chebyshev points in s / (1 + s)."""
-N_QUERY = 12
+N_QUERY = 8
 """Nodes of the average over the squared norm of a query."""
 EXACT_COUNTS = 32
 """Prefixes up to this length are taken one by one, longer ones by Gauss-Legendre in log n (error 1e-4)."""
@@ -34,7 +34,7 @@ PAIR_POSITIONS = 64
 """Pairs of positions are resolved on at most this many, longer sequences are shrunk: 1 % of a
 term O(1/T), 15 % of it for windows near T/64."""
 MAX_STD = 32.0
-"""Beyond it one key dominates, and the shares of all others fall like 1 / s (relative error O(1 / s))."""
+"""Beyond it one key dominates and the averages are A / s + B / s^2, fixed at MAX_STD and half of it."""
 TINY = 1e-300
 
 
@@ -115,8 +115,8 @@ def softmax_averages(
         return np.einsum("...qn,n,q->...", values, weight, query_weight)
 
     keyed = probability * ratio
-    pairs = _pair_averages(spec, layer, n_tokens, counts, np.einsum("...qn,q->...n", participation, probability))
-    overlap, pair_square = pairs.at(np.asarray(correlation, dtype=float))
+    rows = np.einsum("...qn,q->...n", participation, probability)
+    overlap, pair_square = _pair_averages(spec, layer, n_tokens, counts, rows, np.asarray(correlation, dtype=float))
     trace = mean(1 - participation)
     return SoftmaxAverages(
         participation=mean(participation),
@@ -188,24 +188,14 @@ def _query_nodes(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray]:
     return chi_square_nodes(N_QUERY, spec.head_dim)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Two different positions: common keys over the product of counts, and the centred overlap, (P, P) with weights."""
+def _pair_averages(
+    spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarray, participation: np.ndarray, correlation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of p_t.p_t' and of tr B_t B_t' over different positions; participation: (..., count).
 
-    weight: np.ndarray
-    overlap: np.ndarray
-    centred: np.ndarray
-    gain: np.ndarray
-    trace: np.ndarray
-
-    def at(self, correlation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        factor = self.gain ** correlation[..., None, None]
-        pair = self.trace[..., :, None] * self.trace[..., None, :] * self.centred
-        return (factor * self.overlap * self.weight).sum((-2, -1)), (factor * pair * self.weight).sum((-2, -1))
-
-
-def _pair_averages(spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarray, participation: np.ndarray) -> _Pairs:
-    """Geometry of the pairs of positions; participation: (..., count), interpolated to the positions kept."""
+    Independent rows have the mean Jacobians (1 - Y) / (n - 1) (I - 11'/n), exact at c = 0; the factor (n Y)^c of the
+    position that sees more keys makes the overlap exact at c = 1.
+    """
     limit = longest_view(spec, layer, n_tokens)
     full = spec.attention is not None and spec.attention.pattern == "full"
     size = min(n_tokens, 2 if full else PAIR_POSITIONS)
@@ -217,16 +207,15 @@ def _pair_averages(spec: ModelSpec, layer: int, n_tokens: int, counts: np.ndarra
     common = np.maximum(np.minimum(last[:, None], last) - np.maximum(first[:, None], first), 0.0)
     # pairs within one shrunk position: all but equal ones; those further apart than a window share nothing
     weight = 1 - np.eye(size) * (1 - (1 - 1 / shrink) * min(1.0, limit / shrink))
+    weight = np.tril(2 * weight) - np.diag(np.diag(weight))  # the later position, which sees more, is the row
     weight /= max(size**2 - size / shrink, 1.0)
-    degrees = np.maximum(own - 1, 1.0)
     rows = np.stack([np.interp(np.log(own), np.log(counts), row) for row in participation.reshape(-1, counts.size)])
     y = rows.reshape(*participation.shape[:-1], size)
-    trace = np.where(own > 1, 1 - y, 0.0) / degrees
-    larger = np.argmax(np.stack(np.broadcast_arrays(own[:, None], own)), axis=0)
-    gain = own * y
-    gain = np.where(larger == 0, gain[..., :, None], gain[..., None, :])
-    overlap = common / (own[:, None] * own)
-    return _Pairs(weight, overlap, centred_overlap(common, own[:, None], own), np.maximum(gain, 1.0), trace)
+    trace = np.where(own > 1, 1 - y, 0.0) / np.maximum(own - 1, 1.0)
+    factor = np.maximum(own * y, 1.0) ** correlation[..., None]
+    overlap = (weight * common / (own[:, None] * own)).sum(axis=1)
+    square = trace * (trace @ (weight * centred_overlap(common, own[:, None], own)).T)
+    return factor @ overlap, (factor * square).sum(axis=-1)
 
 
 def _table_limit(largest: float) -> float:
@@ -243,12 +232,19 @@ class _Table:
 
     def at(self, std: np.ndarray) -> np.ndarray:
         """(3, *std.shape, counts)."""
-        inside = np.minimum(std, MAX_STD)
-        x = 2 * inside / (1 + inside) / self.upper - 1
+        values = self._inside(np.minimum(std, MAX_STD))
+        if not (std > MAX_STD).any():
+            return values
+        ends = (self._inside(np.full_like(std, s)) for s in (MAX_STD / 2, MAX_STD))
+        low, high = (np.stack([1 - y, square, spread]) for y, square, spread in ends)
+        ratio = (MAX_STD / np.maximum(std, MAX_STD))[..., None]
+        y, square, spread = ratio * (high + (high - low / 2) * (1 - ratio))  # A / s + B / s^2
+        return np.where((std > MAX_STD)[..., None], np.stack([1 - y, square, spread]), values)
+
+    def _inside(self, std: np.ndarray) -> np.ndarray:
+        x = 2 * std / (1 + std) / self.upper - 1
         values = np.polynomial.chebyshev.chebval(x, self.series)  # (3, counts, *std.shape)
-        y, square, spread = np.exp(np.moveaxis(values, 1, -1))
-        beyond = (inside / np.maximum(std, TINY))[..., None] if (std > MAX_STD).any() else 1.0
-        return np.stack([1 - (1 - y) * beyond, square * beyond, spread * beyond])
+        return np.exp(np.moveaxis(values, 1, -1))
 
 
 @functools.lru_cache(maxsize=64)
