@@ -63,7 +63,7 @@ def prove_correlation(rule=coherent_correlation):
 
 
 def prove_masked(rule=masked_noise_factor):
-    """A masked row (M + Z) u with fixed M and noise Z: mean over masks and Z of the square, split in M u and the rest."""
+    """A masked row (M + Z) u with fixed M and noise Z: E y^2 over masks and Z, split in M u and the rest."""
     entries, inputs = sympy.symbols("M_0:3", real=True), sympy.symbols("u_0:3", real=True)
     noise = sympy.symbols("Z_0:3")
     std = sympy.symbols("s", positive=True)
@@ -97,7 +97,7 @@ def prove_optimal(rule=optimal_density):
 
 
 def prove_no_common(rule=coherent_share):
-    """b = 0: dU/dlog f = U (1 - l U) = f a q_0 / q_l^2 >= 0, so no reduction of uncorrelated outputs raises the share."""
+    """b = 0: dU/dlog f = U (1 - l U) = f a q_0 / q_l^2 >= 0: no reduction of uncorrelated outputs raises it."""
     share = rule(layer, a, 0, q0, f, 1, sympy)
     equal(f * sympy.diff(share, f), f * a * q0 / coherent_second_moment(layer, a, 0, q0, f, 1, sympy) ** 2)
 

@@ -13,7 +13,7 @@ b = sympy.symbols("b_1", positive=True)
 
 
 def prove_equilibrium(rule=weight_equilibrium):
-    """m' = b m + (1 - b) g, w' = (1 - eta lambda) w - eta m', g white of unit variance: solved for E m^2, E w m, E w^2."""
+    """m' = b m + (1 - b) g, w' = (1 - eta lambda) w - eta m', g white of unit variance: stationary moments."""
     momentum, cross, weight = sympy.symbols("M C W")
     keep = 1 - eta * lam
     after_cross = keep * b * cross - eta * momentum

@@ -33,7 +33,11 @@ def _branch(power, depth_power):
 
 
 def prove_independent(rule=coefficient):
-    for power, depth_power, scale in ((0, 0, depth), (1, 0, sympy.log(depth)), (0, sympy.Rational(1, 2), sympy.sqrt(depth))):
+    for power, depth_power, scale in (
+        (0, 0, depth),
+        (1, 0, sympy.log(depth)),
+        (0, sympy.Rational(1, 2), sympy.sqrt(depth)),
+    ):
         expected = VALUE * _sum_limit(power, depth_power, scale)
         close(rule(_branch(power, depth_power)), mpmath.mpf(sympy.N(expected, 20)))
     for power, depth_power, start in ((0, 1, 0.5), (2, 0, 0.5), (3, 0, 1.0), (0, 2, 1.0)):

@@ -17,8 +17,8 @@ c, rho = sympy.symbols("c rho", nonnegative=True)
 
 
 def prove_key_mask_after(rule=incoherent_average):
-    """Mean over masks m of (m p)' C (m p) = rho^2 p'Cp + rho (1 - rho) Y; it is at most p'Cp, by (1 - rho) times a sum of
-    terms >= 0 for c, rho in [0, 1] and Y <= 1.
+    """Mean over masks m of (m p)' C (m p) = rho^2 p'Cp + rho (1 - rho) Y; it is at most p'Cp, by (1 - rho) times a
+    sum of terms >= 0 for c, rho in [0, 1] and Y <= 1.
     """
     weights = sympy.symbols("p_0:3", positive=True)
     overlap = sum(x**2 for x in weights)

@@ -15,7 +15,9 @@ v, q0 = sympy.symbols("v q_0", positive=True)
 
 def _branch_power(variant):
     """branch_scale^2 of a spec with this residual rule, as a rational number."""
-    spec = ModelSpec(d_model=8, n_layers=N_LAYERS, attention=AttentionSpec(n_heads=2), residual=ResidualSpec(rule=variant))
+    spec = ModelSpec(
+        d_model=8, n_layers=N_LAYERS, attention=AttentionSpec(n_heads=2), residual=ResidualSpec(rule=variant)
+    )
     return sympy.nsimplify(spec.branch_scale**2, rational=True, tolerance=1e-12)
 
 
@@ -44,7 +46,12 @@ def prove_share(rule=variant_share):
 
 def prove_deepnorm(rule=variant_share):
     """Stream alpha^2 against branch beta^4 v, alpha = skip scale and beta = ratio of initial standard deviations."""
-    parts = {"d_model": 8, "n_layers": N_LAYERS, "attention": AttentionSpec(n_heads=2), "norm": NormSpec(placement="post")}
+    parts = {
+        "d_model": 8,
+        "n_layers": N_LAYERS,
+        "attention": AttentionSpec(n_heads=2),
+        "norm": NormSpec(placement="post"),
+    }
     plain, deep = ModelSpec(**parts), ModelSpec(**parts, residual=ResidualSpec(rule="deepnorm"))
     stds = [{row.matrix: row.init_std for row in spec.tensor_table()} for spec in (plain, deep)]
     branch = 0.6 * (stds[1]["v"] / stds[0]["v"] * stds[1]["o"] / stds[0]["o"]) ** 2

@@ -33,7 +33,7 @@ def prove_step(rule=stream_step):
 
 
 def prove_triangle(rule=triangle_bound):
-    """Induction: one step from the bound with r = 1 gives the bound of one more term; the rest is 2 (1 - r) y sqrt(v)."""
+    """One step from the bound with r = 1 gives the bound of one more term; what is left is 2 (1 - r) y sqrt(v)."""
     total, root = sympy.symbols("S w", positive=True)
     before, after = rule(q, total), rule(q, total + root)
     equal(stream_step(before, root**2, 1, 1, sympy), after)
@@ -71,8 +71,8 @@ def prove_aligned(rule=aligned_asymptote):
 def prove_bounds(rule=aligned_bounds):
     """0 <= y' - y - r sqrt(v) <= (1 - r^2) v / (2 (y + r sqrt(v))), from sqrt(m^2 + e) <= m + e / (2 m); and the sum.
 
-    (m + e / (2 m))^2 - (m^2 + e) = e^2 / (4 m^2) >= 0. The lower bound y >= y_0 + r sqrt(v) k in the denominator sums to
-    the harmonic sum, checked against the direct sum.
+    (m + e / (2 m))^2 - (m^2 + e) = e^2 / (4 m^2) >= 0. The lower bound y >= y_0 + r sqrt(v) k sums to the
+    harmonic sum, checked against the direct sum.
     """
     m, e = sympy.symbols("m e", positive=True)
     equal((m + e / (2 * m)) ** 2 - (m**2 + e), e**2 / (4 * m**2))

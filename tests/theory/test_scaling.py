@@ -33,7 +33,9 @@ def test_lns_is_the_sum_of_its_increments(increment, start, n_layers):
 
 @pytest.mark.parametrize("rule", ["one", "inverse_sqrt_2L", "inverse_sqrt_L", "inverse_L"])
 def test_residual_rules_against_predict(rule):
-    spec = ModelSpec(d_model=64, n_layers=9, feed_forward=RELU, residual=ResidualSpec(rule=rule), norm=NormSpec(eps=0.0))
+    spec = ModelSpec(
+        d_model=64, n_layers=9, feed_forward=RELU, residual=ResidualSpec(rule=rule), norm=NormSpec(eps=0.0)
+    )
     profile = predict(spec, n_tokens=2).second_moment.sel(site="resid_post").values
     variant = "pre" if rule == "one" else rule
     np.testing.assert_allclose(variant_second_moment(variant, np.arange(1, 10), 9, 0.5), profile[1:], rtol=1e-9)

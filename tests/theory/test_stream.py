@@ -49,12 +49,12 @@ def test_asymptote_at_16_64_256(correlation, errors):
 
 
 def test_full_correlation_is_exact():
-    assert aligned_asymptote(50, 2.0, 2.0**0.5, 1.0, 3.0) == pytest.approx(stream_profile(3.0, np.full(50, 2.0), 1.0)[-1])
+    assert aligned_asymptote(50, 2.0, 2.0**0.5, 1.0, 3.0) == pytest.approx(
+        stream_profile(3.0, np.full(50, 2.0), 1.0)[-1]
+    )
 
 
-@given(
-    layer=st.integers(0, 200), increment=positive, correlation=st.floats(0.01, 1.0), start=st.floats(0, 1e3)
-)
+@given(layer=st.integers(0, 200), increment=positive, correlation=st.floats(0.01, 1.0), start=st.floats(0, 1e3))
 def test_bounds_bracket_the_recursion(layer, increment, correlation, start):
     low, high = aligned_bounds(layer, increment, correlation, start)
     last = stream_profile(start, np.full(layer, increment), correlation)[-1]

@@ -249,6 +249,8 @@ def _attractor(drift: Callable[[Any], Any], start: float, leaves_zero: bool) -> 
     """The first root of the drift that the flow from `start` meets."""
     values = drift(GRID)
     values[-1] = 0.0  # equal tokens stay equal
+    if start == 1.0:
+        return 1.0
     if start == 0.0:
         if not leaves_zero:
             return 0.0

@@ -246,8 +246,8 @@ def classify_spec(spec: ModelSpec, *, correlation: float = 0.0, token_correlatio
     the attention's increment sigma_OV^2 c (infinitely many tokens); None: the limit c* of `token_collapse`.
     Norm placements: pre, lns, peri and reordered (increments 1 per branch), mix (the pre layers), post (1). Residual
     rules and output scaling enter as powers of the depth. Exact coefficients for infinite width and many tokens; for
-    lns with gated or smooth activations the leading power of 1 / l. Raises `AssumptionError` for mixed MoE patterns, and
-    where `classify` or `token_collapse` does.
+    lns with gated or smooth activations the leading power of 1 / l. Raises `AssumptionError` for mixed MoE patterns,
+    and where `classify` or `token_collapse` does.
     Source: derived in proofs/prove_growth.py. Checked by: tests/theory/test_growth.py.
 
     >>> from varprop.spec import FeedForwardSpec, ModelSpec, NormSpec
