@@ -111,19 +111,19 @@ def prove_gated_jacobian(rule=gated_jacobian):
 
 def prove_gated_sum(rule=gated_sum_jacobian):
     """Two experts with outputs e_i and Jacobians m_i (one row), gates g_i, slopes s_ij, router rows w_j."""
-    std, output_std, row_std, m = sympy.symbols("sigma_w sigma_e sigma_m mu", positive=True)
+    std, output_std, row_std = sympy.symbols("sigma_w sigma_e sigma_m", positive=True)
     experts, rows = [_matrix(f"m{i}_", 1, D) for i in range(2)], [_matrix(f"w{j}_", 1, D) for j in range(2)]
     e, g = sympy.symbols("e:2"), sympy.symbols("g:2")
     slope = _matrix("s", 2, 2)
     total = sympy.zeros(1, D)
     for i in range(2):
-        total += m * (g[i] * experts[i] + e[i] * (slope[i, 0] * rows[0] + slope[i, 1] * rows[1]))
+        total += g[i] * experts[i] + e[i] * (slope[i, 0] * rows[0] + slope[i, 1] * rows[1])
     moments = {v: normal_moments(output_std**2) for v in e}
     for i in range(2):
         moments |= _normals(experts[i], row_std) | _normals(rows[i], std)
     gates, square = sum(v**2 for v in g), sum(v**2 for v in slope)
     expected = expect((total * total.T)[0], moments)
-    equal(rule(gates, D * row_std**2, square, D * std**2, output_std**2, m), expected)
+    equal(rule(gates, D * row_std**2, square, D * std**2, output_std**2), expected)
 
 
 P = (sympy.Rational(1, 2), sympy.Rational(1, 3), sympy.Rational(1, 6))

@@ -19,7 +19,7 @@ from varprop.theory.feed_forward import feed_forward_gains
 from varprop.theory.gate_jacobian import gate_jacobian
 from varprop.theory.jacobian import branch_names, checked_moments, residual_powers
 from varprop.theory.linear import effective_gain
-from varprop.theory.moe import overlap_of
+from varprop.theory.moe import router_overlap
 from varprop.theory.softmax_jacobian import mean_rotation, softmax_averages
 
 
@@ -112,11 +112,11 @@ def _mixture(spec: ModelSpec, layer: int, tokens: BranchInput, gradient: Any) ->
     std = np.sqrt(effective_gain(layer_table(spec, layer)["moe.router"]) * tokens.second_moment)
     order = {"normalize": part.normalize_gates, "router": part.router, "gate_order": part.gate_order}
     slopes, _ = gate_jacobian(part.n_experts, part.top_k, std, **order)
-    each = gradient * part.gate_multiplier**2 / part.n_experts
+    each = gradient / part.n_experts
     expert = two_layers(spec, layer, "moe.experts.", part.activation, part.gated, tokens)
-    router = each * tokens.second_moment * spec.d_model * expert.second_moment * slopes
-    gates = overlap_of(part, std, np.ones_like(std))
-    return {"moe.router": router, **_two_layers(spec, layer, "moe.experts.", tokens, each * gates)}
+    router = part.gate_multiplier**2 * tokens.second_moment * spec.d_model * expert.second_moment * slopes
+    gates = router_overlap(part, std, np.ones_like(std))
+    return {"moe.router": each * router, **_two_layers(spec, layer, "moe.experts.", tokens, each * gates)}
 
 
 def _attention(spec: ModelSpec, layer: int, n_tokens: int, tokens: BranchInput, gradient: Any) -> dict[str, Any]:
