@@ -24,7 +24,7 @@ from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec, MoESpec, TensorRow, layer_table
 from varprop.theory.activation import SERIES, gelu
 from varprop.theory.attention import AttentionGains, attention_gains, attention_weights
-from varprop.theory.gates import Router, gates
+from varprop.theory.gates import canonical, gates
 from varprop.theory.linear import effective_gain
 from varprop.theory.moe import router_overlap
 from varprop.theory.namespace import normal_density
@@ -241,9 +241,7 @@ def _draw_gates(part: MoESpec, correlation: float, logit_std: float, rng: np.ran
     n_draws = int(np.clip(GATE_BUDGET // (4 * part.n_experts), 256, 4096))
     common, own = rng.standard_normal((n_draws, 1, part.n_experts)), rng.standard_normal((n_draws, 4, part.n_experts))
     logits = logit_std * (np.sqrt(correlation) * common + np.sqrt(1 - correlation) * own)
-    sums_to_one = part.gate_order == "top_k_then_score" or part.top_k == part.n_experts
-    normalised = part.normalize_gates or (part.router == "softmax" and sums_to_one)
-    g = gates(logits, Router(part.n_experts, part.top_k, part.router, normalised))
+    g = gates(logits, canonical(part.n_experts, part.top_k, part.normalize_gates, part.router, part.gate_order))
     overlap = g @ g.swapaxes(-1, -2)
     pairs = [(overlap[:, a, b], overlap[:, c, d]) for a, b, c, d in PATTERNS]
     covariance = np.array([np.mean(x * y) - x.mean() * y.mean() for x, y in pairs])

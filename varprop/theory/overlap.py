@@ -244,9 +244,9 @@ def gate_overlap(
     c = 1 gives `gate_second_moment`, c = 0 gives `gate_first_moment`^2 / E (quadrature, relative error below 1e-5, 1e-4
     for E > 1024). In between the error is the standard error of the draws, fixed by their seed and largest near
     c = 0.6: below 0.3 % for top_k >= 4 up to E = 256 and 0.4 % up to E = 1024, 0.7 % for top_k = 2, 1.5 % for top_k = 1
-    up to E = 128; it grows to 8 % at (E, k) = (4096, 1). Negative c: O(0)^2 / O(|c|), a continuation with the right
-    value and slope at 0. A new set of arguments costs up to three tables of about 0.1 s each and the moments near
-    logit_std; then 128 x 128 correlations take half a millisecond.
+    up to E = 128; it grows to 8 % at (E, k) = (4096, 1), and to 1 % for logit_std > 6. Negative c: O(0)^2 / O(|c|), a
+    continuation with the right value and slope at 0. A new set of arguments costs up to three tables of about 0.1 s
+    each and the moments near logit_std; then 128 x 128 correlations take half a millisecond.
     Raises `AssumptionError` as `gate_second_moment` does. Source: derived in proofs/prove_overlap.py. Checked by:
     tests/theory/test_overlap.py.
 
