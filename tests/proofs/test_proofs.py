@@ -8,11 +8,12 @@ import inspect
 
 import pytest
 
-from proofs.__main__ import MODULES, main
+from proofs.__main__ import main, modules
 from proofs.check import ProofError
 from varprop.theory.closure import SecondOrder
 from varprop.theory.softmax import SoftmaxMoments
 
+MODULES = modules()
 ALL = [proof for module in MODULES for proof in module.PROOFS]
 MUTABLE = [proof for proof in ALL if "rule" in inspect.signature(proof.function).parameters]
 MUTATED_FIELD = {SoftmaxMoments: "pair", SecondOrder: "together"}
