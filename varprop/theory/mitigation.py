@@ -93,7 +93,7 @@ def mitigation(
     in what all blocks add. Coherent Jacobians assume v_J proportional to the branch power; the coherent token
     correlation takes noise as independent and the common component as the same between tokens.
 
-    At initialisation: `predict` (drawn heads for key masks: their standard error, about 0.3 %, is in the ratios).
+    At initialisation: `predict`, with the error that it states; no Jacobian of key-masked attention.
     Raises `AssumptionError` outside the domain. Source: signs proved in proofs/prove_mitigation.py.
     Checked by: tests/theory/test_mitigation.py.
 
