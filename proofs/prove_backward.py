@@ -26,7 +26,7 @@ eps = sympy.symbols("epsilon", positive=True)
 r, theta = sympy.symbols("r theta", positive=True)
 
 
-def _norm_derivative(point, centred):
+def _norm_derivative(point: Any, centred: bool) -> Any:
     """Matrix du/dx of the norm, differentiated and put at a point."""
     x = sympy.symbols(f"x:{len(point)}", real=True)
     y = [v - sum(x) / len(x) for v in x] if centred else list(x)
@@ -67,11 +67,11 @@ def prove_product_excess(rule=product_excess):
     equal(rule(excess[0], t[0], excess[1], t[1]), power - (t[0] * t[1]) ** 2)
 
 
-def _matrix(name, rows, columns):
+def _matrix(name: str, rows: int, columns: int) -> Any:
     return sympy.Matrix(rows, columns, lambda i, j: sympy.Symbol(f"{name}{i}{j}"))
 
 
-def _normals(matrix, std):
+def _normals(matrix: Any, std: Any) -> dict[Any, Any]:
     return {entry: normal_moments(std**2) for entry in matrix}
 
 
@@ -111,25 +111,25 @@ def prove_gated_jacobian(rule=gated_jacobian):
 
 def prove_gated_sum(rule=gated_sum_jacobian):
     """Two experts with outputs e_i and Jacobians m_i (one row), gates g_i, slopes s_ij, router rows w_j."""
-    std, output_std, row_std, m = sympy.symbols("sigma_w sigma_e sigma_m mu", positive=True)
+    std, output_std, row_std = sympy.symbols("sigma_w sigma_e sigma_m", positive=True)
     experts, rows = [_matrix(f"m{i}_", 1, D) for i in range(2)], [_matrix(f"w{j}_", 1, D) for j in range(2)]
     e, g = sympy.symbols("e:2"), sympy.symbols("g:2")
     slope = _matrix("s", 2, 2)
     total = sympy.zeros(1, D)
     for i in range(2):
-        total += m * (g[i] * experts[i] + e[i] * (slope[i, 0] * rows[0] + slope[i, 1] * rows[1]))
+        total += g[i] * experts[i] + e[i] * (slope[i, 0] * rows[0] + slope[i, 1] * rows[1])
     moments = {v: normal_moments(output_std**2) for v in e}
     for i in range(2):
         moments |= _normals(experts[i], row_std) | _normals(rows[i], std)
     gates, square = sum(v**2 for v in g), sum(v**2 for v in slope)
     expected = expect((total * total.T)[0], moments)
-    equal(rule(gates, D * row_std**2, square, D * std**2, output_std**2, m), expected)
+    equal(rule(gates, D * row_std**2, square, D * std**2, output_std**2), expected)
 
 
 P = (sympy.Rational(1, 2), sympy.Rational(1, 3), sympy.Rational(1, 6))
 
 
-def _softmax_jacobian(p):
+def _softmax_jacobian(p: Any) -> Any:
     return sympy.diag(*p) - sympy.Matrix(p) * sympy.Matrix(p).T
 
 
@@ -146,11 +146,11 @@ def prove_softmax_sources(rule=softmax_sources):
         equal(derivative[i, j], _softmax_jacobian(weights)[i, j])
     c, variance = sympy.symbols("c s2", positive=True)
     z = [sympy.Matrix(sympy.symbols(f"z{j}_:{D}")) for j in range(3)]
-    moments = {entry: normal_moments(1) for vector in z for entry in vector}
-    centre = sum((p * v for p, v in zip(P, z, strict=True)), sympy.zeros(D, 1))
+    moments: Any = {entry: normal_moments(1) for vector in z for entry in vector}
+    centre: Any = sum((p * v for p, v in zip(P, z, strict=True)), sympy.zeros(D, 1))
     away = [v - centre for v in z]
     key = sum(p**2 * (v.T * v)[0] for p, v in zip(P, away, strict=True)) * variance / D
-    spread = sum((p * v * v.T for p, v in zip(P, away, strict=True)), sympy.zeros(D))
+    spread: Any = sum((p * v * v.T for p, v in zip(P, away, strict=True)), sympy.zeros(D))
     query = (spread * spread).trace() * variance / D**2
     exact = sum(p**2 for p in P) + (1 - c) * expect(key, moments) + (1 - c) ** 2 * expect(query, moments)
     b: Any = _softmax_jacobian(P)

@@ -46,8 +46,8 @@ def prove_second_order(rule=second_order):
         return (a[t] if t == u else sympy.sqrt(a[0] * a[1]) * k) * keys[x % size, y % size]
 
     indices = list(itertools.product(range(size), repeat=2))
-    pair = sum(p[0][i] * p[1][j] * values[i, j] for i, j in indices)
-    own = sum(p[0][i] * p[0][j] * values[i, j] for i, j in indices)
+    pair: Any = sum(p[0][i] * p[1][j] * values[i, j] for i, j in indices)
+    own: Any = sum(p[0][i] * p[0][j] * values[i, j] for i, j in indices)
     known = sympy.sqrt(a[0] * a[1]) * k * terms.together[0, 1] + a[0] * terms.shift[0, 1] + a[1] * terms.shift[1, 0]
     zero = dict.fromkeys(logits, 0)
     equal(terms.mean[0, 1], pair.subs(zero))

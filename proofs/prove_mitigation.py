@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import mpmath
 import sympy
@@ -22,7 +23,7 @@ def prove_key_mask_after(rule=incoherent_average):
     """
     weights = sympy.symbols("p_0:3", positive=True)
     overlap = sum(x**2 for x in weights)
-    total = 0
+    total = sympy.Integer(0)
     for mask in itertools.product((0, 1), repeat=3):
         kept = [m * x for m, x in zip(mask, weights, strict=True)]
         cross = sum(x * y for i, x in enumerate(kept) for j, y in enumerate(kept) if i != j)
@@ -80,7 +81,7 @@ def prove_magnitude_common(rule=magnitude_retained_variance):
     common amplitude falls by e and its power by e^2; and e - rho = 2 tau phi(tau) >= 0.
     """
     tau, x, m = sympy.symbols("tau w m", positive=True)
-    density = sympy.exp(-((x - m) ** 2) / 2) / sympy.sqrt(2 * sympy.pi)
+    density: Any = sympy.exp(-((x - m) ** 2) / 2) / sympy.sqrt(2 * sympy.pi)
     slope = sympy.diff(x * density, m).subs(m, 0)
     kept = 2 * sympy.integrate(slope, (x, tau, sympy.oo))  # the integrand is even
     share = sympy.integrate(2 * density.subs(m, 0), (x, 0, tau))

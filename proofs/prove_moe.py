@@ -1,67 +1,14 @@
-"""Proofs of varprop/theory/moe.py: limits of the gate law, direct integrals for few experts, shared experts.
-
-With E = 3, a and b are the distances of two logits to the third; their joint density is exp(-(a^2 + b^2 - ab) / 3) /
-(2 pi sqrt 3), restricted to the quadrant that the top k defines.
-"""
+"""Proofs of varprop/theory/moe.py: shared experts, and the gates' place in the mixture's moments."""
 
 from __future__ import annotations
 
-import math
-
-import mpmath
-import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_average, normal_moments, plane_integral
-from varprop.theory.moe import gate_second_moment, mix_shared
-
-
-def prove_limits(rule=gate_second_moment):
-    for n_experts, top_k in ((1, 1), (4, 2), (16, 16)):
-        close(rule(n_experts, top_k, 0.0, normalize=True), mpmath.mpf(1) / top_k)
-        close(rule(n_experts, top_k, 0.0, normalize=False), mpmath.mpf(top_k) / n_experts**2)
-        close(rule(n_experts, top_k, 1e-4, normalize=True), mpmath.mpf(1) / top_k, 1e-7)
-        close(rule(n_experts, top_k, 1e-4, normalize=False) * n_experts**2 / top_k, 1, 1e-3)
-    close(rule(8, 1, 1.3, normalize=True), 1)
-    close(rule(5, 5, 1.3, normalize=True), mpmath.mpf(rule(5, 5, 1.3, normalize=False)))
-
-
-def prove_two_experts(rule=gate_second_moment):
-    std, root = 1.3, math.sqrt(2)
-
-    def larger(z):
-        return 1 / (1 + mpmath.exp(-std * root * z))
-
-    close(rule(2, 1, std, normalize=False), 2 * normal_average(lambda z: larger(z) ** 2, 0, 12), 1e-9)
-    close(rule(2, 2, std, normalize=True), normal_average(lambda z: 1 - 2 * larger(z) * (1 - larger(z))), 1e-9)
-    top = normal_average(lambda z: 2 * mpmath.ncdf(z) / (1 + mpmath.exp(-std * z)) ** 2)
-    close(rule(2, 1, std, normalize=False, router="sigmoid"), top, 1e-9)
-
-
-def _quadrant(function):
-    """3 times the integral over a, b > 0: the sum over which expert is singled out."""
-
-    def weighted(a, b):
-        return function(a, b) * np.exp(-(a**2 + b**2 - a * b) / 3) / (2 * np.pi * 3**0.5)
-
-    return 3 * plane_integral(weighted, [0, 3, 16])
-
-
-def prove_three_experts(rule=gate_second_moment):
-    std = 0.9
-
-    def largest(a, b):  # one active: the other two logits lie a and b below it
-        return 1 / (1 + np.exp(-std * a) + np.exp(-std * b)) ** 2
-
-    def two_largest(a, b, below):  # two active, a and b above the smallest, which enters the sum as `below`
-        x, y = np.exp(std * a), np.exp(std * b)
-        return (x**2 + y**2) / (below + x + y) ** 2
-
-    close(rule(3, 1, std, normalize=False), _quadrant(largest), 1e-8)
-    close(rule(3, 2, std, normalize=False), _quadrant(lambda a, b: two_largest(a, b, 1)), 1e-8)
-    normalised = _quadrant(lambda a, b: two_largest(a, b, 0))
-    close(rule(3, 2, std, normalize=True), normalised, 1e-8)
-    close(rule(3, 2, std, normalize=False, gate_order="top_k_then_score"), normalised, 1e-8)
+from proofs.check import Proof, close, equal, expect, normal_moments
+from varprop import presets
+from varprop.spec import MoESpec
+from varprop.theory.feed_forward import FeedForwardGains
+from varprop.theory.moe import MoEGains, mix_shared, moe_against_dense, moe_covariance, moe_second_moment
 
 
 def prove_mix_shared(rule=mix_shared):
@@ -72,9 +19,49 @@ def prove_mix_shared(rule=mix_shared):
     equal(rule(second, first, 4, "mean"), expect(((shared + 4 * routed) / 5) ** 2, moments))
 
 
+def prove_independent_experts():
+    """Sums over experts of gate times output, for two tokens: E f f' = (sum g g') K, whatever the gates."""
+    kernel, power = sympy.symbols("K v", positive=True)
+    g, h = sympy.symbols("g:3"), sympy.symbols("h:3")
+    x, w = sympy.symbols("x:3"), sympy.symbols("w:3")
+    first = sum(a * b for a, b in zip(g, x, strict=True))
+    correlation = kernel / power  # the other token's output is (K / v) x + an independent part w
+    other = sum(a * (correlation * b + e) for a, b, e in zip(h, x, w, strict=True))
+    moments = {**{s: normal_moments(power) for s in x}, **{s: normal_moments(power - kernel**2 / power) for s in w}}
+    equal(expect(first * other, moments), kernel * sum(a * b for a, b in zip(g, h, strict=True)))
+
+
+def prove_reductions(second=moe_second_moment, covariance=moe_covariance):
+    """ReLU experts, m = 1: v_E = 1/2 and K_E(0) = 1 / (2 pi). One expert of gate 1 is a dense network; k = E, flat
+    logits average; independent tokens take 1/E; the shared gate is E sigmoid^2 -> 1/4."""
+    one = FeedForwardGains(1.0, 1.0, 1.0)
+    plain = {"d_expert": 8, "activation": "relu", "gated": False, "normalize_gates": True}
+    pi = float(sympy.pi)
+    for n_experts, top_k in ((1, 1), (4, 1), (4, 4)):
+        part = MoESpec(n_experts=n_experts, top_k=top_k, **plain)
+        gains = MoEGains(1e-14, one)
+        close(second(1.0, gains, part), 0.5 / top_k)
+        close(covariance(1.0, 1.0, 1.0, gains, part), 0.5 / top_k)
+        close(covariance(1.0, 1.0, 0.0, gains, part), 1 / (2 * pi * n_experts))
+    shared = MoESpec(n_experts=2, top_k=2, n_shared_experts=1, shared_gate=True, gate_multiplier=3.0, **plain)
+    close(second(1.0, MoEGains(1e-14, one, one, 1e-14), shared), 0.5 * 9 / 2 + 0.5 / 4)
+
+
+def prove_factors(rule=moe_against_dense):
+    for correlation in (1.0, 0.3):
+        factors = rule(presets.tiny_moe(), presets.tiny(), correlation=correlation)
+        product = factors["gates"] * factors["expert_width"] * factors["routing"] * factors["shared"]
+        close(factors["total"], product)
+    wide = presets.tiny().with_fields({"init.rule": "fixed"})
+    narrow = presets.tiny_moe().with_fields({"init.rule": "fixed"})
+    assert narrow.moe is not None
+    assert wide.feed_forward is not None
+    close(rule(narrow, wide)["expert_width"], narrow.moe.d_expert / wide.feed_forward.d_ff)
+
+
 PROOFS = [
-    Proof("gate limits: k = 1, k = E, flat logits", "i.i.d. normal router logits", prove_limits),
-    Proof("two experts, softmax and sigmoid (1e-9)", "i.i.d. normal router logits", prove_two_experts),
-    Proof("three experts, one or two active (1e-8)", "i.i.d. normal router logits", prove_three_experts),
     Proof("shared and routed outputs add in variance", "independent zero-mean experts", prove_mix_shared),
+    Proof("E f_t.f_s = (sum of products of gates) K_E", "independent zero-mean experts", prove_independent_experts),
+    Proof("one expert, flat gates, independent tokens, shared gate", "ReLU experts", prove_reductions),
+    Proof("MoE against dense: the factors multiply to the ratio", "equal inputs", prove_factors),
 ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import Any
+
 import mpmath
 import numpy as np
 import sympy
@@ -11,13 +15,15 @@ from varprop.theory.attention import rotate
 from varprop.theory.patterns import (
     causal_uniform_participation,
     document_uniform_participation,
+    qk_norm_logit_variance,
     rotary_kernel,
+    sink_uniform_form,
     softcap_slope,
     window_uniform_participation,
 )
 
 
-def _uniform_mean(n_tokens, window):
+def _uniform_mean(n_tokens: int, window: int) -> Any:
     return sum(sympy.Rational(1, min(t, window)) for t in range(1, n_tokens + 1)) / sympy.Integer(n_tokens)
 
 
@@ -37,7 +43,7 @@ def prove_window_uniform(rule=window_uniform_participation):
 
 def prove_documents(rule=document_uniform_participation):
     lengths = [3, 1, 5]
-    known = sum(_uniform_mean(n, n) * n for n in lengths) / sympy.Integer(sum(lengths))
+    known: Any = sum(_uniform_mean(n, n) * n for n in lengths) / sympy.Integer(sum(lengths))
     close(rule(lengths), mpmath.mpf(known.p) / known.q)
 
 
@@ -57,10 +63,34 @@ def prove_softcap_slope(rule=softcap_slope):
         close(rule(std, cap), fit, 1e-9)
 
 
+def prove_qk_norm(rule=qk_norm_logit_variance, size=3):
+    """E (q.k)^2 over the signs and the order of the entries of k: |q|^2 |k|^2 / n, as over a sphere."""
+    mq, mk, eps, scale = sympy.symbols("m_q m_k eps scale", positive=True)
+    q, k = sympy.symbols(f"q0:{size}"), sympy.symbols(f"k0:{size}")
+    total = sum(
+        sum(sign * x * y for sign, x, y in zip(signs, q, order, strict=True)) ** 2
+        for order in itertools.permutations(k)
+        for signs in itertools.product((1, -1), repeat=size)
+    ) / sympy.Integer(math.factorial(size) * 2**size)
+    norms = [sum(x**2 for x in vector) for vector in (q, k)]
+    equal(total, norms[0] * norms[1] / size)
+    lengths = {mq: size * mq / (mq + eps), mk: size * mk / (mk + eps)}  # |q|^2, |k|^2 after the norm
+    equal(rule(mq, mk, eps, sympy.Integer(size), scale), scale**2 * lengths[mq] * lengths[mk] / size)
+    equal(rule(mq, mk, eps, sympy.Integer(size)), lengths[mq] * lengths[mk] / size**2)
+
+
+def prove_sink_uniform(rule=sink_uniform_form, size=3):
+    v = sympy.Matrix(size, size, lambda i, j: sympy.Symbol(f"V{min(i, j)}{max(i, j)}"))
+    with_sink, without = (sympy.ones(1, size) / n for n in (size + 1, size))
+    equal(rule((without * v * without.T)[0], sympy.Integer(size)), (with_sink * v * with_sink.T)[0])
+
+
 PROOFS = [
     Proof("causal uniform attention: H_T / T, T = 1..7", "no logits", prove_causal_uniform),
     Proof("window: (H_w + (T - w) / w) / T, T = 1..7", "no logits", prove_window_uniform),
     Proof("documents: sum H_i / sum T_i", "no logits", prove_documents),
     Proof("rotary kernel: covariance of rotated logits", "Gaussian queries and keys", prove_rotary_kernel),
+    Proof("logit variance under QK-norm", "given moments, key directions uniform", prove_qk_norm),
+    Proof("sink logit beside uniform attention", "no logits", prove_sink_uniform),
     Proof("mean slope of a soft cap (1e-9)", "normal logits", prove_softcap_slope),
 ]

@@ -30,6 +30,7 @@ from varprop.theory.jacobian import (
     jacobian_error,
 )
 from varprop.theory.softmax_jacobian import power_moments, softmax_averages, visible_counts
+from varprop.theory.weight_gradient import weight_gradients
 
 N_NETWORKS, N_TOKENS = 32, 8
 
@@ -188,6 +189,56 @@ def test_one_layer_gradient_against_autograd(case, start):
         claim += 0.06
     for value, sample in zip(expected, np.array(found).T, strict=True):
         assert abs(sample.mean() - value) < claim * expected[0] + 4.5 * sample.std(ddof=1) / N_NETWORKS**0.5
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        model(n_kv_heads=2, logit_scale=None, branch_multiplier=0.8),
+        model(pattern="causal", qk_norm="head", block="parallel"),
+        model(attention=None, gated=False, activation="gelu", placement="lns"),
+        mixture(normalize_gates=False),
+    ],
+    ids=["grouped", "causal_parallel", "plain_lns", "mixture"],
+)
+def test_weight_gradients_against_autograd(spec):
+    """Every matrix of a block, uncorrelated gradients on the tokens; 15 numbers, 32 networks."""
+    generator, found, forward = make_generator(4), {}, []
+    for _ in range(N_NETWORKS):
+        x = tokens(0.3, generator, 128)
+        drawn = draw_layer(spec, 1, generator, (), dtype=torch.float64)
+        weights = {name: weight.requires_grad_() for name, weight in drawn.items()}
+        sites: dict[str, torch.Tensor] = {}
+        y = block_forward(x, weights, spec, 1, lambda _, site, value, sites=sites: sites.__setitem__(site, value))
+        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+        forward.append([*moments_of(x), *moments_of(sites["resid_mid"].detach())])
+        for name, weight in weights.items():
+            if weight.dim() > 1:
+                assert weight.grad is not None
+                found.setdefault(name, []).append(float(weight.grad.square().mean()))
+    q, c, middle_q, middle_c = np.mean(forward, axis=0)
+    predicted = weight_gradients(
+        spec,
+        1,
+        n_tokens=N_TOKENS,
+        second_moment=q,
+        token_correlation=c,
+        middle_second_moment=middle_q,
+        middle_token_correlation=middle_c,
+    )
+    assert predicted.keys() == found.keys()
+    for name, values in found.items():
+        stderr = np.std(values, ddof=1) / N_NETWORKS**0.5
+        assert abs(np.mean(values) - predicted[name]) < jacobian_error(spec, 1) * predicted[name] + 4.5 * stderr, name
+
+
+def test_rank_collapse_stops_queries_and_keys():
+    """Equal tokens: no gradient for W_Q and W_K (arXiv 2206.03126), and the whole one for W_V."""
+    moments = {"second_moment": 1.0, "token_correlation": 1.0}
+    middle = {f"middle_{name}": value for name, value in moments.items()}
+    found = weight_gradients(model(), 1, n_tokens=8, **moments, **middle)
+    assert found["attention.q"] == found["attention.k"] == 0
+    assert found["attention.v"] == pytest.approx(found["attention.o"]) != 0
 
 
 def test_relu_gradients_telescope():
@@ -407,3 +458,10 @@ def test_errors_of_other_functions():
         gate_jacobian(8, 9, 1.0, normalize=True)
     with pytest.raises(AssumptionError, match=r"logit_std=-1\.0"):
         power_moments(np.array([4.0]), -1.0)
+    with pytest.raises(AssumptionError, match=r"norm\.placement='post' is not covered; expected pre or lns"):
+        weight_gradients(model(placement="post"), 1, n_tokens=4, **moments_at_one())
+
+
+def moments_at_one() -> dict[str, float]:
+    moments = {"second_moment": 1.0, "token_correlation": 0.0}
+    return {**moments, **{f"middle_{name}": value for name, value in moments.items()}}

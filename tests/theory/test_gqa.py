@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from proofs.check import ProofError
+from proofs.prove_gqa import PROOFS, prove_aligned_mean, prove_relative_variance
 from varprop import presets
 from varprop.errors import AssumptionError
 from varprop.spec import ModelSpec
@@ -19,6 +21,18 @@ from varprop.theory.gqa import (
 from varprop.theory.softmax import softmax_overlap, softmax_participation
 
 N_HEADS, HEAD_DIM, D_MODEL = 8, 8, 32
+
+
+@pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.statement)
+def test_proofs(proof) -> None:
+    proof.function()
+
+
+def test_a_wrong_constant_is_caught() -> None:
+    with pytest.raises(ProofError):
+        prove_aligned_mean(lambda g, eta, kappa: aligned_mean_factor(g + 1, eta, kappa))
+    with pytest.raises(ProofError):
+        prove_relative_variance(lambda n, h, g, kappa, d: attention_relative_variance(n, h, g, kappa, d) + 1 / d**2)
 
 
 def full(**changes: object) -> ModelSpec:

@@ -25,7 +25,7 @@ from varprop.theory.attention import attention_gains, incoherent_average
 from varprop.theory.feed_forward import feed_forward_covariance, feed_forward_gains, feed_forward_second_moment
 from varprop.theory.gate_jacobian import gate_jacobian
 from varprop.theory.linear import effective_gain
-from varprop.theory.moe import mix_shared, overlap_of
+from varprop.theory.moe import mix_shared, router_overlap
 from varprop.theory.norm import centred_second_moment, normalised_second_moment
 from varprop.theory.softmax_jacobian import (
     SoftmaxAverages,
@@ -81,10 +81,8 @@ def gated_jacobian(
     return down_gain * up_gain * (inner_gain * covariance * derivative_kernel + kernel)
 
 
-def gated_sum_jacobian(
-    gates: Any, expert: Any, gate_square: Any, router_gain: Any, expert_moment: Any, multiplier: Any = 1
-) -> Any:
-    """Jacobian power of sum_i g_i E_i: multiplier^2 (gates * expert + router_gain * gate_square * expert_moment).
+def gated_sum_jacobian(gates: Any, expert: Any, gate_square: Any, router_gain: Any, expert_moment: Any) -> Any:
+    """Jacobian power of sum_i g_i E_i: gates * expert + router_gain * gate_square * expert_moment.
 
     gates: E sum g_i(t) g_i(s); expert: E tr(J_t J_s') / d of one expert; gate_square: E sum_ij of the products of
     dg_i / dl_j; router_gain: E|dl_j / du|^2; expert_moment: E E_i(t).E_i(s) / d. Exact for independent experts.
@@ -93,7 +91,7 @@ def gated_sum_jacobian(
     >>> gated_sum_jacobian(0.5, 1.0, 0.25, 1.0, 2.0)
     1.0
     """
-    return multiplier**2 * (gates * expert + router_gain * gate_square * expert_moment)
+    return gates * expert + router_gain * gate_square * expert_moment
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def branch_powers(
     spec: ModelSpec, layer: int, n_tokens: int, name: str, second_moment: Any, correlation: Any
 ) -> BranchPowers:
     """Powers of what the branch `attention` or `mlp` adds to the stream: norms, branch and branch scale."""
-    tokens = _input(spec, layer, second_moment, correlation)
+    tokens = branch_input(spec, layer, second_moment, correlation)
     if name == "attention":
         power = _attention(spec, layer, n_tokens, tokens)
     else:
@@ -153,7 +151,7 @@ def branch_powers(
     return power.scaled(spec.branch_scale**2)
 
 
-def _input(spec: ModelSpec, layer: int, second_moment: Any, correlation: Any) -> BranchInput:
+def branch_input(spec: ModelSpec, layer: int, second_moment: Any, correlation: Any) -> BranchInput:
     """What the branch reads: the stream after its norm, or the stream itself (post, reordered)."""
     placement = spec.norm_placement(layer)
     if placement in ("post", "reordered"):
@@ -179,7 +177,7 @@ def _attention(spec: ModelSpec, layer: int, n_tokens: int, tokens: BranchInput) 
     std = logit_std(spec, gains.query * gains.key, tokens.second_moment)
     mean = softmax_averages(spec, layer, n_tokens, std * np.sqrt(1 - key_c), c)
     forward = gains.value_output * tokens.second_moment * incoherent_average(c, mean.participation)
-    variance = std**2 * _projected_share(spec)
+    variance = std**2 * projected_share(spec)
     powers = _attention_powers(mean, tokens, variance, c, key_c, n_tokens, spec.d_model)
     return replace(powers.scaled(gains.value_output), forward=forward)
 
@@ -224,7 +222,7 @@ def logit_std(spec: ModelSpec, query_key_gain: float, second_moment: Any) -> Any
     return scale * (np.ones_like(second_moment) if part.qk_norm != "none" else second_moment * query_key_gain**0.5)
 
 
-def _projected_share(spec: ModelSpec) -> float:
+def projected_share(spec: ModelSpec) -> float:
     """A QK-norm removes one of the dimensions that it normalises over from the logits' derivative."""
     part = spec.attention
     assert part is not None
@@ -285,13 +283,12 @@ def _mixture(spec: ModelSpec, layer: int, n_tokens: int, tokens: BranchInput) ->
     std, c = np.sqrt(gain * tokens.second_moment), tokens.correlation
     expert = two_layers(spec, layer, "moe.experts.", part.activation, part.gated, tokens)
     slopes = _gate_slopes(spec, std, c)
-    scale = part.gate_multiplier
-    square, overlap = overlap_of(part, std, np.ones_like(c)), overlap_of(part, std, c)
+    square, overlap = router_overlap(part, std, np.ones_like(c)), router_overlap(part, std, c)
     routed = TwoLayers(
-        gated_sum_jacobian(square, expert.own, slopes[0], gain, expert.second_moment, scale),
-        gated_sum_jacobian(overlap, expert.pair, slopes[1], gain, expert.covariance, scale),
-        scale**2 * square * expert.second_moment,
-        scale**2 * overlap * expert.covariance,
+        gated_sum_jacobian(square, expert.own, slopes[0], gain, expert.second_moment),
+        gated_sum_jacobian(overlap, expert.pair, slopes[1], gain, expert.covariance),
+        square * expert.second_moment,
+        overlap * expert.covariance,
     )
     if not part.n_shared_experts:
         return _local(tokens, routed, n_tokens)
@@ -309,7 +306,8 @@ def _gate_slopes(spec: ModelSpec, std: Any, correlation: Any) -> tuple[Any, Any]
     # At c = 0 the mean matrix counts, a multiple of I - 11'/E (rows or columns sum to 0), or of I for plain sigmoids.
     plain = part.router == "sigmoid" and not part.normalize_gates
     least = trace**2 / max(part.n_experts - (not plain), 1)
-    return square, least ** (1 - correlation) * square**correlation
+    scale = part.gate_multiplier**2
+    return scale * square, scale * least ** (1 - correlation) * square**correlation
 
 
 def _shared_experts(spec: ModelSpec, layer: int, tokens: BranchInput) -> TwoLayers:

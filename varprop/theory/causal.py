@@ -30,7 +30,7 @@ from varprop.theory.closure import SecondOrder, equivalent_keys, iid_third_order
 from varprop.theory.key_mask import VisibleKeys, kept_form, masked_output_form, visible_keys
 from varprop.theory.moments import Moments
 from varprop.theory.norm import cosine_mean
-from varprop.theory.patterns import allowed_keys, rotary_kernel, softcap_slope
+from varprop.theory.patterns import allowed_keys, qk_norm_logit_variance, rotary_kernel, softcap_slope
 from varprop.theory.quadrature import chi_square_nodes, hermite_basis
 from varprop.theory.softmax_table import SoftmaxTable, softmax_table
 
@@ -92,9 +92,8 @@ def _logit_variance(spec: ModelSpec, gains: AttentionGains, second_moment: float
     assert part is not None
     if part.qk_norm == "none":
         return attention_logit_std(spec, gains, second_moment) ** 2
-    query, key = (gain * second_moment / (gain * second_moment + spec.norm.eps) for gain in (gains.query, gains.key))
-    scale = part.logit_scale or spec.head_dim**-0.5
-    return scale**2 * spec.head_dim * query * key
+    moments = gains.query * second_moment, gains.key * second_moment
+    return float(qk_norm_logit_variance(*moments, spec.norm.eps, spec.head_dim, part.logit_scale))
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ def _third_order_gap(
             left = (1 - y) * n / (n - 1)
             total += spread * (1 - left)
         missed += float(strength[row]) ** 2 * abs(mismatch) * spread / width * left**3
-    return missed / total
+    return missed / max(total, ROUNDING)
 
 
 def _prepared(
@@ -361,7 +360,8 @@ def _sink_factor(terms: SecondOrder, logits: _Logits, keys: VisibleKeys, same: _
     for order in range(N_SINK_NODES):
         out += _product(coefficients[..., order]) * correlation**order
     index = np.arange(out.shape[-1])
-    incoherent = same.spread * np.exp(same.log_excess) / same.n_keys / (_diagonal(terms.mean) + same.increment)
+    form = np.maximum(_diagonal(terms.mean) + same.increment, ROUNDING)
+    incoherent = same.spread * np.exp(same.log_excess) / same.n_keys / form
     rise = 2 * (1 - coefficients[..., 0]) * np.expm1(same.log_excess) ** 2 / same.n_keys * incoherent
     out[..., index, index] *= 1 + rise
     return out

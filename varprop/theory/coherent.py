@@ -98,7 +98,7 @@ def optimal_density(layer: Any, noise: Any, common: Any, start: Any = 1, spread:
     A value above 1 (infinity where l = 1 or a' b = 0) means that masking only lowers the share at this layer; the best
     density is then 1. 0 for q_0 = 0 and b > 0: the share rises as far as the density falls. Arguments as
     `coherent_second_moment`, layer >= 1; spread: w of `masked_noise_factor`. Exact. Raises `AssumptionError` outside
-    the domain. Source: derived in proofs/prove_coherent.py. Checked by: tests/theory/test_coherent.py (numerical maximum).
+    the domain. Source: derived in proofs/prove_coherent.py. Checked by: tests/theory/test_coherent.py.
 
     >>> round(optimal_density(16, noise=0.75, common=0.25), 4), optimal_density(16, noise=1.0, common=0.0)
     (0.1348, inf)

@@ -26,14 +26,10 @@ from varprop.theory.attention import attention_gains
 from varprop.theory.domain import check_number
 from varprop.theory.feed_forward import feed_forward_gains, feed_forward_second_moment
 from varprop.theory.linear import effective_gain
-from varprop.theory.moe import mix_shared, overlap_of
+from varprop.theory.moe import mix_shared, router_overlap
 
 GRID = np.concatenate([np.linspace(0.0, 0.99, 100), 1 - np.geomspace(0.99e-2, 1e-8, 60), [1.0]])
 """Correlations between which roots are looked for: top-k routing puts c* within (v / a)^2 of 1."""
-
-CUSP = 0.01
-"""Closer to c = 1 the overlap of top-k gates is continued by its law 1 - O / S_2 ~ sqrt(1 - c), a cusp that the
-tabulated overlap smooths; (1 - c*) is then within 40 %."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def token_collapse(spec: ModelSpec, layer: int = 1, *, token_correlation: float 
     """Fixed point of the token correlation of a Pre-LN model and its stability, infinite width and many tokens.
 
     layer: whose gains are used; token_correlation: where the flow starts (0: just above 0). Roots of
-    `correlation_drift`; quadrature. Raises `AssumptionError` for other norm
+    `correlation_drift`; quadrature (mixtures near c = 1: 1 - c* within 40 %). Raises `AssumptionError` for other norm
     placements than "pre", for windows and for expert-choice routing. Source: derived in proofs/prove_collapse.py.
     Checked by: tests/theory/test_collapse.py.
 
@@ -216,8 +212,8 @@ def _mixture(part: MoESpec, rows: dict[str, TensorRow]) -> Kernel:
     require(not part.shared_gate, AssumptionError, "moe.shared_gate", part.shared_gate, "not covered here", "false")
     expert = _dense(rows, "moe.experts.", part.activation, part.gated)
     std = effective_gain(rows["moe.router"]) ** 0.5
-    moment = float(overlap_of(part, std, 1.0))
-    routed = part.gate_multiplier**2 * moment * expert.increment
+    moment = float(router_overlap(part, std, 1.0))  # gate_multiplier^2 S_2
+    routed = moment * expert.increment
     shared = Kernel(0.0, lambda c: np.asarray(c, dtype=float), lambda c: 1.0)
     if part.n_shared_experts:
         shared = _dense(rows, "moe.shared.", part.activation, part.gated)
@@ -225,9 +221,7 @@ def _mixture(part: MoESpec, rows: dict[str, TensorRow]) -> Kernel:
     total = mix_shared(routed, shared.increment, part.top_k, mixing)
 
     def overlap(c: Any) -> Any:
-        inside = np.minimum(c, 1 - CUSP) if part.top_k < part.n_experts else c
-        beyond = np.sqrt(np.where(np.asarray(c) > 1 - CUSP, np.maximum(1 - np.asarray(c), 0.0) / CUSP, 1.0))
-        return 1 - (1 - overlap_of(part, std, inside) / moment) * beyond
+        return router_overlap(part, std, c) / moment
 
     def ratio(c: np.ndarray) -> np.ndarray:
         own = routed * overlap(c) * expert.ratio(c)

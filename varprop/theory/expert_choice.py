@@ -40,6 +40,8 @@ from varprop.theory.quadrature import normal_nodes
 
 MAX_DRAWN_TOKENS = 1024
 DRAWN_LOGITS = 2_000_000
+MAX_NETWORKS = 20_000
+CHUNK_LOGITS = 100_000
 N_COMMON = 24
 N_THRESHOLDS = 24
 
@@ -77,7 +79,7 @@ def experts_per_token(n_experts: int, top_k: int, n_tokens: int) -> np.ndarray:
     softmax over experts spreads them far more evenly (`expert_choice_gates`).
     Source: derived in proofs/prove_expert_choice.py. Checked by: tests/theory/test_expert_choice.py.
 
-    >>> experts_per_token(2, 1, 8).tolist()
+    >>> experts_per_token(2, 1, 8).round(12).tolist()
     [0.25, 0.5, 0.25]
     """
     share = expert_capacity(n_experts, top_k, n_tokens) / n_tokens
@@ -140,21 +142,23 @@ def _drawn(law: Router, normalize: bool, std: float, n_tokens: int, c: float) ->
     rng = np.random.default_rng(0)
     n_experts = law.n_experts
     capacity = expert_capacity(n_experts, law.top_k, n_tokens)
-    n_networks = max(8, DRAWN_LOGITS // (n_tokens * n_experts))
+    n_networks = max(8, min(MAX_NETWORKS, DRAWN_LOGITS // (n_tokens * n_experts)))
+    at_once = max(1, CHUNK_LOGITS // (n_tokens * n_experts))
     total = np.zeros(3)
-    for _ in range(n_networks):
-        logits = math.sqrt(1 - c) * rng.standard_normal((n_tokens, n_experts))
-        logits += math.sqrt(c) * rng.standard_normal(n_experts)
-        score = np.exp(max(std, SMALLEST_STD) * (logits - logits.max(axis=1, keepdims=True)))
-        score /= score.sum(axis=1, keepdims=True)
-        active = score >= np.partition(score, n_tokens - capacity, axis=0)[n_tokens - capacity]
-        chosen = np.where(active, score, 0.0)
-        sums = chosen.sum(axis=1, keepdims=True)
+    for start in range(0, n_networks, at_once):
+        count = min(at_once, n_networks - start)
+        logits = math.sqrt(1 - c) * rng.standard_normal((count, n_tokens, n_experts))
+        logits += math.sqrt(c) * rng.standard_normal((count, 1, n_experts))
+        score = np.exp(max(std, SMALLEST_STD) * (logits - logits.max(axis=-1, keepdims=True)))
+        score /= score.sum(axis=-1, keepdims=True)
+        lowest = np.partition(score, n_tokens - capacity, axis=1)[:, n_tokens - capacity, None]
+        chosen = np.where(score >= lowest, score, 0.0)
+        sums = chosen.sum(axis=-1, keepdims=True)
         if normalize:
             chosen /= np.where(sums > 0, sums, 1.0)
         power = np.sum(chosen**2)
-        pairs = np.sum(chosen.sum(axis=0) ** 2) - power
-        total += np.mean(sums == 0), power / n_tokens, pairs / (n_tokens * (n_tokens - 1))
+        pairs = max(0.0, np.sum(chosen.sum(axis=1) ** 2) - power) / (n_tokens - 1)
+        total += np.array([np.sum(sums == 0), power, pairs]) / n_tokens
     unchosen, second_moment, overlap = (total / n_networks).tolist()
     return unchosen, second_moment, overlap
 

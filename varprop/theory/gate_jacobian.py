@@ -14,13 +14,13 @@ import numpy as np
 
 from varprop.theory.gates import (
     MAX_LOGIT_STD,
-    STD_NODES,
     Router,
-    _checked_std,
-    _interval,
-    _router,
-    _score,
-    _thresholds,
+    canonical,
+    checked_std,
+    interpolation,
+    interval,
+    score_of,
+    threshold_nodes,
 )
 
 LOG_U_STEP = 0.3
@@ -53,8 +53,8 @@ def gate_jacobian(
     >>> gate_jacobian(4, 4, [0.0, 1.25], normalize=True).round(6)[:, 0]
     array([0.1875, 0.75  ])
     """
-    law = _router(n_experts, top_k, normalize, router, gate_order)
-    std = _checked_std(logit_std, law)
+    law = canonical(n_experts, top_k, normalize, router, gate_order)
+    std = checked_std(logit_std, law)
     values = _interpolated(law, np.minimum(std, MAX_LOGIT_STD))
     if not (std > MAX_LOGIT_STD).any():
         return values
@@ -65,16 +65,9 @@ def gate_jacobian(
 
 def _interpolated(law: Router, std: np.ndarray) -> np.ndarray:
     """(2, *std.shape): the logarithms are interpolated in s / (1 + s), by the cubic through the four nodes around."""
-    nodes = np.array(STD_NODES[:-1])
-    grid, at = nodes / (1 + nodes), std / (1 + std)
-    first = np.clip(np.searchsorted(grid, at, side="right") - 2, 0, len(grid) - 4)
-    total = np.zeros((2, *std.shape))
-    for i in range(4):
-        others = [grid[first + j] for j in range(4) if j != i]
-        weight = np.prod([(at - other) / (grid[first + i] - other) for other in others], axis=0)
-        used, inverse = np.unique(first + i, return_inverse=True)
-        values = np.array([gate_jacobian_at(law, float(nodes[n])) for n in used]).T
-        total += weight * np.log(np.maximum(values, TINY))[:, inverse.reshape(std.shape)]
+    nodes, weights = interpolation(law._replace(score="sigmoid"), std, 4)  # a sigmoid's nodes: the finite ones
+    table = np.log(np.maximum([gate_jacobian_at(law, float(s)) for s in nodes], TINY))
+    total = np.tensordot(table, weights, axes=(0, 0))
     return np.where(total > math.log(TINY) / 2, np.exp(total), 0.0)
 
 
@@ -83,7 +76,7 @@ def gate_jacobian_at(law: Router, std: float) -> tuple[float, float]:
     """`gate_jacobian` at one logit_std in [0, 16], by quadrature."""
     if law.normalised and law.top_k == 1:
         return 0.0, 0.0
-    thresholds, probability = _thresholds(law.n_experts, law.top_k)
+    thresholds, probability = threshold_nodes(law.n_experts, law.top_k)
     if std == 0:
         thresholds, probability = np.zeros(1), np.ones(1)
     square, trace = probability @ np.array([_given_threshold(law, std, float(t)) for t in thresholds])
@@ -97,8 +90,8 @@ def _n_nodes(std: float) -> int:
 def _given_threshold(law: Router, std: float, t: float) -> tuple[float, float]:
     """Square and trace given that the (k+1)-th largest logit is t."""
     n_experts, top_k, router, normalised = law
-    z, above = _interval(t, np.inf, _n_nodes(std))
-    score = _score(z, std, router)
+    z, above = interval(t, np.inf, _n_nodes(std))
+    score = score_of(z, std, router)
     slope = score if router == "softmax" else score * (1 - score)
     if router == "sigmoid" and not normalised:
         return top_k * float(above @ slope**2), top_k * float(above @ slope)
@@ -118,8 +111,8 @@ def _given_threshold(law: Router, std: float, t: float) -> tuple[float, float]:
     trace = one * ((moments[1] - moments[2]) @ (above * ratio))
     if not normalised:
         u, n_below = np.exp(log_u), n_experts - top_k - 1
-        below, weight = _interval(-np.inf, t, _n_nodes(std))
-        low, pivot = u[:, None] * _score(below, std, router), u * _score(t, std, router)
+        below, weight = interval(-np.inf, t, _n_nodes(std))
+        low, pivot = u[:, None] * score_of(below, std, router), u * score_of(t, std, router)
         fade = np.exp(-low)
         rest = fade @ weight
         tail = np.exp(-pivot) * rest**n_below

@@ -83,12 +83,12 @@ def gate_second_moment(
 ) -> Any:
     """E of the sum of squared gates over the active experts, S_2.
 
-    n_experts: E; top_k: k; logit_std: of the i.i.d. normal router logits, a number or an array; normalize: gates divided by their sum over
-    the top k; router: "softmax" or "sigmoid"; gate_order: as in `MoESpec` (a softmax over the top k is the normalised
-    case). Quadrature, relative error below 1e-10 for logit_std <= 4 and 1e-8 up to 16; arrays, and a
-    softmax beyond 16, are interpolated (to the one-hot limit): error below 1e-5, 1e-4 for E > 1024. Raises `AssumptionError` for top_k outside 1..E, a negative
-    logit_std, or one above 16 with sigmoid scores. Source: derived in proofs/prove_gates.py. Checked by:
-    tests/theory/test_gates.py.
+    n_experts: E; top_k: k; logit_std: of the i.i.d. normal router logits, a number or an array; normalize: gates
+    divided by their sum over the top k; router: "softmax" or "sigmoid"; gate_order: as in `MoESpec` (a softmax over the
+    top k is the normalised case). Quadrature, relative error below 1e-10 for logit_std <= 16; arrays,
+    and a softmax beyond 16, are interpolated (to the one-hot limit): error below 1e-5, 1e-4 for E > 1024.
+    Raises `AssumptionError` for top_k outside 1..E, a negative logit_std, or one above 16 with sigmoid scores.
+    Source: derived in proofs/prove_gates.py. Checked by: tests/theory/test_gates.py.
 
     >>> round(gate_second_moment(8, 2, 0.905, normalize=True), 3)
     0.546

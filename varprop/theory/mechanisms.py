@@ -47,7 +47,8 @@ class Profile:
     start: float
     before: float
     last: float
-    first_increment: float
+    attention_first: float
+    mlp_first: float
     increment: float
     attention_total: float
     mlp_total: float
@@ -168,18 +169,19 @@ def _decayed(spec: ModelSpec, factor: float) -> ModelSpec:
 # What they do to noise and common component, and when the sign flips --------------------------------------------------
 
 
-def _ratio(context: Context) -> float:
-    """Factor on what the blocks add at initialisation."""
-    before = context.base.attention_total + context.base.mlp_total
-    return (context.changed.attention_total + context.changed.mlp_total) / before
-
-
 def _branch_ratios(context: Context) -> tuple[float, float]:
+    """Factors on attention and feed-forward part in the first block, so at the given token correlation."""
+
     def ratio(after: float, before: float) -> float:
         return after / before if before > 0 else 1.0
 
     base, changed = context.base, context.changed
-    return ratio(changed.attention_total, base.attention_total), ratio(changed.mlp_total, base.mlp_total)
+    return ratio(changed.attention_first, base.attention_first), ratio(changed.mlp_first, base.mlp_first)
+
+
+def _ratio(context: Context) -> float:
+    """Factor on what the blocks add, at the given token correlation."""
+    return context.mixed(*_branch_ratios(context))
 
 
 def _gate_sum(context: Context) -> float:
@@ -251,8 +253,7 @@ def _rows_thinned(context: Context) -> tuple[float, float]:
 
 
 def _routed(context: Context) -> tuple[float, float]:
-    attention, mlp = _branch_ratios(context)
-    return context.mixed(attention, mlp), context.mixed(1.0, _gate_sum(context)) ** 2
+    return _ratio(context), context.mixed(1.0, _gate_sum(context)) ** 2
 
 
 MECHANISMS: dict[str, Mechanism] = {
@@ -283,7 +284,7 @@ MECHANISMS: dict[str, Mechanism] = {
         lambda spec, x: _key_masked(spec, x, "before_softmax"),
         _rows_kept,
         _always(
-            "never reduces: fewer keys are averaged, attention noise rises by up to 1/density at fixed correlation"
+            "raises attention noise (up to 1/density) at fixed correlation; q_L falls only if tokens correlate less"
         ),
     ),
     "key_mask_after_softmax": Mechanism(
@@ -298,7 +299,9 @@ MECHANISMS: dict[str, Mechanism] = {
         "context longer by the factor strength",
         _longer,
         _rows_kept,
-        _always("never: it averages over more keys (denser attention); only the noise falls, which lowers the share"),
+        _always(
+            "never: denser attention, averaging over more keys; only the noise falls, which lowers the coherent share"
+        ),
         lambda n_tokens, x: round(n_tokens * x),
     ),
     "gqa": Mechanism(

@@ -89,8 +89,9 @@ def mitigation(
     leading order in small common entries; masks on all matrices: (F, F^2), F the ratio of v at initialisation, exact
     for linear branches; key masks and context: noise by the ratio at initialisation, common by the square of the mean
     row sum; MoE: noise by S_2, common by (E sum of gates)^2 for a component that all experts share; decay: both by F.
-    Branches enter by their share of v. Coherent Jacobians assume v_J proportional to the branch power; the coherent
-    token correlation takes noise as independent and the common component as the same between tokens.
+    Branch factors are those of the first block (at the given token correlation), weighted by the shares of the branches
+    in what all blocks add. Coherent Jacobians assume v_J proportional to the branch power; the coherent token
+    correlation takes noise as independent and the common component as the same between tokens.
 
     At initialisation: `predict` (drawn heads for key masks: their standard error, about 0.3 %, is in the ratios).
     Raises `AssumptionError` outside the domain. Source: signs proved in proofs/prove_mitigation.py.
@@ -246,7 +247,8 @@ def _profile(spec: ModelSpec, n_tokens: int, token_correlation: float) -> Profil
         start=float(post[0]),
         before=float(post[-2]),
         last=float(post[-1]),
-        first_increment=float(attention[0] + mlp[0]),
+        attention_first=float(attention[0]),
+        mlp_first=float(mlp[0]),
         increment=float(attention[-1] + mlp[-1]),
         attention_total=float(attention.sum()),
         mlp_total=float(mlp.sum()),
@@ -265,7 +267,7 @@ def _initial_change(before: Profile, after: Profile) -> Change:
         return float(log_share(profile.before, profile.last, profile.start, profile.last))
 
     return Change(
-        first_increment=after.first_increment / before.first_increment,
+        first_increment=(after.attention_first + after.mlp_first) / (before.attention_first + before.mlp_first),
         increment=after.increment / before.increment,
         second_moment=after.last / before.last,
         share=after.increment / after.last * before.last / before.increment,

@@ -205,7 +205,8 @@ def _tied_square(law: Router, std: float, t: float) -> float:
     if law.score == "sigmoid" and not law.normalised:
         return score**2
     z, above = interval(t, np.inf, n_logits(std))
-    log_u = np.arange(-np.log(score_of(z[-1], std, law.score) * law.n_experts) - 20, -np.log(score) + 5, LOG_U_STEP)
+    highest = float(score_of(z[-1], std, law.score))
+    log_u = np.arange(-math.log(highest * law.n_experts) - 20, -math.log(score) + 5, LOG_U_STEP)
     u = np.exp(log_u)
     others = np.exp(-np.exp(np.minimum(log_u[:, None] + np.log(score_of(z, std, law.score)), 30.0))) @ above
     integrand = (u * score) ** 2 * np.exp(-u * score) * others ** (law.top_k - 1)
@@ -214,7 +215,7 @@ def _tied_square(law: Router, std: float, t: float) -> float:
 
 def _coefficients(law: Router, std: np.ndarray) -> np.ndarray:
     """Chebyshev coefficients of log O, (N_ANGLES, *std.shape), between the nodes; ends as exact as the moments."""
-    nodes, weights = interpolation(law, std, 4)
+    nodes, weights = interpolation(law, std, 3)
     coefficients = np.tensordot(np.array([_log_overlap(law, float(s)) for s in nodes]), weights, axes=(0, 0))
     signs = (-1.0) ** np.arange(N_ANGLES)
     equal = log_moment(law, std, 2) - np.tensordot(signs, coefficients, axes=(0, 0))
@@ -241,10 +242,11 @@ def gate_overlap(
     cut off). logit_std = 0 is the limit of small logits: experts are still chosen by them.
 
     c = 1 gives `gate_second_moment`, c = 0 gives `gate_first_moment`^2 / E (quadrature, relative error below 1e-5, 1e-4
-    for E > 1024). In between the standard error, fixed by the seed of the draws, is largest near c = 0.6: below 0.3 %
-    for top_k >= 4, 0.7 % for top_k = 2 and 1.2 % for top_k = 1, up to E = 256; it grows to 0.6 % at (1024, 8) and 8 %
-    at (4096, 1). Negative c: O(0)^2 / O(|c|), a continuation with the right value and slope at 0. A new set of
-    arguments costs up to four tables of about 0.1 s each; then 128 x 128 correlations take half a millisecond.
+    for E > 1024). In between the error is the standard error of the draws, fixed by their seed and largest near
+    c = 0.6: below 0.3 % for top_k >= 4 up to E = 256 and 0.4 % up to E = 1024, 0.7 % for top_k = 2, 1.5 % for top_k = 1
+    up to E = 128; it grows to 8 % at (E, k) = (4096, 1), and to 1 % for logit_std > 6. Negative c: O(0)^2 / O(|c|), a
+    continuation with the right value and slope at 0. A new set of arguments costs up to three tables of about 0.1 s
+    each and the moments near logit_std; then 128 x 128 correlations take half a millisecond.
     Raises `AssumptionError` as `gate_second_moment` does. Source: derived in proofs/prove_overlap.py. Checked by:
     tests/theory/test_overlap.py.
 

@@ -131,6 +131,34 @@ def rotary_kernel(distance: np.ndarray, theta: float | None, fraction: float, he
     return (2 * turned + head_dim - 2 * half) / head_dim
 
 
+def qk_norm_logit_variance(
+    query_moment: Any, key_moment: Any, eps: Any, head_dim: Any, logit_scale: Any | None = None
+) -> Any:
+    """Variance of q.k * logit_scale of unrelated tokens with RMS-normalised q and k: scale^2 head_dim r_q r_k.
+
+    query_moment, key_moment: second moments m before the norm, r = m / (m + eps); logit_scale: None = 1/sqrt(head_dim),
+    which gives r_q r_k whatever the gains. |q|^2 = r_q head_dim exactly: the logits are components of points on a
+    sphere, not normal, and no query norm fluctuates. Exact for realised moments. Source: derived in
+    proofs/prove_patterns.py.
+
+    >>> qk_norm_logit_variance(3.0, 1.0, 1.0, 64)
+    0.375
+    """
+    ratio = query_moment / (query_moment + eps) * key_moment / (key_moment + eps)
+    return ratio if logit_scale is None else logit_scale**2 * head_dim * ratio
+
+
+def sink_uniform_form(form: Any, n_keys: Any) -> Any:
+    """p' C p with a sink logit 0 beside n keys of logit 0: form (n / (n + 1))^2, form without the sink. Exact.
+
+    Source: derived in proofs/prove_patterns.py.
+
+    >>> sink_uniform_form(1.0, 1)
+    0.25
+    """
+    return form * (n_keys / (n_keys + 1)) ** 2
+
+
 def softcap_slope(logit_std: float, cap: float) -> float:
     """Slope of cap * tanh(l / cap) averaged over l ~ N(0, s^2): E sech^2(s z / cap), the linear part of a soft cap.
 

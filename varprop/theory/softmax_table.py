@@ -27,7 +27,8 @@ class SoftmaxTable:
     """Averages of p = softmax(s z) over n keys, as functions of arrays n >= 1 and s^2 in [0, MAX_STD^2].
 
     sphere_dim: None for normal z, else z is a component of a uniform point on the sphere |u|^2 = sphere_dim.
-    Relative errors below 2e-5; arguments beyond the grid take its edge.
+    Errors: participation below 2e-5 of itself, pair and diagonal below 3e-4 s^2 (1 - 1/n). Arguments beyond the grid
+    take its edge.
 
     >>> table = softmax_table()
     >>> float(table.participation(16.0, 0.0)), round(float(1 / table.participation(1024.0, 2.25)), 1)
