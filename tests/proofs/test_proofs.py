@@ -8,12 +8,12 @@ import inspect
 
 import pytest
 
-from proofs.__main__ import MODULES, main
+from proofs.__main__ import main, modules
 from proofs.check import ProofError
 from varprop.theory.closure import SecondOrder
 from varprop.theory.softmax import SoftmaxMoments
 
-ALL = [proof for module in MODULES for proof in module.PROOFS]
+ALL = [proof for module in modules() for proof in module.PROOFS]
 MUTABLE = [proof for proof in ALL if "rule" in inspect.signature(proof.function).parameters]
 MUTATED_FIELD = {SoftmaxMoments: "pair", SecondOrder: "together"}
 
@@ -66,7 +66,7 @@ def test_table_counts_failures(capsys, monkeypatch):
     def broken():
         raise ProofError("difference 1 is not zero")
 
-    module = MODULES[0]
+    module = modules()[0]
     monkeypatch.setattr(module, "PROOFS", [module.PROOFS[0]._replace(function=broken)])
     assert main() == 1
     assert "FAILED: difference 1" in capsys.readouterr().out

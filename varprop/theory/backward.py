@@ -7,7 +7,7 @@ residual sum as
 
 with the powers of `branch_jacobian.py`. Exchangeable gradients: g and k do not depend on the token. Weights used in the
 forward pass are taken as independent of the gradient that arrives (exact for the last matrix of a branch, leading order
-in 1/d for the rest). The bias that remains grows like n_layers / d.
+in 1/d for the rest).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def gradient_second_moment(
     moves gradients between tokens. second_moment, token_correlation: of the stream before each layer, (n_layers,);
     middle_...: before each feed-forward, (n_layers,) (not read by a parallel block). gradient_token_correlation: of the
     gradient that arrives at the last layer; 0 gives E||dx_L / dx_l||_F^2 / d of one output token against all inputs.
-    Leading order in 1/d: the bias grows like n_layers / d. Raises `AssumptionError` as `block_jacobian` does.
+    Leading order in 1/d: real gradients of relu stacks exceed q_L / q_0 by 2 % to 4 % (se 1 % to 2 %) at d = 64, 16 and
+    64 layers, and d = 256, 16 layers. Causal attention averages over positions: 7 % off after 4 layers at d = 512 with
+    correlated gradients (0.5), where full attention is 2 % off. Raises `AssumptionError` as `block_jacobian` does.
     Source: derived in proofs/prove_backward.py. Checked by: tests/theory/test_backward.py, autograd.
 
     >>> from varprop.spec import FeedForwardSpec

@@ -58,26 +58,26 @@ SINK_ERROR, MASK_ERROR, CAP_ERROR = 4, 2, 1.0
 GAP_FACTOR = 1.5
 
 
-def has_closure(spec: ModelSpec) -> bool:
+def has_closure(spec: ModelSpec, second_moment: float = 1.0) -> bool:
     """Whether `closed_attention` covers a spec; if not, heads are drawn (`sampled_attention`).
 
-    Not covered: logit standard deviations above MAX_CLOSURE_STD, heads below MIN_HEAD_DIM, a soft cap below
+    second_moment: the largest that the attention reads, 1 after a norm. Not covered: logit standard deviations above MAX_CLOSURE_STD, heads below MIN_HEAD_DIM, a soft cap below
     CAP_PER_STD max(s, s^3).
 
     >>> from varprop import presets
     >>> has_closure(presets.tiny()), has_closure(presets.tiny().with_fields(logit_scale=1.0))
     (True, False)
     """
-    return spec.attention is None or _not_covered(spec) is None
+    return spec.attention is None or _not_covered(spec, second_moment) is None
 
 
-def _not_covered(spec: ModelSpec) -> str | None:
+def _not_covered(spec: ModelSpec, second_moment: float = 1.0) -> str | None:
     """The first condition of `has_closure` that fails, as an error message."""
     part = spec.attention
     assert part is not None
     if spec.head_dim < MIN_HEAD_DIM:
         return f"head_dim={spec.head_dim!r} is too small for the closure; expected at least {MIN_HEAD_DIM}"
-    std = max(_logit_variance(spec, attention_gains(spec, layer), 1.0) for layer in (1, spec.n_layers)) ** 0.5
+    std = max(_logit_variance(spec, attention_gains(spec, layer), second_moment) for layer in (1, spec.n_layers)) ** 0.5
     if std > MAX_CLOSURE_STD:
         return f"logit_std={std:.4g} is too large for the closure; expected a number in [0, {MAX_CLOSURE_STD}]"
     widest = CAP_PER_STD * max(std, std**3)

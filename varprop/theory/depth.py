@@ -17,11 +17,10 @@ from varprop.spec import ModelSpec
 from varprop.spec.axes import combinations, dimensions, plain
 from varprop.theory.causal import has_closure
 from varprop.theory.error import claims
-from varprop.theory.exchangeable import embedding_second_moment, exchangeable_profile, is_tabulated, structure
+from varprop.theory.exchangeable import embedding_second_moment, exchangeable_profile, is_tabulated, largest_input, structure
 from varprop.theory.gram import GramRecursion
 from varprop.theory.moments import Moments
 
-CLOSURE_ERROR = 0.01
 METHODS = ("auto", "sampled")
 MAX_GRAM_TOKENS = 4096
 """A position-resolved recursion holds several (n_tokens, n_tokens) matrices."""
@@ -50,7 +49,7 @@ class _Point:
         correlation: np.ndarray,
         stderr: np.ndarray | float = 0.0,
         correlation_stderr: np.ndarray | float = 0.0,
-        attention_error: float = 0.0,
+        attention_error: np.ndarray | None = None,
     ) -> None:
         """Store layers 1..n_layers, (n_layers, 5), add the claimed errors, and the embedding as layer 0."""
         claimed = claims(self.spec, self.n_tokens, second_moment, attention_error)
@@ -164,7 +163,7 @@ def _position_resolved(
     domain = f"at most {MAX_GRAM_TOKENS} (full attention without positions and with one correlation has no limit)"
     wrong = "too many for a position-resolved recursion"
     require(n_tokens <= MAX_GRAM_TOKENS, AssumptionError, "n_tokens", n_tokens, wrong, domain)
-    if seed is None and not has_closure(spec):
+    if seed is None and not has_closure(spec, largest_input(spec)):
         seed = fallback_seed
     matrix = np.asarray(point.token_correlation, dtype=float)
     if matrix.ndim == 0:
@@ -186,8 +185,8 @@ def _position_resolved(
     def stderr(values: np.ndarray) -> np.ndarray | float:
         return values.std(axis=-1, ddof=1) / count**0.5 if count > 1 else 0.0
 
-    error = CLOSURE_ERROR if seed is None and spec.attention is not None else 0.0
-    point.write(moments.mean(axis=-1), correlation, stderr(moments), stderr(correlations), error)
+    stderrs = stderr(moments), stderr(correlations)
+    point.write(moments.mean(axis=-1), correlation, *stderrs, recursion.attention_error)
 
 
 def _warn(points: Sequence[_Point]) -> None:

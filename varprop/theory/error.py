@@ -75,11 +75,11 @@ class Claims:
     exactness: np.ndarray
 
 
-def claims(spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: float = 0.0) -> Claims:
+def claims(spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None = None) -> Claims:
     """Claimed errors of a predicted profile.
 
-    second_moment: (n_layers, 5), at the sites of `results.SITES`. attention_error: relative error of the attention
-    rule itself, where it is not exact in infinite width (`causal.CLOSURE_ERROR`).
+    second_moment: (n_layers, 5), at the sites of `results.SITES`. attention_error: (n_layers, 2), errors of the
+    attention rule itself, where it is not exact in infinite width (`causal.closure_error`).
     """
     return _Budget(spec, n_tokens, second_moment, attention_error).run()
 
@@ -87,10 +87,10 @@ def claims(spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_
 class _Budget:
     """Follows the errors of a profile down its layers."""
 
-    def __init__(self, spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: float) -> None:
+    def __init__(self, spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None) -> None:
         self.spec, self.n_tokens, self.q = spec, n_tokens, second_moment
         self.inverse_width = inverse_width(spec)
-        self.attention_error = attention_error
+        self.attention_error = np.zeros((spec.n_layers, 2)) if attention_error is None else attention_error
         self.layers = np.arange(1, spec.n_layers + 1)
         self.relative = np.zeros_like(second_moment)
         self.quadrature = np.zeros(second_moment.shape, dtype=bool)
@@ -166,7 +166,7 @@ class _Budget:
         logit_variance = scale**2 * spec.head_dim * gains[0] * gains[1]
         kurtosis = sum(mask_excess_kurtosis(rows[f"attention.{name}"].mask, spec.d_model) for name in "qk")
         # E sum p^2 = E e^{2g} / (T (E e^g)^2) to leading order in 1/T; a fourth cumulant adds (2^4 - 2) / 24 of itself.
-        error = error + min(1.0, 7 / 12 * kurtosis * logit_variance**2) + self.attention_error
+        error = error + min(1.0, 7 / 12 * kurtosis * logit_variance**2) + self.attention_error[:, 0]
         return error + ATTENTION_BIAS * (self.layers + 1) * self.inverse_width, np.ones(n_layers, dtype=bool)
 
     def _feed_forward(self, second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import numpy as np
 from varprop.spec import ModelSpec, layer_table
 from varprop.theory.attention import sampled_attention
 from varprop.theory.block import Frame, block
-from varprop.theory.causal import closed_attention
+from varprop.theory.causal import closed_attention, closure_error
 from varprop.theory.feed_forward import feed_forward_gram
 from varprop.theory.moe import moe_gram
 from varprop.theory.moments import Moments
@@ -41,6 +41,7 @@ class GramRecursion:
     def __post_init__(self) -> None:
         n_tokens, spec = len(self.start), self.spec
         self.n_recursions, self.n_heads = 1, 1
+        self.attention_error = np.zeros((spec.n_layers, 2))  # of the closure: second moment, token correlation
         if self.seed is not None:
             total = int(np.clip(HEAD_BUDGET // n_tokens, 8, 512))
             self.n_recursions = max(8, total // min(spec.n_heads, MAX_HEADS))
@@ -61,7 +62,9 @@ class GramRecursion:
     def attention(self, state: np.ndarray, layer: int) -> np.ndarray:
         tokens = Moments(state, state.shape[-1])
         if self.seed is None:
-            return closed_attention(self.spec, layer, tokens, documents=self.documents)
+            error = closure_error(self.spec, layer, tokens, self.documents)
+            self.attention_error[layer - 1] = error
+            return closed_attention(self.spec, layer, tokens, self.documents)
         rng = np.random.default_rng([self.seed, layer])
         return sampled_attention(self.spec, layer, tokens, self.n_heads, rng, documents=self.documents)
 
