@@ -166,11 +166,11 @@ def test_spread_of_the_correlation():
 
 
 def test_one_token():
-    """2/d for the tokens; the one-token law of a block."""
+    """2/d for the tokens; the one-token law of a block, 2/d + (kurtosis ratio - 1)(1 + 2/d) / d_ff."""
     spec = ModelSpec(d_model=64, n_layers=1, feed_forward=RELU)
     spread = fluctuation(spec, n_tokens=1).second_moment
     assert spread[0, 4] == pytest.approx((2 / 64) ** 0.5)
-    assert spread[1, 3] == pytest.approx(((2 / 64) + 5 / 192) ** 0.5)  # first order: without 2/d * 5/d_ff
+    assert spread[1, 3] == pytest.approx((2 / 64 + 5 / 192 * (1 + 2 / 64)) ** 0.5)
 
 
 def test_a_gaussian_stream_telescopes():

@@ -22,12 +22,13 @@ import scipy.special
 
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec, MoESpec, TensorRow, layer_table
-from varprop.theory.activation import SERIES, gelu
+from varprop.theory.activation import SERIES, activation_square_kernel, gelu
 from varprop.theory.attention import AttentionGains, attention_gains, attention_weights
 from varprop.theory.gates import canonical, gates
 from varprop.theory.linear import effective_gain
 from varprop.theory.moe import router_overlap
 from varprop.theory.namespace import normal_density
+from varprop.theory.norm import cosine_mean, cosine_variance
 from varprop.theory.patterns import allowed_keys
 from varprop.theory.quadrature import gram_root, normal_nodes
 
@@ -141,16 +142,17 @@ def rectified_moments(mean: np.ndarray, std: float, highest: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BranchLaw:
-    """Splines over arccos c of a branch's means q and s and of its inner noise, Var q, Cov(q, s), Var s."""
+    """Splines over arccos c of a branch's means q and s, of its inner noise, Var q, Cov(q, s), Var s, and of the mean
+    of Var K_ts over t, s."""
 
     splines: Any
 
-    def at(self, correlation: float) -> tuple[np.ndarray, np.ndarray]:
-        """Derivatives of (q, s) by c, and the noise covariance (2, 2), relative to q and q^2."""
+    def at(self, correlation: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Derivatives of (q, s) by c, the noise covariance (2, 2) and the mean variance of entries, for q = 1."""
         angle = np.arccos(min(correlation, 1 - 1e-6))
-        q, _, *noise = self.splines(angle)
+        q, _, *noise, entry = self.splines(angle)
         slope = self.splines(angle, 1)[:2] / -np.sin(angle)
-        return slope / q, np.array([[noise[0], noise[1]], [noise[1], noise[2]]]) / q**2
+        return slope / q, np.array([[noise[0], noise[1]], [noise[1], noise[2]]]) / q**2, float(entry / q**2)
 
 
 def tabulated(rows: list[tuple[float, ...]]) -> BranchLaw:
@@ -177,31 +179,56 @@ def mlp_law(spec: ModelSpec, layer: int, n_tokens: int, input_moment: float, see
     for c in correlations():
         if spec.is_moe(layer):
             assert spec.moe is not None
-            means, covariance = _mixture(rows, spec.moe, float(c), input_moment, np.random.default_rng([seed, layer]))
+            means, covariance = _mixture(
+                rows, spec.moe, float(c), input_moment, spec.d_model, np.random.default_rng([seed, layer])
+            )
         else:
             assert spec.feed_forward is not None
             part = spec.feed_forward
-            unit = _unit(rows, "mlp.", part.activation, part.gated, input_moment, float(c))
+            unit = _unit(rows, "mlp.", part.activation, part.gated, input_moment, float(c), spec.d_model)
             means, covariance = (unit.diagonal, unit.off_diagonal), (unit.fourth - unit.means) / part.d_ff
         q, off = means
-        table.append((q, (q + (n_tokens - 1) * off) / n_tokens, *mean_covariance(covariance, n_tokens)))
+        entry = (covariance[0] + (n_tokens - 1) * covariance[4]) / n_tokens
+        table.append((q, (q + (n_tokens - 1) * off) / n_tokens, *mean_covariance(covariance, n_tokens), entry))
     return tabulated(table)
 
 
 def _unit(
-    rows: dict[str, TensorRow], prefix: str, activation: str, gated: bool, input_moment: float, correlation: float
+    rows: dict[str, TensorRow],
+    prefix: str,
+    activation: str,
+    gated: bool,
+    input_moment: float,
+    correlation: float,
+    d_model: int,
 ) -> UnitMoments:
-    """One inner unit; the constant gains of `up` (gated) and `down` drop out of relative quantities."""
-    gain = effective_gain(rows[prefix + ("gate" if gated else "up")])
-    unit = activation_unit(activation, gain * input_moment, correlation)
-    return unit.times(normal_unit(correlation)) if gated else unit
+    """One inner unit; the constant gains of `up` (gated) and `down` drop out of relative quantities.
+
+    E a_t^2 a_s^2 is averaged over the realised cosines of two tokens (three-point Gauss rule): its curvature counts T
+    times more than the diagonal once T is no longer small against d.
+    """
+    variance = effective_gain(rows[prefix + ("gate" if gated else "up")]) * input_moment
+    unit = activation_unit(activation, variance, correlation)
+    unit = unit.times(normal_unit(correlation)) if gated else unit
+    nodes, probability = normal_nodes(3)
+    cosine = cosine_mean(correlation, d_model) + nodes * np.sqrt(cosine_variance(correlation, d_model))
+    cosine = np.clip(cosine, -1.0, 1.0)
+    square = activation_square_kernel(activation, variance, cosine) * (1 + 2 * cosine**2 if gated else 1.0)
+    fourth = unit.fourth.copy()
+    fourth[1] = probability @ square
+    return UnitMoments(unit.diagonal, unit.off_diagonal, fourth)
 
 
 def _mixture(
-    rows: dict[str, TensorRow], part: MoESpec, correlation: float, input_moment: float, rng: np.random.Generator
+    rows: dict[str, TensorRow],
+    part: MoESpec,
+    correlation: float,
+    input_moment: float,
+    d_model: int,
+    rng: np.random.Generator,
 ) -> tuple[tuple[float, float], np.ndarray]:
     """Means (K_aa, K_ab) and pattern covariances of a mixture, shared experts included."""
-    expert = _unit(rows, "moe.experts.", part.activation, part.gated, input_moment, correlation)
+    expert = _unit(rows, "moe.experts.", part.activation, part.gated, input_moment, correlation, d_model)
     gate = _draw_gates(part, correlation, (effective_gain(rows["moe.router"]) * input_moment) ** 0.5, rng)
     noise = (expert.fourth - expert.means) / part.d_expert
     covariance = gate.same_expert * noise + gate.covariance * expert.means
@@ -209,7 +236,7 @@ def _mixture(
     if not part.n_shared_experts:
         return (q, off), covariance
     scale = _output_gain(rows, "moe.shared.", part.gated) / _output_gain(rows, "moe.experts.", part.gated)
-    shared = _unit(rows, "moe.shared.", part.activation, part.gated, input_moment, correlation)
+    shared = _unit(rows, "moe.shared.", part.activation, part.gated, input_moment, correlation, d_model)
     products = shared.means + (shared.fourth - shared.means) / (part.n_shared_experts * part.d_expert)
     pair = np.array([shared.diagonal, shared.off_diagonal])
     if part.shared_gate:
@@ -273,7 +300,7 @@ def _attention(
     n_tokens = len(cosine)
     group, allowed = spec.kv_group_size, allowed_keys(spec, layer, n_tokens)
     n_groups = int(np.clip(PATTERN_BUDGET // (group * n_tokens**2), 8, 192))
-    means, values = np.empty((n_groups, 2)), np.zeros(3)
+    means, values, entry = np.empty((n_groups, 2)), np.zeros(3), 0.0
     gains, gram = attention_gains(spec, layer), input_moment * cosine[None]
     root = gram_root(gram)
     for index in range(n_groups):
@@ -284,11 +311,13 @@ def _attention(
         forms = token_mean @ cosine @ token_mean.T
         means[index] = np.sum(square * cosine), np.trace(forms) / group
         reach = token_mean @ cosine
+        own = np.einsum("hts,gts->hg", weights @ cosine, weights) / n_tokens
+        entry += (np.sum(mixed * mixed.T) + np.mean(own**2)) / (spec.head_dim * n_groups)
         values += [np.sum(mixed * mixed.T), np.einsum("ht,ts,hs->", reach, square, reach) / group, np.mean(forms**2)]
     patterns = np.cov(means.T)
     values *= 2 / (spec.head_dim * n_groups)
     total = np.array([patterns[0, 0], patterns[0, 1], patterns[1, 1]]) + values
-    return (*means.mean(axis=0), *total / spec.n_kv_heads)
+    return (*means.mean(axis=0), *total / spec.n_kv_heads, entry / spec.n_kv_heads)
 
 
 def _draw_patterns(
