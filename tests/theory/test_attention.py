@@ -101,8 +101,8 @@ def test_assumptions_are_checked():
 def test_coupling_of_explicit_tokens():
     """p' C p of 20,000 draws of 32 explicit tokens in 32 dimensions, less their mean cosine (which it follows).
 
-    Within 5 standard errors (false-fail rate below 1e-6, each below 1 % of s^2 / d) plus the next order, s^2 / (T d) for
-    one query and twice that for two. One query without the norm on the keys' side, or two queries without any
+    Within 5 standard errors (false-fail rate below 1e-6; each below 1 % of s^2 / d) plus the next order, s^2 / (T d)
+    for one query and twice that for two. One query without the norm on the keys' side, or two queries without any
     coupling, are off by 0.1 s^2 / d and 0.16 s^2 / d.
     """
     n_tokens, width, head_dim, correlation, std, draws = 32, 32, 16, 0.3, 0.5, 20_000
