@@ -96,3 +96,31 @@ def test_assumptions_are_checked():
         exchangeable_attention(presets.tiny(), 1, Moments.exchangeable(1.0, 0.0, 3))
     with pytest.raises(AssumptionError, match="holds fewer than 3 positions"):
         sampled_attention(presets.tiny(), 1, Moments.exchangeable(1.0, 0.0, 3), 4, np.random.default_rng(0))
+
+
+def test_coupling_of_explicit_tokens():
+    """p' C p of 20,000 draws of 32 explicit tokens in 32 dimensions, less their mean cosine (which it follows).
+
+    Within 5 standard errors (false-fail rate below 1e-6; each below 1 % of s^2 / d) plus the next order, s^2 / (T d)
+    for one query and twice that for two. One query without the norm on the keys' side, or two queries without any
+    coupling, are off by 0.1 s^2 / d and 0.16 s^2 / d.
+    """
+    n_tokens, width, head_dim, correlation, std, draws = 32, 32, 16, 0.3, 0.5, 20_000
+    rng = np.random.default_rng(0)
+    common, own = rng.standard_normal((draws, 1, width)), rng.standard_normal((draws, n_tokens, width))
+    tokens = correlation**0.5 * common + (1 - correlation) ** 0.5 * own
+    tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)
+    cosines = tokens @ tokens.swapaxes(1, 2)
+    queries, keys = (tokens @ rng.standard_normal((draws, width, head_dim)) for _ in range(2))
+    weights = np.exp(std * head_dim**-0.5 * queries @ keys.swapaxes(1, 2))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    form, spec = weights @ cosines @ weights.swapaxes(1, 2), full(d_model=width, n_heads=2, head_dim=head_dim)
+    spec = spec.with_fields(logit_scale=std * head_dim**-0.5)
+    exact = exchangeable_attention(spec, 1, Moments.exchangeable(1.0, correlation, n_tokens))[0]
+    off = ~np.eye(n_tokens, dtype=bool)
+    control = cosines[:, off].mean(axis=1) - cosine_mean(correlation, width)
+    for where, theory, next_order in ((~off, exact[0, 0], 1 / n_tokens), (off, exact[0, 1], 2 / n_tokens)):
+        reduced = form[:, where].mean(axis=1) - control
+        stderr = reduced.std(ddof=1) / draws**0.5
+        assert stderr < 0.01 * std**2 / width
+        assert abs(reduced.mean() - theory) < 5 * stderr + next_order * std**2 / width

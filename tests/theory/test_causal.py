@@ -243,16 +243,16 @@ def test_documents_are_checked(documents):
 @pytest.mark.parametrize("pattern", ["causal", "full"])
 @pytest.mark.parametrize("correlation", [0.6, 0.95])
 def test_rotary_incoherent_part(pattern, correlation):
-    """(q - c) / (1 - c), the mean of sum p^2, within 3 %, plus 5 standard errors (below 0.5 % each).
+    """(q - c) / (1 - c), the mean of sum p^2, within 3 %, plus 5 standard errors (below 1 % each).
 
     The rule of equal tokens apart from a factor (1 - c mean kernel) in the logit variance is off by 4 to 14 % here.
     """
     spec = wide(pattern=pattern, rope_theta=10_000.0, d_model=2**14, head_dim=64)
     matrix = moments(exchangeable(correlation))
     rng = np.random.default_rng(0)
-    drawn = sampled_attention(spec, 1, moments(exchangeable(correlation), 150), 8, rng)
+    drawn = sampled_attention(spec, 1, moments(exchangeable(correlation), 300), 8, rng)
     q = np.diagonal(drawn, axis1=1, axis2=2).mean(axis=-1) - correlation
-    stderr = q.std(ddof=1) / 150**0.5
+    stderr = q.std(ddof=1) / 300**0.5
     closed = np.diagonal(closed_attention(spec, 1, matrix)[0]).mean() - correlation
-    assert stderr < 0.005 * q.mean()
+    assert stderr < 0.01 * q.mean()
     assert abs(closed - q.mean()) < 0.03 * q.mean() + 5 * stderr

@@ -12,10 +12,12 @@ Finite width. The cosine matrix C fluctuates from network to network like that o
 (1) Values correlate with the keys that weight them, because both see the same C: before the norm Cov(C_ab, C_cd) =
 (C_ac C_bd + C_ad C_bc) / d, and keys of unit gain k ~ N(0, C) tell about it by Bayes to first order,
 
-    E[C_ab | keys] = C_ab + (S_ab - head_dim C_ab) / d - C_ab (r_a + r_b) / 2,   S_ab = k_a.k_b,
+    E[C_ab | keys] = C_ab + (S_ab - head_dim C_ab) / d - C_ab (r_a + r_b) / 2 + N_ab,   S_ab = k_a.k_b,
     r_a = (S_aa - head_dim) / d,
 
-where the last term comes from the norm, which holds the diagonal at 1. For one query and i.i.d. tokens this is the term
+where the last two terms come from the norm, which holds the diagonal at 1: on the side of the values, and on that of
+the keys (N: long tokens have short keys; what their squared lengths o outside the row space tell about C there, by
+linear regression C diag(y) C, y = (C * C)^-1 (o - 1), elementwise square). For one query and i.i.d. tokens this is
 E[sum_{j != k} p_j p_k z_j z_k] / d = E[(sum p g)^2 - sum p^2 g^2] / (s^2 d), g = s z the logits.
 (2) The law of the keys is an average over C. With W_K = A Q, Q orthonormal rows, keys are A z / |x|, where z = Q x are
 the coordinates of a token before the norm in the row space and |x|^2 / d is its squared norm. With one query only the
@@ -35,7 +37,7 @@ from varprop.theory.linear import effective_gain
 from varprop.theory.moments import Moments
 from varprop.theory.norm import cosine_mean
 from varprop.theory.patterns import allowed_keys
-from varprop.theory.quadrature import gram_root
+from varprop.theory.quadrature import ROOT_JITTER, gram_root
 from varprop.theory.softmax import MAX_OVERLAP_STD, softmax_moments, softmax_overlap
 
 CHUNK_ELEMENTS = 2_000_000
@@ -70,14 +72,15 @@ def incoherent_average(correlation, overlap):
 
 
 def value_key_coupling(correlation, pair, diagonal, d_model):
-    """Finite-width term of p' C p: (1 - c)(pair - c * diagonal) / d, with the averages of `SoftmaxMoments`.
+    """Finite-width term of p' C p: (1 - c)(pair - c (2 - c) diagonal) / d, with the averages of `SoftmaxMoments`.
 
-    Leading order in 1/d. Source: derived in proofs/prove_attention.py.
+    Two queries of correlation k take k * pair for pair (leading order in the logits): of p_t' C p_u. At small logits
+    and many keys s^2 (1 - c)^2 (k - 2c + c^2) / d. Leading order in 1/d. Source: derived in proofs/prove_attention.py.
 
     >>> value_key_coupling(0.0, 1.0, 0.5, 100)
     0.01
     """
-    return (1 - correlation) * (pair - correlation * diagonal) / d_model
+    return (1 - correlation) * (pair - correlation * (2 - correlation) * diagonal) / d_model
 
 
 def attention_logit_std(spec: ModelSpec, gains: AttentionGains, second_moment: float) -> float:
@@ -107,9 +110,10 @@ def is_exchangeable(spec: ModelSpec) -> bool:
 def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.ndarray:
     """Gram matrices of the attention output, (n_recursions, P, P), for exchangeable tokens after the norm.
 
-    Second moment g (c + (1 - c) Y + coupling), covariance g (c + (1 - c) X), g = sigma_OV^2 * second moment.
-    Quadrature. The second moment is exact at any width for i.i.d. Gaussian tokens (c = 0) without eps, else up to
-    O(1/d); the covariance up to relative O(1/d). Raises `AssumptionError` unless tokens and spec are exchangeable.
+    Second moment g (c + (1 - c) Y + coupling), covariance g (c + (1 - c) X + coupling of two queries),
+    g = sigma_OV^2 * second moment. Quadrature. The second moment is exact at any width for i.i.d. Gaussian tokens
+    (c = 0) without eps, else up to O(1/d^2); the covariance up to relative O(1/d) of its incoherent part. Raises
+    `AssumptionError` unless tokens and spec are exchangeable.
     """
     tokens.require("exchangeable", "exchangeable_attention")
     part = spec.attention
@@ -129,7 +133,8 @@ def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.n
         softmax = softmax_moments(tokens.n_tokens, std, spec.head_dim, spec.d_model)
         overlap = softmax_overlap(tokens.n_tokens, std, correlation, spec.head_dim)
         coupling = value_key_coupling(correlation, softmax.pair, softmax.diagonal, spec.d_model)
-        out[index] = incoherent_average(correlation, overlap)
+        together = value_key_coupling(correlation, correlation * softmax.pair, softmax.diagonal, spec.d_model)
+        out[index] = incoherent_average(correlation, overlap) + together
         np.fill_diagonal(out[index], incoherent_average(correlation, softmax.participation) + coupling)
         out[index] *= gains.value_output * second_moment
     return out
@@ -204,7 +209,17 @@ def draw_keys(
     excess = (np.sum(z**2, axis=-1) - inside) / d_model
     shrink = 1 - inside / d_model - (excess[..., :, None] + excess[..., None, :]) / 2
     given = cosine_mean(cosine, d_model)[:, None] * shrink + z @ z.swapaxes(-1, -2) / d_model
+    given += _outside_given(cosine, np.sqrt(2 * (d_model - inside)) / d_model * outside)
     return z @ key_factor(head_dim, d_model, (n_recursions, n_keys), rng).swapaxes(-1, -2), given
+
+
+def _outside_given(cosine: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """What squared lengths outside the row space, (R, n_keys, T) of mean 0 and over d, tell about cosines there."""
+    square = cosine**2 + ROOT_JITTER * np.eye(cosine.shape[-1])
+    y = np.linalg.solve(square, lengths.swapaxes(-1, -2)).swapaxes(-1, -2)
+    told = (cosine[:, None] * y[..., None, :]) @ cosine[:, None]
+    own = np.diagonal(told, axis1=-2, axis2=-1)
+    return told - cosine[:, None] * (own[..., :, None] + own[..., None, :]) / 2
 
 
 def key_factor(head_dim: int, d_model: int, lead: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
