@@ -151,6 +151,8 @@ _ALL = (
     ),
     _closed(patterns.window_uniform_participation, r"\frac{1}{T} \sum_t \sum_j p_{tj}^2", "T w"),
     _closed(patterns.causal_uniform_participation, r"\frac{1}{T} \sum_t \sum_j p_{tj}^2", "T"),
+    _closed(patterns.qk_norm_logit_variance, r"s^2", "m_q m_k epsilon d_h alpha"),
+    _closed(patterns.sink_uniform_form, r"p^\top C p", "F n"),
     _closed(key_mask.kept_inverse, r"\mathbb{E}\,\frac{1}{n}", "N rho"),
     _closed(key_mask.masked_output_form, r"\mathbb{E}\,p^\top C p", "F S y_t r_t rho"),
     _closed(closure.equivalent_keys, r"(n, v, w)", "v_C v_S H"),
@@ -203,7 +205,7 @@ _ALL = (
     _closed(
         branch_jacobian.gated_jacobian, r"\frac{\mathbb{E}\,\mathrm{tr}\, F_t F_s^\top}{d}", "C J K g_gate g_up g_down"
     ),
-    _closed(branch_jacobian.gated_sum_jacobian, r"\frac{\mathbb{E}\,\|J\|^2}{d}", "O J G g_r v m"),
+    _closed(branch_jacobian.gated_sum_jacobian, r"\frac{\mathbb{E}\,\|J\|^2}{d}", "O J G g_r v"),
     _closed(
         softmax_jacobian.softmax_sources,
         r"\frac{\mathbb{E}\,\|\partial o / \partial u\|^2}{d}",
