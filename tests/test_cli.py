@@ -120,7 +120,10 @@ BAD = [
     (["predict", "--spec", "tiny", "--n-tokens", "x"], "invalid int value: 'x'"),
     (["predict", "--spec", "tiny", "--token-correlation", "1.5"], "token_correlation=1.5"),
     (["predict", "--spec", "tiny", "--token-correlation", "nan"], "token_correlation=nan"),
-    (["predict", "--spec", "tiny", "--set", "norm.placement=post"], "placement"),
+    (
+        ["predict", "--spec", "tiny", "--n-tokens", "5000"],
+        "n_tokens=5000 is too many for a position-resolved recursion",
+    ),
     (["predict", "--spec", "tiny", "--out", "no/such/folder/p.nc"], "cannot be written"),
     (["predict", "--spec", "tiny", "--out", "."], "is a directory"),
     (["simulate", "--spec", "tiny", "--n-networks", "0"], "n_networks=0"),
@@ -147,7 +150,10 @@ BAD = [
     (["predict", "--spec", "tiny", "--set", "init.gain=1" + "0" * 400], "init.gain"),
     (["predict", "--spec", "tiny", "--set", "init.gain=1e200"], "gain=1e+200 is outside the domain"),
     (["predict", "--spec", "tiny", "--set", "d_model=1" + "0" * 20], "is too large"),
-    (["predict", "--spec", "tiny-moe", "--set", 'init.overrides={"router":4}'], "logit_std="),
+    (
+        ["predict", "--spec", "tiny-moe", "--set", "moe.router=sigmoid", "--set", 'init.overrides={"router":4}'],
+        "logit_std=",
+    ),
     (["predict", "--spec", "tiny", "--out", "pipe"], "is a directory or a device; expected a file"),
     (["predict", "--spec", "tiny", "--out", "x" * 300], "cannot be written"),
     (["predict", "--spec", "x" * 300], "is unknown"),

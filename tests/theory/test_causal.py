@@ -12,8 +12,9 @@ import pytest
 from varprop import presets
 from varprop.errors import AssumptionError
 from varprop.spec import ModelSpec, layer_table
-from varprop.theory.attention import attention_gains, exchangeable_attention, sampled_attention
+from varprop.theory.attention import attention_gains, sampled_attention
 from varprop.theory.causal import closed_attention, closure_error, has_closure
+from varprop.theory.exchangeable import exchangeable_attention
 from varprop.theory.feed_forward import feed_forward_gram
 from varprop.theory.moments import Moments
 from varprop.theory.norm import norm_gram
@@ -107,10 +108,10 @@ def test_claimed_error_covers_repeated_words(std):
 def test_agrees_with_the_exchangeable_quadratures(correlation, n_tokens, d_model):
     """Same finite-width terms: second moment to 1 %, correlation to 0.005."""
     spec = wide(pattern="full", d_model=d_model)
-    exact = exchangeable_attention(spec, 1, Moments.exchangeable(1.0, correlation, n_tokens))[0]
+    exact = exchangeable_attention(spec, n_tokens, correlation)
     closed = closed_attention(spec, 1, moments(exchangeable(correlation, n_tokens)))[0]
-    assert closed[0, 0] == pytest.approx(exact[0, 0], rel=0.01)
-    assert closed[0, 1] / closed[0, 0] == pytest.approx(exact[0, 1] / exact[0, 0], abs=0.005 + 2 / d_model)
+    assert closed[0, 0] == pytest.approx(exact[0], rel=0.01)
+    assert closed[0, 1] / closed[0, 0] == pytest.approx(exact[1] / exact[0], abs=0.005 + 2 / d_model)
     np.testing.assert_allclose(np.diagonal(closed), closed[0, 0])
 
 

@@ -30,10 +30,11 @@ def test_full_attention_with_huge_logits_keeps_correlations_in_range() -> None:
 
 
 def test_identical_tokens_stay_identical_through_a_mixture() -> None:
-    """Gate overlaps are drawn, but equal tokens have the exact second moment of the gates as their overlap."""
+    """Equal tokens have the second moment of the gates as their overlap. Near c = 1 a router takes the square root of
+    1 - c: rounding of 1e-12 shows as 1e-6."""
     moe = {"n_experts": 6, "top_k": 3, "d_expert": 32, "n_shared_experts": 1, "shared_gate": True}
     dataset = predict(small(feed_forward=None, moe=moe), n_tokens=12, token_correlation=1.0)
-    assert dataset.token_correlation.sel(site="mlp_out").values[1:] == pytest.approx(1.0, abs=1e-6)
+    assert dataset.token_correlation.sel(site="mlp_out").values[1:] == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("logit_std", [float("inf"), float("nan"), -1.0])
@@ -49,7 +50,10 @@ def test_one_expert_has_gate_one() -> None:
 def test_narrow_branches_claim_more() -> None:
     wide, narrow = small(), small(head_dim=2, d_ff=4)
     assert inverse_width(narrow) / inverse_width(wide) == pytest.approx(9.375)
-    claims = [float(predict(s, n_tokens=8).theory_error.sel(layer=3, site="attn_out")) for s in (wide, narrow)]
+    claims = [
+        float(predict(s, n_tokens=8, method="sampled").theory_error.sel(layer=3, site="attn_out"))
+        for s in (wide, narrow)
+    ]
     assert claims[1] / claims[0] == pytest.approx(9.375, rel=0.01)  # the rest is the eps of the norm
 
 

@@ -15,11 +15,11 @@ from varprop.errors import AccuracyWarning
 from varprop.spec import AttentionSpec, FeedForwardSpec, MaskSpec, ModelSpec, MoESpec, NormSpec
 from varprop.theory import predict
 from varprop.theory.activation import activation_kernel, activation_second_moment
-from varprop.theory.attention import exchangeable_attention, incoherent_average
+from varprop.theory.attention import incoherent_average
+from varprop.theory.exchangeable import exchangeable_attention
 from varprop.theory.feed_forward import plain_kernel
 from varprop.theory.linear import retained_variance
 from varprop.theory.moe import router_overlap
-from varprop.theory.moments import Moments
 from varprop.theory.residual import residual_second_moment
 from varprop.theory.softmax import softmax_overlap, softmax_participation
 
@@ -135,12 +135,12 @@ def test_kedia_attention_at_small_logits(n_tokens, c, s):
     d = 512
     attention = AttentionSpec(n_heads=1, rope_theta=None, pattern="full", logit_scale=s / d**0.5)
     spec = ModelSpec(d_model=d, n_layers=1, attention=attention)
-    found = exchangeable_attention(spec, 1, Moments.exchangeable(1.0, c, n_tokens))[0]
+    found = exchangeable_attention(spec, n_tokens, c)
     variance = c + (1 - c) * math.exp((1 - c) * s**2) / n_tokens + (1 - c) ** 2 * s**2 / d
     covariance = c + ((1 - c) + 2 * (1 - c) ** 2 * s**2 / d) / n_tokens
     allowed = 1 / d + 1.6 * s**2 / n_tokens
-    assert abs(variance / found[0, 0] - 1) < allowed
-    assert abs(covariance / found[0, 1] - 1) < allowed
+    assert abs(variance / found[0] - 1) < allowed
+    assert abs(covariance / found[1] - 1) < allowed
 
 
 # Cho and Saul 2009; Hendrycks and Gimpel 2016

@@ -4,7 +4,7 @@ The identity is exact at any width, given the attention rows p and C, because W_
 (gains of V and O after masks: sigma_OV^2 = g_V g_O). Grouped key/value heads leave it unchanged. Two ways to the
 average over p:
 
-- `exchangeable_attention`: full attention over exchangeable tokens, by quadrature (`softmax.py`);
+- quadrature for full attention over exchangeable tokens (`softmax.py`, `exchangeable.py`);
 - `sampled_attention`: everything else. Given C the rows of queries and keys are exactly Gaussian with covariance
   g_Q C and g_K C, so whole heads are drawn without weight matrices.
 
@@ -38,7 +38,7 @@ from varprop.theory.moments import Moments
 from varprop.theory.norm import cosine_mean
 from varprop.theory.patterns import allowed_keys
 from varprop.theory.quadrature import ROOT_JITTER, gram_root
-from varprop.theory.softmax import MAX_OVERLAP_STD, softmax_moments, softmax_overlap
+from varprop.theory.softmax import MAX_OVERLAP_STD
 
 CHUNK_ELEMENTS = 2_000_000
 """Attention matrices are built for at most this many entries at a time."""
@@ -105,39 +105,6 @@ def is_exchangeable(spec: ModelSpec) -> bool:
         and not part.sink_logit
         and part.key_mask_density == 1
     )
-
-
-def exchangeable_attention(spec: ModelSpec, layer: int, tokens: Moments) -> np.ndarray:
-    """Gram matrices of the attention output, (n_recursions, P, P), for exchangeable tokens after the norm.
-
-    Second moment g (c + (1 - c) Y + coupling), covariance g (c + (1 - c) X + coupling of two queries),
-    g = sigma_OV^2 * second moment. Quadrature. The second moment is exact at any width for i.i.d. Gaussian tokens
-    (c = 0) without eps, else up to O(1/d^2); the covariance up to relative O(1/d) of its incoherent part. Raises
-    `AssumptionError` unless tokens and spec are exchangeable.
-    """
-    tokens.require("exchangeable", "exchangeable_attention")
-    part = spec.attention
-    if part is None or not is_exchangeable(spec):
-        pattern = None if part is None else part.pattern
-        raise AssumptionError(
-            f"attention.pattern={pattern!r} is not exchangeable here; expected full attention without positions, "
-            "QK-norm, soft cap, sink logit or key mask"
-        )
-    gains = attention_gains(spec, layer)
-    out = np.empty_like(tokens.gram)
-    for index, (second_moment, correlation) in enumerate(
-        zip(tokens.second_moment, tokens.token_correlation, strict=True)
-    ):
-        correlation = cosine_mean(float(np.clip(correlation, 0.0, 1.0)), spec.d_model)
-        std = attention_logit_std(spec, gains, float(second_moment)) * (1 - correlation) ** 0.5
-        softmax = softmax_moments(tokens.n_tokens, std, spec.head_dim, spec.d_model)
-        overlap = softmax_overlap(tokens.n_tokens, std, correlation, spec.head_dim)
-        coupling = value_key_coupling(correlation, softmax.pair, softmax.diagonal, spec.d_model)
-        together = value_key_coupling(correlation, correlation * softmax.pair, softmax.diagonal, spec.d_model)
-        out[index] = incoherent_average(correlation, overlap) + together
-        np.fill_diagonal(out[index], incoherent_average(correlation, softmax.participation) + coupling)
-        out[index] *= gains.value_output * second_moment
-    return out
 
 
 def sampled_attention(

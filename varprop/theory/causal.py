@@ -61,7 +61,8 @@ GAP_FACTOR = 1.5
 def has_closure(spec: ModelSpec, second_moment: float = 1.0) -> bool:
     """Whether `closed_attention` covers a spec; if not, heads are drawn (`sampled_attention`).
 
-    second_moment: the largest that the attention reads, 1 after a norm. Not covered: logit standard deviations above MAX_CLOSURE_STD, heads below MIN_HEAD_DIM, a soft cap below
+    second_moment: the largest that the attention reads, 1 after a norm. Not covered: logit standard deviations above
+    MAX_CLOSURE_STD, heads below MIN_HEAD_DIM, a soft cap below
     CAP_PER_STD max(s, s^3).
 
     >>> from varprop import presets

@@ -17,7 +17,13 @@ from varprop.spec import ModelSpec
 from varprop.spec.axes import combinations, dimensions, plain
 from varprop.theory.causal import has_closure
 from varprop.theory.error import claims
-from varprop.theory.exchangeable import embedding_second_moment, exchangeable_profile, is_tabulated, largest_input, structure
+from varprop.theory.exchangeable import (
+    embedding_second_moment,
+    exchangeable_profile,
+    is_tabulated,
+    largest_input,
+    structure,
+)
 from varprop.theory.gram import GramRecursion
 from varprop.theory.moments import Moments
 

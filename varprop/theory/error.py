@@ -75,7 +75,9 @@ class Claims:
     exactness: np.ndarray
 
 
-def claims(spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None = None) -> Claims:
+def claims(
+    spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None = None
+) -> Claims:
     """Claimed errors of a predicted profile.
 
     second_moment: (n_layers, 5), at the sites of `results.SITES`. attention_error: (n_layers, 2), errors of the
@@ -87,7 +89,9 @@ def claims(spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_
 class _Budget:
     """Follows the errors of a profile down its layers."""
 
-    def __init__(self, spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None
+    ) -> None:
         self.spec, self.n_tokens, self.q = spec, n_tokens, second_moment
         self.inverse_width = inverse_width(spec)
         self.attention_error = np.zeros((spec.n_layers, 2)) if attention_error is None else attention_error

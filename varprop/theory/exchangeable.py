@@ -112,6 +112,32 @@ def exchangeable_profile(
     return tuple(np.moveaxis(found, (2, 3), (0, 1)))  # type: ignore[return-value]
 
 
+def exchangeable_attention(
+    spec: ModelSpec, n_tokens: int, token_correlation: float, second_moment: float = 1.0
+) -> tuple[float, float]:
+    """Second moment and covariance of the attention output for exchangeable tokens, full attention without positions.
+
+    token_correlation: c of the entries of two tokens, in [0, 1]; second_moment: of the tokens, 1 after a norm. Formula
+    and exactness: `_attention_rule`. Raises `AssumptionError` for other kinds of attention.
+    Checked by: tests/theory/test_attention.py.
+
+    >>> from varprop import presets
+    >>> spec = presets.tiny().with_fields(pattern="full", rope_theta=None, logit_scale=1e-6)
+    >>> [round(x, 6) for x in exchangeable_attention(spec, 16, 0.0)]  # uniform attention: 1 / T for both
+    [0.0625, 0.0625]
+    """
+    if not is_exchangeable(spec) or spec.attention is None:
+        pattern = None if spec.attention is None else spec.attention.pattern
+        raise AssumptionError(
+            f"attention.pattern={pattern!r} is not exchangeable here; expected full attention without positions, "
+            "QK-norm, soft cap, sink logit or key mask"
+        )
+    size = np.array([second_moment])
+    rule = _attention_rule([spec], n_tokens, size, size)
+    diagonal, covariance = rule(size[:, None, None], np.array([float(token_correlation)]), slice(0, 1))
+    return float(diagonal[0, 0, 0]), float(covariance[0, 0, 0])
+
+
 class _Rules:
     """`block.Rules` for pairs (2, n_specs); tables over the range of second moments that the branches meet."""
 
@@ -167,7 +193,12 @@ class _Rules:
 
 
 def _attention_rule(specs: Sequence[ModelSpec], n_tokens: int, low: np.ndarray, high: np.ndarray) -> Rule:
-    """Second moment g (c + (1 - c) Y + coupling), covariance g (c + (1 - c) X), g = sigma_OV^2 m (attention.py)."""
+    """Second moment g (c + (1 - c) Y + coupling), covariance g (c + (1 - c) X + coupling of two queries).
+
+    g = sigma_OV^2 m, Y and X softmax moments (softmax.py), the coupling O(T/d) (attention.py). The second moment is
+    exact at any width for i.i.d. Gaussian tokens (c = 0) without eps, else up to O(1/d^2); the covariance up to
+    relative O(1/d) of its incoherent part.
+    """
     gains = [attention_gains(spec, 1) for spec in specs]
     value_output = np.array([g.value_output for g in gains])[:, None, None]
     unit_std = np.array([attention_logit_std(s, g, 1.0) for s, g in zip(specs, gains, strict=True)])
@@ -189,8 +220,10 @@ def _attention_rule(specs: Sequence[ModelSpec], n_tokens: int, low: np.ndarray, 
             participation[rows], pair[rows], own[rows] = table.moments(seen)
             overlap[rows] = table.overlap(std[rows], c)
         scale = value_output[chosen] * second_moment
-        coupling = value_key_coupling(c, pair, own, d_model)
-        return scale * (incoherent_average(c, participation) + coupling), scale * incoherent_average(c, overlap)
+        coupling, of_two = (value_key_coupling(c, k * pair, own, d_model) for k in (1.0, c))
+        return scale * (incoherent_average(c, participation) + coupling), scale * (
+            incoherent_average(c, overlap) + of_two
+        )
 
     return rule
 

@@ -163,7 +163,7 @@ def expert_choice_moments(
     """Second moment and covariance of a mixture's output under expert choice, for exchangeable tokens.
 
     second_moment: m of the inputs, (..., 1); correlation: (n,) in [0, 1], of their entries; results (..., n). The gates
-    are `expert_choice_gates` at N_CHOICE_ANGLES angles arccos c and interpolated: their own error, up to 1 %, dominates.
+    are `expert_choice_gates` at N_CHOICE_ANGLES angles arccos c and interpolated; their own error, up to 1 %, is most.
     Source: derived in proofs/prove_expert_choice.py. Checked by: tests/theory/test_expert_choice.py.
 
     >>> part = MoESpec(n_experts=4, top_k=2, d_expert=8, activation="relu", gated=False, router="sigmoid",

@@ -2,8 +2,9 @@
 
 A rule maps (second moment m, correlation c) of the branch's input to (second moment, covariance) of its output. Over
 depth it is needed thousands of times, at almost the same m (a norm holds it near 1) and slowly moving c. The table
-holds log(second moment) and (1 - correlation of the output) / (1 - c), which keeps equal tokens equal and resolves the
-approach to c = 1: cubic splines in the angle arccos c, in which kernels are smooth, times a Chebyshev series in log m. Interpolation error: below 1e-7 (tests/theory/test_pair_table.py).
+holds log(second moment) and (1 - correlation of the output) / (1 - c), which keeps equal tokens equal and resolves
+the approach to c = 1: cubic splines in the angle arccos c, in which kernels are smooth, times a Chebyshev series in
+log m. Interpolation error: below 1e-7 (tests/theory/test_exchangeable.py).
 """
 
 from __future__ import annotations
