@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import xarray as xr
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varprop import compare, demo, files, presets, report, results, simulate, theory
+from varprop import compare, demo, files, formula, presets, report, results, simulate, theory
 from varprop._version import __version__
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
+from varprop.theory import collapse, growth, mitigation
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,15 +114,40 @@ def _profile(dataset: xr.Dataset, variable: str = "second_moment") -> str:
 
 def _predict(arguments: argparse.Namespace) -> int:
     out = _writable(arguments.out)
-    dataset = theory.predict(
-        _spec(arguments),
-        n_tokens=arguments.n_tokens,
-        token_correlation=arguments.token_correlation,
-        seed=arguments.seed,
-    )
+    with _layer_bar() as progress:
+        dataset = theory.predict(
+            _spec(arguments),
+            n_tokens=arguments.n_tokens,
+            token_correlation=arguments.token_correlation,
+            seed=arguments.seed,
+            method=arguments.method,
+            over=_axes(arguments.axis) or None,
+            backward=arguments.backward,
+            progress=progress,
+        )
     results.save(dataset, out)
-    print(f"{_profile(dataset)}\nwrote {out}")
+    print(f"grid {dict(dataset.sizes)}" if arguments.axis else _profile(dataset))
+    print(f"wrote {out}")
     return 0
+
+
+@contextlib.contextmanager
+def _layer_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error for predictions that resolve every position."""
+    columns = TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task("layers", visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def _axes(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Axes given as field=a,b,c or field=[JSON]."""
+    axes = {}
+    for name, values in _assignments(texts, "--axis").items():
+        items = values if isinstance(values, (list, str)) else [values]
+        axes[name] = [_value(item) for item in items.split(",")] if isinstance(items, str) else items
+    return axes
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
@@ -137,13 +167,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
 def _grid(arguments: argparse.Namespace) -> int:
     out = _writable(arguments.out)
-    axes: dict[str, list[Any]] = {}
-    for name, values in _assignments(arguments.axis, "--axis").items():
-        items = values if isinstance(values, (list, str)) else [values]
-        axes[name] = [_value(item) for item in items.split(",")] if isinstance(items, str) else items
     dataset = simulate.grid(
         _spec(arguments),
-        axes,
+        _axes(arguments.axis),
         directory=arguments.directory,
         n_networks=arguments.n_networks,
         n_tokens=arguments.n_tokens,
@@ -226,6 +252,43 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _mitigate(arguments: argparse.Namespace) -> int:
+    strengths = _assignments(arguments.strength, "--strength")
+    effects = mitigation.mitigation_table(
+        _spec(arguments),
+        strengths=strengths or None,
+        n_tokens=arguments.n_tokens,
+        token_correlation=arguments.token_correlation,
+        branch_correlation=arguments.branch_correlation,
+    )
+    print(mitigation.as_markdown(effects))
+    return 0
+
+
+def _growth(arguments: argparse.Namespace) -> int:
+    spec = _spec(arguments)
+    tokens = collapse.token_collapse(spec, token_correlation=arguments.token_correlation)
+    print(f"token correlation over depth: to {tokens.fixed_point:.4g}, as layer^{tokens.exponent:.3g}")
+    print(
+        f"  attention gain {tokens.attention_gain:.4g}, feed-forward increment {tokens.increment:.4g}; infinitely many"
+    )
+    print("  tokens, full attention")
+    law = growth.classify_spec(spec, correlation=arguments.branch_correlation, token_correlation=tokens.fixed_point)
+    print(f"q_L over depth L, there: {law.law}, exponent {law.exponent:.4g}, coefficient {law.coefficient:.4g}")
+    print(f"  if {law.assumption}")
+    return 0
+
+
+def _formula(arguments: argparse.Namespace) -> int:
+    if arguments.name is None:
+        width = max(map(len, formula.names()))
+        for name in formula.names():
+            print(f"{name:<{width}}  {formula.get(name).statement}")
+        return 0
+    print(formula.latex(arguments.name))
+    return 0
+
+
 def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         width = max(map(len, presets.names()))
@@ -257,6 +320,28 @@ def parser() -> argparse.ArgumentParser:
     predict = command("predict", _predict, "Closed-form variance profile of a spec.", "prediction.nc")
     _add_spec(predict)
     _add_tokens(predict)
+
+    predict.add_argument("--axis", action="append", default=[], metavar="field=a,b,c", help="predict over these values")
+    predict.add_argument("--method", default="auto", help="auto or sampled (attention heads are drawn)")
+    predict.add_argument("--backward", action="store_true", help="also gradients and Jacobians of the blocks")
+
+    mitigate = command("mitigate", _mitigate, "When does sparsity mitigate: every mechanism, as a table.", None)
+    growing = command("growth", _growth, "The growth law of a spec, and whether its tokens collapse.", None)
+    for one in (mitigate, growing):
+        _add_spec(one)
+        correlated = "of the input tokens (default %(default)s)"
+        one.add_argument("--token-correlation", type=float, default=0.0, help=correlated)
+    mitigate.add_argument("--n-tokens", type=int, default=64, help="sequence length (default %(default)s)")
+    mitigate.add_argument(
+        "--branch-correlation", type=float, default=0.5, help="of the coherent stream (default %(default)s)"
+    )
+    mitigate.add_argument(
+        "--strength", action="append", default=[], metavar="mechanism=x", help="density, factor or group size"
+    )
+    growing.add_argument("--branch-correlation", type=float, default=0.0, help="r (default %(default)s)")
+
+    formulas = command("formula", _formula, "LaTeX of a formula of the theory, or the list of them.", None)
+    formulas.add_argument("name", nargs="?", help="a formula")
 
     sample = command("simulate", _simulate, "Random networks of a spec, one entry per network.", "simulation.nc")
     grid = command("grid", _grid, "Simulate every combination of field values; resumes after a kill.", "grid.nc")

@@ -21,7 +21,7 @@ import scipy.special
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec
 from varprop.theory.branch_jacobian import BranchPowers, branch_powers
-from varprop.theory.jacobian import branch_names, checked_moments, residual_powers
+from varprop.theory.jacobian import DEFINITIONS, block_jacobian, branch_names, checked_moments, residual_powers
 from varprop.theory.namespace import checked
 
 
@@ -82,6 +82,19 @@ def gradient_second_moment(
         states.append(state)
     profile = np.array(states[::-1])
     return GradientProfile(profile[:, 0], profile[:, 1] / profile[:, 0])
+
+
+def jacobian_profile(spec: ModelSpec, *, n_tokens: int, **moments: Any) -> np.ndarray:
+    """`block_jacobian` of every layer, (n_layers, 3) in the order of `DEFINITIONS`; moments as for a block, (n_layers,).
+
+    Raises `AssumptionError` as `block_jacobian` does.
+    """
+    total = np.empty((spec.n_layers, len(DEFINITIONS)))
+    for members in _equal_layers(spec):
+        chosen = {name: np.asarray(values)[members] for name, values in moments.items()}
+        found = block_jacobian(spec, members[0] + 1, n_tokens=n_tokens, **chosen)
+        total[members] = np.stack([found[name] for name in DEFINITIONS], axis=-1)
+    return total
 
 
 def gradient_transfers(

@@ -15,6 +15,7 @@ from varprop import results
 from varprop.errors import AccuracyWarning, AssumptionError, require
 from varprop.spec import ModelSpec
 from varprop.spec.axes import combinations, dimensions, plain
+from varprop.theory.backward import gradient_second_moment, jacobian_profile
 from varprop.theory.causal import has_closure
 from varprop.theory.error import claims
 from varprop.theory.exchangeable import (
@@ -25,6 +26,7 @@ from varprop.theory.exchangeable import (
     structure,
 )
 from varprop.theory.gram import GramRecursion
+from varprop.theory.jacobian import DEFINITIONS
 from varprop.theory.moments import Moments
 
 METHODS = ("auto", "sampled")
@@ -48,6 +50,7 @@ class _Point:
     token_correlation: float | np.ndarray
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
     exactness: np.ndarray = field(default_factory=lambda: np.empty(0))
+    backward: dict[str, np.ndarray] = field(default_factory=dict)
 
     def write(
         self,
@@ -71,6 +74,19 @@ class _Point:
         first = np.array([["", "", "", "", "exact"]])
         self.exactness = np.concatenate([first, claimed.exactness]).astype("<U10")
 
+    def write_backward(self) -> None:
+        """Add the gradients and the Jacobians of the blocks, from the profile stored."""
+        q, c = self.numbers["second_moment"], np.clip(self.numbers["token_correlation"], 0.0, 1.0)
+        moments = {
+            **{"second_moment": q[1:, 0], "token_correlation": c[1:, 0]},
+            **{"middle_second_moment": q[1:, 2], "middle_token_correlation": c[1:, 2]},
+        }
+        jacobian = jacobian_profile(self.spec, n_tokens=self.n_tokens, **moments)
+        absent = np.full((1, len(DEFINITIONS)), np.nan)
+        gradient = gradient_second_moment(self.spec, n_tokens=self.n_tokens, **moments)
+        self.backward["jacobian_deviation"] = np.concatenate([absent, jacobian])
+        self.backward["grad_second_moment"] = gradient.second_moment
+
 
 def predict(
     spec: ModelSpec,
@@ -81,6 +97,7 @@ def predict(
     method: str = "auto",
     documents: Sequence[int] | np.ndarray | None = None,
     over: Mapping[str, Sequence[Any]] | None = None,
+    backward: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Second moment and token correlation at every layer and site of a model at initialisation.
@@ -89,7 +106,9 @@ def predict(
     (n_tokens, n_tokens), 1 where two positions hold the same token. The embedding has the second moment
     (init std * embedding_scale)^2. documents: (n_tokens,) integers, tokens see keys of their own document only.
     over: field names (or `n_tokens`, `token_correlation`) with their values; the result has these dimensions first, the
-    second of those two as `input_token_correlation`. progress: called with layers done and in all.
+    second of those two as `input_token_correlation`. backward: add the variables `jacobian_deviation` (layer,
+    definition), ||J - I||_F^2 / d of each block in the three definitions of `block_jacobian`, and `grad_second_moment`
+    (layer), of the gradient of the stream relative to that of the last layer. progress: called with layers done and in all.
     method: "auto" takes the two-scalar recursion where tokens are exchangeable (full attention without positions), the
     deterministic closure of the token Gram matrix where it holds, and else draws attention heads; "sampled" draws them
     wherever there is attention.
@@ -132,6 +151,8 @@ def predict(
     for index, point in enumerate(others):
         _position_resolved(point, None if method == "auto" else seed, seed, ids, (index, len(others)), progress)
     _warn(points)
+    for point in points if backward else ():
+        point.write_backward()
     return _dataset(spec, axes, points, seed)
 
 
@@ -215,6 +236,9 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
 
     variables = {name: (dims, stacked([p.numbers[name] for p in points])) for name in NUMBERS}
     variables["exactness"] = (dims, stacked([p.exactness for p in points]))
+    for name in points[0].backward:
+        last = ("definition",) if name == "jacobian_deviation" else ()
+        variables[name] = ((*labels, "layer", *last), stacked([p.backward[name] for p in points]))
     given = points[0].token_correlation
     same = "token_correlation" not in axes
     dataset = results.new(
@@ -223,7 +247,7 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
         spec_json=spec.to_json(),
         spec_id=spec.spec_id,
         n_tokens=points[0].n_tokens,
-        coords=labels,
+        coords={**labels, "definition": list(DEFINITIONS)} if points[0].backward else labels,
         seed_entropy=str(seed),
         attributes={
             "token_correlation": (float(given) if np.ndim(given) == 0 else "matrix") if same else "",

@@ -161,37 +161,43 @@ def mitigation_table(
     ]
 
 
+COLUMNS = {
+    "first_increment": "v_1",
+    "increment": "v_L",
+    "second_moment": "q_L",
+    "share": "share v/q",
+    "log_share": "log share",
+    "jacobian": "‖J-I‖²",
+    "token_mean_jacobian": "‖J-I‖², token mean",
+}
+
+
 def as_markdown(effects: Sequence[Effect]) -> str:
-    """The table as markdown: changes in percent, initial / coherent; token correlation as a difference."""
-    head = (
-        "mechanism",
-        "v_1",
-        "v_L",
-        "q_L",
-        "share v/q",
-        "log share",
-        "‖J-I‖²",
-        "‖J-I‖² token mean",
-        "token corr.",
-        "f, g",
-    )
-    lines = ["| " + " | ".join((*head, "sign flips")) + " |", "|" + "---|" * (len(head) + 1)]
-    for effect in effects:
-        a, b = effect.at_init, effect.coherent
-        names = (
-            "first_increment",
-            "increment",
-            "second_moment",
-            "share",
-            "log_share",
-            "jacobian",
-            "token_mean_jacobian",
-        )
-        cells = [f"{_percent(getattr(a, name))} / {_percent(getattr(b, name))}" for name in names]
-        cells.append(f"{a.token_correlation:+.3f} / {b.token_correlation:+.3f}")
-        cells.append(f"{effect.noise_factor:.3g}, {effect.common_factor:.3g}")
-        name = f"{effect.mechanism.replace('_', ' ')} {effect.strength:g}"
-        lines.append("| " + " | ".join((name, *cells, effect.condition)) + " |")
+    """Two tables of changes in percent, at initialisation and for a coherent stream; token correlation as a difference."""
+    initial = [[*_cells(effect.at_init), f"{effect.at_init.token_correlation:+.3f}"] for effect in effects]
+    coherent = [
+        [
+            *_cells(effect.coherent)[:-1],
+            f"{effect.coherent.token_correlation:+.3f}",
+            f"{effect.noise_factor:.3g}, {effect.common_factor:.3g}",
+            effect.condition,
+        ]
+        for effect in effects
+    ]
+    names = [f"{effect.mechanism.replace('_', ' ')} {effect.strength:g}" for effect in effects]
+    columns = list(COLUMNS.values())
+    first = _table(["at initialisation", *columns, "token correlation"], names, initial)
+    head = ["coherent stream", *columns[:-1], "token correlation", "f, g", "sign flips"]
+    return f"{first}\n\n{_table(head, names, coherent)}"
+
+
+def _cells(change: Change) -> list[str]:
+    return [_percent(getattr(change, name)) for name in COLUMNS]
+
+
+def _table(head: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines.extend("| " + " | ".join((name, *row)) + " |" for name, row in zip(names, rows, strict=True))
     return "\n".join(lines)
 
 
