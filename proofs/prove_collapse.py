@@ -59,7 +59,7 @@ def prove_rank_collapse(rule=rank_collapse):
     for _ in range(3):
         gram = (gram + alpha**2 * average * gram * average.T).applyfunc(sympy.expand)  # W_V W_O zero-mean, unit gain
         gram = gram * (1 + beta**2)
-    equal(rule(rho, (1 + alpha**2) ** 3, n_tokens), sympy.sympify(gram[0, 1]) / sympy.sympify(gram[0, 0]))
+    equal(rule(rho, (1 + alpha**2) ** 3, n_tokens), gram[0, 1] / gram[0, 0])  # pyright: ignore[reportOperatorIssue]
 
 
 PROOFS = [

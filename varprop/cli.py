@@ -269,10 +269,8 @@ def _growth(arguments: argparse.Namespace) -> int:
     spec = _spec(arguments)
     tokens = collapse.token_collapse(spec, token_correlation=arguments.token_correlation)
     print(f"token correlation over depth: to {tokens.fixed_point:.4g}, as layer^{tokens.exponent:.3g}")
-    print(
-        f"  attention gain {tokens.attention_gain:.4g}, feed-forward increment {tokens.increment:.4g}; infinitely many"
-    )
-    print("  tokens, full attention")
+    print(f"  attention gain {tokens.attention_gain:.4g}, feed-forward increment {tokens.increment:.4g}")
+    print("  for infinitely many tokens and full attention")
     law = growth.classify_spec(spec, correlation=arguments.branch_correlation, token_correlation=tokens.fixed_point)
     print(f"q_L over depth L, there: {law.law}, exponent {law.exponent:.4g}, coefficient {law.coefficient:.4g}")
     print(f"  if {law.assumption}")

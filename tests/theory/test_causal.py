@@ -12,6 +12,7 @@ import pytest
 from varprop import presets
 from varprop.errors import AssumptionError
 from varprop.spec import ModelSpec, layer_table
+from varprop.theory import predict
 from varprop.theory.attention import attention_gains, sampled_attention
 from varprop.theory.causal import closed_attention, closure_error, has_closure
 from varprop.theory.exchangeable import exchangeable_attention
@@ -101,6 +102,15 @@ def test_claimed_error_covers_repeated_words(std):
         closure_error(spec, 1, moments(repeated())).second_moment
         > closure_error(spec, 1, moments(exchangeable(0.0))).second_moment
     )
+
+
+def test_repeated_words_through_depth_keep_cauchy_schwarz():
+    """A text of few words, narrow model, large logits: where the closure is worst."""
+    words = np.random.default_rng(0).integers(0, 4, 48)
+    matrix = (words[:, None] == words).astype(float)
+    spec = wide(d_model=64, n_heads=4, n_layers=12, logit_scale=2.0 / 16**0.5)
+    dataset = predict(spec, n_tokens=48, token_correlation=matrix)
+    assert (np.abs(dataset.token_correlation.values[1:]) <= 1).all()
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.3, 0.8])

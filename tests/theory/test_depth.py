@@ -63,6 +63,30 @@ def test_exactness_labels():
     assert whole.exactness.sel(layer=0, site="resid_post").item() == "exact"
 
 
+def test_backward_variables(tmp_path):
+    """ReLU without attention: v_J = v, so that gradients grow as q_L / q_l and J - I has the power v / q."""
+    spec = small(attention=None, activation="relu", gated=False, eps=0.0, d_model=4096)
+    dataset = predict(spec, n_tokens=5, backward=True, over={"density": [1.0, 0.5]})
+    dense = dataset.sel(density=1.0)
+    np.testing.assert_allclose(dense.grad_second_moment, 2.5 / dense.second_moment.sel(site="resid_post"), rtol=1e-3)
+    own = dense.jacobian_deviation.sel(definition="own_token", layer=[1, 2, 3])
+    np.testing.assert_allclose(own, [0.5, 0.5 / 1.5, 0.25], rtol=1e-3)
+    assert results.identical(results.load(results.save(dataset, tmp_path / "b.nc")), dataset)
+
+
+def test_progress_counts_layers():
+    seen = []
+    predict(small(), n_tokens=4, over={"density": [1.0, 0.5]}, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_documents_separate_tokens():
+    """Two documents of uncorrelated tokens, no feed-forward: positions see what those of a short sequence see."""
+    spec = small(feed_forward=None, rope_theta=None, n_layers=2)
+    both, one = predict(spec, n_tokens=12, documents=[0] * 6 + [1] * 6), predict(spec, n_tokens=6)
+    np.testing.assert_allclose(both.second_moment, one.second_moment, rtol=1e-6)
+
+
 def test_absent_parts_are_zero():
     no_attention = predict(small(attention=None), n_tokens=4)
     attn = no_attention.sel(site="attn_out", layer=slice(1, None))

@@ -85,9 +85,9 @@ def gradient_second_moment(
 
 
 def jacobian_profile(spec: ModelSpec, *, n_tokens: int, **moments: Any) -> np.ndarray:
-    """`block_jacobian` of every layer, (n_layers, 3) in the order of `DEFINITIONS`; moments as for a block, (n_layers,).
+    """`block_jacobian` of every layer, (n_layers, 3) in the order of `DEFINITIONS`.
 
-    Raises `AssumptionError` as `block_jacobian` does.
+    moments: those of `block_jacobian`, one number a layer. Raises `AssumptionError` as `block_jacobian` does.
     """
     total = np.empty((spec.n_layers, len(DEFINITIONS)))
     for members in _equal_layers(spec):

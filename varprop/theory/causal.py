@@ -192,7 +192,8 @@ def closed_attention(spec: ModelSpec, layer: int, tokens: Moments, documents: np
         out = _masked_output(out, values, terms, keys, same, part.key_mask_density)
     if part.sink_logit:
         out *= _sink_factor(terms, logits, keys, same)
-    return attention_gains(spec, layer).value_output * out
+    bound = _geometric(_diagonal(out))  # an error of the closure must not break Cauchy-Schwarz: tokens may be all alike
+    return attention_gains(spec, layer).value_output * np.clip(out, -bound, bound)
 
 
 class ClosureError(NamedTuple):

@@ -77,7 +77,7 @@ class _Point:
     def write_backward(self) -> None:
         """Add the gradients and the Jacobians of the blocks, from the profile stored."""
         q, c = self.numbers["second_moment"], np.clip(self.numbers["token_correlation"], 0.0, 1.0)
-        moments = {
+        moments: dict[str, Any] = {
             **{"second_moment": q[1:, 0], "token_correlation": c[1:, 0]},
             **{"middle_second_moment": q[1:, 2], "middle_token_correlation": c[1:, 2]},
         }
@@ -108,7 +108,8 @@ def predict(
     over: field names (or `n_tokens`, `token_correlation`) with their values; the result has these dimensions first, the
     second of those two as `input_token_correlation`. backward: add the variables `jacobian_deviation` (layer,
     definition), ||J - I||_F^2 / d of each block in the three definitions of `block_jacobian`, and `grad_second_moment`
-    (layer), of the gradient of the stream relative to that of the last layer. progress: called with layers done and in all.
+    (layer), of the gradient of the stream relative to that of the last layer. progress: called with the layers done and
+    their number.
     method: "auto" takes the two-scalar recursion where tokens are exchangeable (full attention without positions), the
     deterministic closure of the token Gram matrix where it holds, and else draws attention heads; "sampled" draws them
     wherever there is attention.
@@ -133,15 +134,15 @@ def predict(
     array([3. , 1.5])
     ...
     """
-    _check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0)
     require(method in METHODS, AssumptionError, "method", method, "unknown", " or ".join(METHODS))
     axes = dict(over or {})
     points = []
     for fields in combinations(axes):
         arguments: dict[str, Any] = {"n_tokens": n_tokens, "token_correlation": token_correlation}
         arguments |= {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
-        _check_integer("n_tokens", arguments["n_tokens"], 1)
-        arguments["token_correlation"] = _checked_correlation(arguments["token_correlation"], arguments["n_tokens"])
+        check_integer("n_tokens", arguments["n_tokens"], 1)
+        arguments["token_correlation"] = checked_correlation(arguments["token_correlation"], arguments["n_tokens"])
         points.append(_Point(spec.with_fields(fields) if fields else spec, **arguments))
     ids = None if documents is None else _checked_documents(documents, points)
     exchangeable = [p for p in points if method == "auto" and ids is None and _is_exchangeable(p)]
@@ -234,7 +235,9 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
     def stacked(arrays: list[np.ndarray]) -> np.ndarray:
         return np.stack(arrays).reshape(*shape, *arrays[0].shape)
 
-    variables = {name: (dims, stacked([p.numbers[name] for p in points])) for name in NUMBERS}
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        name: (dims, stacked([p.numbers[name] for p in points])) for name in NUMBERS
+    }
     variables["exactness"] = (dims, stacked([p.exactness for p in points]))
     for name in points[0].backward:
         last = ("definition",) if name == "jacobian_deviation" else ()
@@ -259,12 +262,12 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
     return dataset
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
+def check_integer(name: str, value: object, least: int) -> None:
     good = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
-    require(good, AssumptionError, name, value, "outside the domain", f"an integer >= {least}")
+    require(bool(good), AssumptionError, name, value, "outside the domain", f"an integer >= {least}")
 
 
-def _checked_correlation(value: object, n_tokens: int) -> float | np.ndarray:
+def checked_correlation(value: object, n_tokens: int) -> float | np.ndarray:
     try:
         matrix = np.asarray(value, dtype=float)
     except (TypeError, ValueError):

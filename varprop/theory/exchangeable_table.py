@@ -2,7 +2,8 @@
 
 Chebyshev interpolation in the logit standard deviation and, for two queries, in the token correlation. The functions
 are entire in both, so the error falls geometrically with the number of nodes; `ExchangeableTable` takes as many as
-keep it below 1e-6 (relative) for logit standard deviations up to 4 and 1e-4 up to 8 (tests/theory/test_exchangeable.py).
+keep it below 1e-6 (relative) for logit standard deviations up to 4 and 1e-4 up to 8.
+Checked by: tests/theory/test_exchangeable.py.
 """
 
 from __future__ import annotations

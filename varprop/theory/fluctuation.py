@@ -26,7 +26,7 @@ from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec
 from varprop.theory.branch_noise import BranchLaw, attention_law, mlp_law
 from varprop.theory.causal import has_closure
-from varprop.theory.depth import MAX_GRAM_TOKENS, _check_integer, _checked_correlation, predict
+from varprop.theory.depth import MAX_GRAM_TOKENS, check_integer, checked_correlation, predict
 from varprop.theory.exchangeable import embedding_second_moment, is_tabulated
 from varprop.theory.gram import GramRecursion
 from varprop.theory.moments import Moments
@@ -185,10 +185,10 @@ def _resolved(
     spec: ModelSpec, n_tokens: int, token_correlation: float | np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Second moments, correlations and Wishart covariances from the position-resolved Gram matrices."""
-    _check_integer("n_tokens", n_tokens, 1)
+    check_integer("n_tokens", n_tokens, 1)
     wrong, domain = "too many for a position-resolved recursion", f"at most {MAX_GRAM_TOKENS}"
     require(n_tokens <= MAX_GRAM_TOKENS, AssumptionError, "n_tokens", n_tokens, wrong, domain)
-    matrix = np.asarray(_checked_correlation(token_correlation, n_tokens))
+    matrix = np.asarray(checked_correlation(token_correlation, n_tokens))
     if matrix.ndim == 0:
         matrix = (1 - matrix) * np.eye(n_tokens) + matrix
     start = embedding_second_moment(spec) * matrix

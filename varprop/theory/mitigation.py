@@ -173,7 +173,7 @@ COLUMNS = {
 
 
 def as_markdown(effects: Sequence[Effect]) -> str:
-    """Two tables of changes in percent, at initialisation and for a coherent stream; token correlation as a difference."""
+    """Two tables of changes in percent, initial and coherent; the token correlation as a difference."""
     initial = [[*_cells(effect.at_init), f"{effect.at_init.token_correlation:+.3f}"] for effect in effects]
     coherent = [
         [
