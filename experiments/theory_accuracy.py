@@ -319,7 +319,9 @@ def figure(rows: Sequence[Row], extrapolated: Sequence[Row]) -> Figure:
         tolerance = 100 * TOLERANCE["block" if depth == 1 else "stack"]
         axis.axhspan(-tolerance, tolerance, color="0.92", zorder=0)
         axis.axhline(0, color="0.3", lw=0.8)
-        axis.set_xticks(range(len(cases)), [f"{case}\n{pattern}" for case, pattern in cases], fontsize=7)
+        axis.set_xticks(
+            range(len(cases)), [f"{case} {pattern}" for case, pattern in cases], fontsize=7, rotation=35, ha="right"
+        )
         axis.set(title=f"depth {depth}", ylabel="simulated / predicted\nsecond moment - 1, %")
         axis.legend(frameon=False, fontsize=7, ncols=4)
     return drawing

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from varprop import presets
 from varprop.__main__ import main
+from varprop.theory import mitigation_table
+from varprop.theory.mitigation import as_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 
 
 def test_the_readme_has_the_blocks_it_promises() -> None:
@@ -43,3 +48,14 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         elif kind == "python":
             exec(compile(body, "README.md", "exec"), session)
     assert (tmp_path / "report.html").is_file()
+
+
+def test_the_tables_of_mitigation_are_those_of_the_code() -> None:
+    """Same rows and words, and numbers equal to the last digit but one: rounding may differ between platforms."""
+    tables = [line for line in README.splitlines() if line.startswith("|")]
+    for line in as_markdown(mitigation_table(presets.d256())).splitlines():
+        words = NUMBER.sub("#", line)
+        same = [other for other in tables if NUMBER.sub("#", other) == words]
+        numbers = [float(x) for x in NUMBER.findall(line)]
+        near = [pytest.approx(numbers, rel=0.02, abs=0.02) == [float(x) for x in NUMBER.findall(o)] for o in same]
+        assert not line or any(near), line

@@ -21,6 +21,8 @@ from varprop.theory.norm import norm_gram
 
 HEAD_BUDGET = 12_288
 """Heads drawn per layer, over all recursions, times n_tokens; between 8 and 512 heads."""
+EVERY_LAYER = 256
+"""Positions up to which the error of the closure is evaluated at every layer."""
 MAX_HEADS = 8
 """Heads per recursion: as many as the layer has, but not more than this."""
 
@@ -62,8 +64,10 @@ class GramRecursion:
     def attention(self, state: np.ndarray, layer: int) -> np.ndarray:
         tokens = Moments(state, state.shape[-1])
         if self.seed is None:
-            error = closure_error(self.spec, layer, tokens, self.documents)
-            self.attention_error[layer - 1] = error
+            if (
+                layer & (layer - 1) == 0 or state.shape[-1] <= EVERY_LAYER
+            ):  # 1, 2, 4, ...: it moves slowly, but costs T^3
+                self.attention_error[layer - 1 :] = closure_error(self.spec, layer, tokens, self.documents)
             return closed_attention(self.spec, layer, tokens, self.documents)
         rng = np.random.default_rng([self.seed, layer])
         return sampled_attention(self.spec, layer, tokens, self.n_heads, rng, documents=self.documents)
