@@ -61,7 +61,7 @@ class _Point:
         attention_error: np.ndarray | None = None,
     ) -> None:
         """Store layers 1..n_layers, (n_layers, 5), add the claimed errors, and the embedding as layer 0."""
-        claimed = claims(self.spec, self.n_tokens, second_moment, attention_error)
+        claimed = claims(self.spec, self.n_tokens, second_moment, correlation, attention_error)
         shape = second_moment.shape
         profile = (
             *(second_moment, correlation, claimed.relative, claimed.correlation),

@@ -23,6 +23,7 @@ import numpy as np
 
 from varprop.spec import ModelSpec, layer_table
 from varprop.theory.activation import CLOSED_FORMS, kurtosis_sensitivity
+from varprop.theory.attention import attention_gains
 from varprop.theory.linear import effective_gain, gain_error, mask_excess_kurtosis
 from varprop.theory.norm import eps_fluctuation
 
@@ -30,6 +31,9 @@ ATTENTION_BIAS = 0.1
 """This and the next: the largest |bias| - 2 stderr over all cases, widths and layers of experiments/theory_error.py, in
 units of (layer + 1) * `inverse_width`, rounded up to a tenth (measured: 0.05; 0.15, 0.03, 0.01)."""
 CORRELATION_BIAS = {"attn_out": 0.2, "mlp_out": 0.1, "stream": 0.1}
+IRREGULAR_PASSED = 2
+"""Error of the stream's token correlation per irregular error of an attention layer: 1.5 on a text of the demo's words
+(experiments/LOG.md), and no more in deeper layers."""
 QUADRATURE_ERROR = 1e-6
 MLP_MATRICES = ("gate", "up", "down", "router")
 INPUT_POWER = 3
@@ -76,25 +80,36 @@ class Claims:
 
 
 def claims(
-    spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None = None
+    spec: ModelSpec,
+    n_tokens: int,
+    second_moment: np.ndarray,
+    token_correlation: np.ndarray,
+    attention_error: np.ndarray | None = None,
 ) -> Claims:
     """Claimed errors of a predicted profile.
 
-    second_moment: (n_layers, 5), at the sites of `results.SITES`. attention_error: (n_layers, 2), errors of the
-    attention rule itself, where it is not exact in infinite width (`causal.closure_error`).
+    second_moment, token_correlation: (n_layers, 5), at the sites of `results.SITES`. attention_error: (n_layers, 2),
+    total and irregular error of the attention rule itself, where it is not exact in infinite width
+    (`causal.closure_error`).
     """
-    return _Budget(spec, n_tokens, second_moment, attention_error).run()
+    return _Budget(spec, n_tokens, second_moment, token_correlation, attention_error).run()
 
 
 class _Budget:
     """Follows the errors of a profile down its layers."""
 
     def __init__(
-        self, spec: ModelSpec, n_tokens: int, second_moment: np.ndarray, attention_error: np.ndarray | None
+        self,
+        spec: ModelSpec,
+        n_tokens: int,
+        second_moment: np.ndarray,
+        token_correlation: np.ndarray,
+        attention_error: np.ndarray | None,
     ) -> None:
         self.spec, self.n_tokens, self.q = spec, n_tokens, second_moment
         self.inverse_width = inverse_width(spec)
         self.attention_error = np.zeros((spec.n_layers, 2)) if attention_error is None else attention_error
+        self.passed_on = self._passed_on(token_correlation)
         self.layers = np.arange(1, spec.n_layers + 1)
         self.relative = np.zeros_like(second_moment)
         self.quadrature = np.zeros(second_moment.shape, dtype=bool)
@@ -141,11 +156,26 @@ class _Budget:
             error = (1 - m) * (error + 2 * m * self.inverse_width)
         return error
 
+    def _passed_on(self, token_correlation: np.ndarray) -> np.ndarray:
+        """Errors of the token correlation that the irregular part of the attention error leaves, (n_layers, 5).
+
+        Sets `response`, the relative error of the attention output a (c + (1 - c) Y) that follows from one of c.
+        """
+        irregular = IRREGULAR_PASSED * np.maximum.accumulate(self.attention_error[:, 1])
+        before = np.concatenate([[0.0], irregular[:-1]])
+        self.response = np.zeros(self.spec.n_layers)
+        if before.any():
+            gain = self.spec.branch_scale**2 * attention_gains(self.spec, 1).value_output
+            apart = np.maximum(1 - token_correlation[:, 0], 1e-3)
+            self.response = before * np.maximum(gain / self.q[:, 1] - 1, 0.0) / apart
+        return np.repeat(irregular[:, None], 5, axis=1)
+
     def _claims(self, present: tuple[bool, bool]) -> Claims:
         depth = (self.layers + 1) * self.inverse_width if self.n_tokens > 1 else np.zeros(len(self.layers))
         correlation = np.empty_like(self.q)
         for site, name in enumerate(("stream", "attn_out", "stream", "mlp_out", "stream")):
             correlation[:, site] = CORRELATION_BIAS[name] * depth
+        correlation += self.passed_on
         correlation[:, 0] = np.concatenate([[0.0], correlation[:-1, 4]])  # the embedding is exact
         for exists, site in zip(present, (1, 3), strict=True):
             if not exists:
@@ -171,6 +201,7 @@ class _Budget:
         kurtosis = sum(mask_excess_kurtosis(rows[f"attention.{name}"].mask, spec.d_model) for name in "qk")
         # E sum p^2 = E e^{2g} / (T (E e^g)^2) to leading order in 1/T; a fourth cumulant adds (2^4 - 2) / 24 of itself.
         error = error + min(1.0, 7 / 12 * kurtosis * logit_variance**2) + self.attention_error[:, 0]
+        error = error + self.response
         return error + ATTENTION_BIAS * (self.layers + 1) * self.inverse_width, np.ones(n_layers, dtype=bool)
 
     def _feed_forward(self, second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

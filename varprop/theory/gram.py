@@ -43,7 +43,7 @@ class GramRecursion:
     def __post_init__(self) -> None:
         n_tokens, spec = len(self.start), self.spec
         self.n_recursions, self.n_heads = 1, 1
-        self.attention_error = np.zeros((spec.n_layers, 2))  # of the closure: second moment, token correlation
+        self.attention_error = np.zeros((spec.n_layers, 2))  # of the closure: total, irregular
         if self.seed is not None:
             total = int(np.clip(HEAD_BUDGET // n_tokens, 8, 512))
             self.n_recursions = max(8, total // min(spec.n_heads, MAX_HEADS))
