@@ -108,7 +108,7 @@ BAD = [
     (["predict", "--spec", "tiny", "--set", "n_kv_heads=3"], "n_kv_heads=3 is not a divisor of n_heads=4"),
     (
         ["predict", "--spec", "tiny", "--set", "density=0"],
-        "density=0.0 is outside the domain; expected a number in (0, 1]",
+        "density=0.0 is outside the domain; expected a number in (0, 1], not below 1e-12",
     ),
     (["predict", "--spec", "tiny", "--set", "density=1.01"], "density=1.01 is outside the domain"),
     (["predict", "--spec", "tiny-moe", "--set", "top_k=9"], "top_k=9 is larger than n_experts=8"),

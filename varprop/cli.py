@@ -16,7 +16,7 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varprop import compare, demo, files, formula, presets, report, results, simulate, theory
+from varprop import compare, demo, files, presets, report, results, simulate, theory
 from varprop._version import __version__
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
@@ -266,18 +266,24 @@ def _mitigate(arguments: argparse.Namespace) -> int:
 
 
 def _growth(arguments: argparse.Namespace) -> int:
-    spec = _spec(arguments)
-    tokens = collapse.token_collapse(spec, token_correlation=arguments.token_correlation)
-    print(f"token correlation over depth: to {tokens.fixed_point:.4g}, as layer^{tokens.exponent:.3g}")
-    print(f"  attention gain {tokens.attention_gain:.4g}, feed-forward increment {tokens.increment:.4g}")
-    print("  for infinitely many tokens and full attention")
-    law = growth.classify_spec(spec, correlation=arguments.branch_correlation, token_correlation=tokens.fixed_point)
-    print(f"q_L over depth L, there: {law.law}, exponent {law.exponent:.4g}, coefficient {law.coefficient:.4g}")
+    spec, r = _spec(arguments), arguments.branch_correlation
+    c = arguments.token_correlation
+    if spec.norm.placement == "pre":
+        tokens = collapse.token_collapse(spec, token_correlation=c)
+        law = growth.classify_spec(spec, correlation=r, token_correlation=tokens.fixed_point)
+        print(f"token correlation over depth: to {tokens.fixed_point:.4g}, as layer^{tokens.exponent:.3g}")
+        print(f"  attention gain {tokens.attention_gain:.4g}, feed-forward increment {tokens.increment:.4g}")
+        print("  for infinitely many tokens and full attention; the law below holds at that correlation")
+    else:
+        law = growth.classify_spec(spec, correlation=r, token_correlation=c)
+    print(f"q_L over depth L: {law.law}, exponent {law.exponent:.4g}, coefficient {law.coefficient:.4g}")
     print(f"  if {law.assumption}")
     return 0
 
 
 def _formula(arguments: argparse.Namespace) -> int:
+    from varprop import formula  # brings sympy in
+
     if arguments.name is None:
         width = max(map(len, formula.names()))
         for name in formula.names():

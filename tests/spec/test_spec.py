@@ -54,7 +54,7 @@ def test_tensor_table_is_consistent(spec: ModelSpec) -> None:
     "changes,message",
     [
         ({"n_kv_heads": 3}, "n_kv_heads=3 is not a divisor of n_heads=4"),
-        ({"density": 0.0}, "density=0.0 is outside the domain; expected a number in (0, 1]"),
+        ({"density": 0.0}, "density=0.0 is outside the domain; expected a number in (0, 1], not below 1e-12"),
         ({"density": 1.5}, "density=1.5 is outside the domain"),
         ({"masks.q": {"density": float("nan")}}, "density=nan is outside the domain"),
         ({"masks.q": {"density": 0.3, "kind": "n_of_m"}}, "not a multiple of 1/4"),

@@ -116,3 +116,9 @@ def test_starting_point_chooses_the_basin():
 def test_bad_input_is_one_line(call):
     with pytest.raises(AssumptionError, match=r"^[\w .]+=.* expected [^\n]*$"):
         call()
+
+
+def test_a_drift_of_zero_moves_nothing():
+    part = FeedForwardSpec(d_ff=256, activation="identity", gated=False)
+    linear = ModelSpec(d_model=64, n_layers=4, feed_forward=part)
+    assert token_collapse(linear, token_correlation=0.9).fixed_point == 0.9

@@ -72,3 +72,10 @@ def test_an_unrescaled_mask_is_a_change_of_scale() -> None:
     }
     assert last["masked"] == pytest.approx(last["half"], rel=1e-12)
     assert last["rescaled"] == pytest.approx(last["dense"], rel=1e-12)
+
+
+def test_equal_tokens_survive_rounding_in_drawn_heads() -> None:
+    """OLMo2's placement: the stream grows, and its cosines pass 1 by rounding."""
+    spec = small(placement="reordered", n_layers=16, activation="relu", gated=False)
+    dataset = predict(spec, n_tokens=16, token_correlation=1.0)
+    assert dataset.token_correlation.sel(site="resid_post").values == pytest.approx(1.0, abs=1e-6)

@@ -13,6 +13,7 @@ from varprop.spec import AttentionSpec, FeedForwardSpec, InitSpec, ModelSpec, No
 from varprop.theory import predict
 from varprop.theory.coherent import coherent_second_moment
 from varprop.theory.growth import Increment, classify, classify_spec
+from varprop.theory.stream import stream_step
 
 RELU = FeedForwardSpec(d_ff=256, activation="relu", gated=False)
 SWIGLU = FeedForwardSpec(d_ff=256)
@@ -171,3 +172,28 @@ def test_published_slope_is_that_of_a_coherent_stream():
 def test_bad_input_is_one_line(call):
     with pytest.raises(AssumptionError, match=r"^[\w .+-]+=.* expected [^\n]*$"):
         call()
+
+
+@pytest.mark.parametrize(
+    "increments, depth",
+    [
+        ([Increment(1.0, 3.0, 0.0), Increment(1.0, 0.0, 2.0)], 40_000),
+        ([Increment(1.0, 3.0, 0.0), Increment(0.5, 1.0, 1.0)], 40_000),
+    ],
+)
+def test_summable_and_depth_scaled_branches_add_up(increments, depth):
+    """Both reach the limit of sqrt(q): brute iteration of 40,000 layers, O(1 / sqrt(depth)) from the limit."""
+    law = classify(increments, correlation=0.5)
+    q = 1.0
+    for layer in range(1, depth + 1):
+        for b in increments:
+            q = float(stream_step(q, b.value * layer**-b.layer_power * depth**-b.depth_power, 0.5))
+    assert law.law == "bounded"
+    assert q == pytest.approx(law.coefficient, rel=0.02)
+
+
+def test_branches_that_add_nothing_still_take_the_skip_scale():
+    one = classify([Increment(1.0)], skip_scale=1.05)
+    two = classify([Increment(1.0), Increment(0.0)], skip_scale=1.05)
+    assert two.exponent == pytest.approx(2 * one.exponent)
+    assert classify([Increment(0.0)], proportional=True, skip_scale=1.1).law == "exponential"

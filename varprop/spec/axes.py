@@ -17,11 +17,17 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination as field name -> plain value, the last axis fastest; `ArgumentError` for an unfit axis."""
     domain, wrong = "at least one value, all distinct", "not an axis, as profiles differ in length"
     for name, values in axes.items():
+        require(isinstance(name, str), ArgumentError, "axes", name, "not a field name", "a string")
         require(name != "n_layers", ArgumentError, "axes", name, wrong, "one grid per n_layers")
         sequence = isinstance(values, Sequence) or hasattr(values, "tolist")
         good = sequence and not isinstance(values, str)
         require(good, ArgumentError, f"axes.{name}", values, "not a sequence", domain)
-        texts = {json.dumps(plain(value)) for value in values}
+        try:
+            texts = {json.dumps(plain(value)) for value in values}
+        except (TypeError, ValueError):  # arrays, objects
+            raise ArgumentError(
+                f"axes.{name}={type(values).__name__} has a value that is no field's; {domain}"
+            ) from None
         distinct = 0 < len(texts) == len(values)
         require(distinct, ArgumentError, f"axes.{name}", list(values), "empty or repeats a value", domain)
     return [

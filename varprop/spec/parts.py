@@ -70,7 +70,7 @@ class MaskSpec:
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, MaskKind)
-        _in_interval("density", self.density, 0.0, 1.0, "a number in (0, 1]")
+        _in_interval("density", self.density, 0.99e-12, 1.0, "a number in (0, 1], not below 1e-12")
         _one_of("rescale", self.rescale, Literal["none", "inverse_sqrt", "inverse"])
         _positive_integer("group", self.group)
         _positive_integer("block_size", self.block_size)

@@ -145,7 +145,7 @@ def _average_heads(
 ) -> np.ndarray:
     """Mean over drawn heads of P E[C | keys] P', for a stack of Gram matrices (R, T, T)."""
     scale = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))[:, None]
-    cosine = gram / (scale.swapaxes(-1, -2) * scale)
+    cosine = np.clip(gram / (scale.swapaxes(-1, -2) * scale), -1.0, 1.0)  # rounding of equal tokens
     root = gram_root(cosine)[:, None]
     n_recursions, n_tokens, _ = gram.shape
     shape = (n_recursions, n_heads, n_tokens, spec.head_dim)

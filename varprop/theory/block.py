@@ -59,7 +59,7 @@ def block(state: np.ndarray, layer: int, frame: Frame, rules: Rules) -> tuple[np
         y = branch(x, layer)
         if placement in ("peri", "reordered"):
             y = rules.normalised(y)
-        return residual_second_moment(0.0, y, branch_scale=frame.branch_scale)
+        return frame.branch_scale**2 * y
 
     def summed(x: np.ndarray, y: np.ndarray, skip_scale: Any) -> np.ndarray:
         total = residual_second_moment(x, y, skip_scale=skip_scale)

@@ -62,7 +62,7 @@ def has_closure(spec: ModelSpec, second_moment: float = 1.0) -> bool:
     """Whether `closed_attention` covers a spec; if not, heads are drawn (`sampled_attention`).
 
     second_moment: the largest that the attention reads, 1 after a norm. Not covered: logit standard deviations above
-    MAX_CLOSURE_STD, heads below MIN_HEAD_DIM, a soft cap below
+    MAX_CLOSURE_STD, heads below MIN_HEAD_DIM, a sink logit with a key mask before the softmax, a soft cap below
     CAP_PER_STD max(s, s^3).
 
     >>> from varprop import presets
@@ -81,6 +81,8 @@ def _not_covered(spec: ModelSpec, second_moment: float = 1.0) -> str | None:
     std = max(_logit_variance(spec, attention_gains(spec, layer), second_moment) for layer in (1, spec.n_layers)) ** 0.5
     if std > MAX_CLOSURE_STD:
         return f"logit_std={std:.4g} is too large for the closure; expected a number in [0, {MAX_CLOSURE_STD}]"
+    if part.sink_logit and part.key_mask_density < 1 and part.key_mask_place == "before_softmax":
+        return "sink_logit=True is given with a key mask before the softmax; expected one of the two for the closure"
     widest = CAP_PER_STD * max(std, std**3)
     if part.logit_softcap is not None and part.logit_softcap < widest:
         return f"logit_softcap={part.logit_softcap!r} is too narrow for the closure; expected at least {widest:.4g}"

@@ -239,6 +239,10 @@ def _mixture(part: MoESpec, rows: dict[str, TensorRow]) -> Kernel:
     return Kernel(total, ratio, slope)
 
 
+STILL = 1e-12
+"""A drift this small is rounding: the flow stands still."""
+
+
 def _attractor(drift: Callable[[Any], Any], start: float, leaves_zero: bool) -> float:
     """The first root of the drift that the flow from `start` meets."""
     values = drift(GRID)
@@ -250,7 +254,10 @@ def _attractor(drift: Callable[[Any], Any], start: float, leaves_zero: bool) -> 
             return 0.0
         rising, index = True, 0
     else:
-        rising = float(drift(start)[0]) > 0
+        here = float(drift(start)[0])
+        if abs(here) <= STILL:
+            return start
+        rising = here > 0
         index = int(np.searchsorted(GRID, start))
     while rising and index < len(GRID) - 1:
         index += 1

@@ -26,10 +26,11 @@ from varprop.theory.exchangeable import (
     structure,
 )
 from varprop.theory.gram import GramRecursion
-from varprop.theory.jacobian import DEFINITIONS
+from varprop.theory.jacobian import DEFINITIONS, jacobian_error
 from varprop.theory.moments import Moments
 
 METHODS = ("auto", "sampled")
+MAX_INTEGER = 10**15
 MAX_GRAM_TOKENS = 4096
 """A position-resolved recursion holds several (n_tokens, n_tokens) matrices."""
 WARN_ABOVE = 0.05
@@ -86,6 +87,11 @@ class _Point:
         gradient = gradient_second_moment(self.spec, n_tokens=self.n_tokens, **moments)
         self.backward["jacobian_deviation"] = np.concatenate([absent, jacobian])
         self.backward["grad_second_moment"] = gradient.second_moment
+        errors = np.array([jacobian_error(self.spec, layer) for layer in range(1, self.spec.n_layers + 1)])
+        power = jacobian[:, DEFINITIONS.index("all_sources")]
+        passed = np.cumsum((errors * power / (1 + power))[::-1])[::-1]
+        self.backward["grad_second_moment_error"] = np.append(passed, 0.0)
+        self.backward["jacobian_deviation_error"] = np.concatenate([absent, np.tile(errors[:, None], 3)])
 
 
 def predict(
@@ -107,8 +113,10 @@ def predict(
     (init std * embedding_scale)^2. documents: (n_tokens,) integers, tokens see keys of their own document only.
     over: field names (or `n_tokens`, `token_correlation`) with their values; the result has these dimensions first, the
     second of those two as `input_token_correlation`. backward: add the variables `jacobian_deviation` (layer,
-    definition), ||J - I||_F^2 / d of each block in the three definitions of `block_jacobian`, and `grad_second_moment`
-    (layer), of the gradient of the stream relative to that of the last layer. progress: called with the layers done and
+    definition), ||J - I||_F^2 / d of each block in the three definitions of `block_jacobian`, with its relative error
+    `jacobian_deviation_error`, and `grad_second_moment`
+    (layer), of the gradient of the stream relative to that of the last layer, with `grad_second_moment_error`, the sum
+    of the former's over the layers above. progress: called with the layers done and
     their number.
     method: "auto" takes the two-scalar recursion where tokens are exchangeable (full attention without positions), the
     deterministic closure of the token Gram matrix where it holds, and else draws attention heads; "sampled" draws them
@@ -134,8 +142,10 @@ def predict(
     array([3. , 1.5])
     ...
     """
+    require(isinstance(spec, ModelSpec), AssumptionError, "spec", type(spec).__name__, "no model", "a ModelSpec")
     check_integer("seed", seed, 0)
     require(method in METHODS, AssumptionError, "method", method, "unknown", " or ".join(METHODS))
+    require(over is None or isinstance(over, Mapping), AssumptionError, "over", over, "no mapping", "field: values")
     axes = dict(over or {})
     points = []
     for fields in combinations(axes):
@@ -240,7 +250,7 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
     }
     variables["exactness"] = (dims, stacked([p.exactness for p in points]))
     for name in points[0].backward:
-        last = ("definition",) if name == "jacobian_deviation" else ()
+        last = ("definition",) if name.startswith("jacobian") else ()
         variables[name] = ((*labels, "layer", *last), stacked([p.backward[name] for p in points]))
     given = points[0].token_correlation
     same = "token_correlation" not in axes
@@ -263,15 +273,16 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
-    require(bool(good), AssumptionError, name, value, "outside the domain", f"an integer >= {least}")
+    """`AssumptionError` unless `value` is an integer in least..MAX_INTEGER."""
+    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= MAX_INTEGER
+    above = isinstance(value, int) and value > MAX_INTEGER
+    domain = f"an integer up to {MAX_INTEGER}" if above else f"an integer >= {least}"
+    require(bool(good), AssumptionError, name, value, "outside the domain", domain)
 
 
 def checked_correlation(value: object, n_tokens: int) -> float | np.ndarray:
-    try:
-        matrix = np.asarray(value, dtype=float)
-    except (TypeError, ValueError):
-        matrix = np.asarray(np.nan)
+    matrix = np.asarray(value)
+    matrix = matrix.astype(float) if matrix.dtype.kind in "iuf" else np.asarray(np.nan)
     domain = "a number in [0, 1] or an (n_tokens, n_tokens) correlation matrix"
 
     def check(good: object, shown: object) -> None:

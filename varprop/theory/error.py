@@ -12,7 +12,8 @@ Gaussian. Neglected terms, each with its size:
 - quadrature: QUADRATURE_ERROR.
 
 The stream adds its branches' errors in absolute size. Token correlations (ratios of means over networks):
-CORRELATION_BIAS of the site times (layer + 1) * `inverse_width`.
+CORRELATION_BIAS of the site times (layer + 1) * `inverse_width`, times the attention's gain sigma_OV^2 where that is
+above 1 (its fluctuations then make up more of what the feed-forward's convex kernel averages over).
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ CORRELATION_BIAS = {"attn_out": 0.2, "mlp_out": 0.1, "stream": 0.1}
 IRREGULAR_PASSED = 2
 """Error of the stream's token correlation per irregular error of an attention layer: 1.5 on a text of the demo's words
 (experiments/LOG.md), and no more in deeper layers."""
-QUADRATURE_ERROR = 1e-6
+GATE_VARIANCE = 0.5
+"""Relative variance over tokens of a mixture's power, which a norm after it feels: 0.4 for 2 of 8 experts."""
+QUADRATURE_ERROR = 3e-6
 MLP_MATRICES = ("gate", "up", "down", "router")
 INPUT_POWER = 3
 """|f|^2 scales at most like |u|^(2 * 3): a gated relu2."""
-EXACTNESS = ("exact", "quadrature", "O(1/width)")
 
 
 def inverse_width(spec: ModelSpec) -> float:
@@ -109,6 +111,7 @@ class _Budget:
         self.spec, self.n_tokens, self.q = spec, n_tokens, second_moment
         self.inverse_width = inverse_width(spec)
         self.attention_error = np.zeros((spec.n_layers, 2)) if attention_error is None else attention_error
+        self.attention_gain = 0.0 if spec.attention is None else attention_gains(spec, 1).value_output
         self.passed_on = self._passed_on(token_correlation)
         self.layers = np.arange(1, spec.n_layers + 1)
         self.relative = np.zeros_like(second_moment)
@@ -131,7 +134,7 @@ class _Budget:
             placement = spec.norm_placement(i + 1)
             row, marks = [relative] * 5, [quadrature] * 5
             for site, skip, error, by_quadrature in branches:
-                row[site] = self._branch(error[i], relative, placement, q[i][site], i)
+                row[site] = self._branch(error[i], relative, placement, q[i][site], i, site)
                 absolute = skip * absolute + row[site] * q[i][site]
                 if placement == "post":  # the norm forgets the size of its input, but for eps
                     m = q[i][site + 1]
@@ -145,7 +148,9 @@ class _Budget:
             self.relative[:, site] *= exists
         return self._claims(present)
 
-    def _branch(self, error: float, relative_input: float, placement: str, second_moment: float, index: int) -> float:
+    def _branch(
+        self, error: float, relative_input: float, placement: str, second_moment: float, index: int, site: int
+    ) -> float:
         """Relative error of what a branch adds, after the norms around it."""
         spec = self.spec
         if placement in ("post", "reordered"):  # the branch reads the stream as it is
@@ -153,7 +158,8 @@ class _Budget:
             error += INPUT_POWER * relative_input + (fluctuation if placement == "reordered" or index == 0 else 0.0)
         if placement in ("peri", "reordered"):  # its output has the second moment m of a normalised vector
             m = min(1.0, second_moment / spec.branch_scale**2)
-            error = (1 - m) * (error + 2 * m * self.inverse_width)
+            gates = GATE_VARIANCE if site == 3 and spec.is_moe(index + 1) else 0.0
+            error = (1 - m) * (error + m * (2 * self.inverse_width + gates))
         return error
 
     def _passed_on(self, token_correlation: np.ndarray) -> np.ndarray:
@@ -165,7 +171,7 @@ class _Budget:
         before = np.concatenate([[0.0], irregular[:-1]])
         self.response = np.zeros(self.spec.n_layers)
         if before.any():
-            gain = self.spec.branch_scale**2 * attention_gains(self.spec, 1).value_output
+            gain = self.spec.branch_scale**2 * self.attention_gain
             apart = np.maximum(1 - token_correlation[:, 0], 1e-3)
             self.response = before * np.maximum(gain / self.q[:, 1] - 1, 0.0) / apart
         return np.repeat(irregular[:, None], 5, axis=1)
@@ -174,7 +180,7 @@ class _Budget:
         depth = (self.layers + 1) * self.inverse_width if self.n_tokens > 1 else np.zeros(len(self.layers))
         correlation = np.empty_like(self.q)
         for site, name in enumerate(("stream", "attn_out", "stream", "mlp_out", "stream")):
-            correlation[:, site] = CORRELATION_BIAS[name] * depth
+            correlation[:, site] = CORRELATION_BIAS[name] * depth * max(1.0, self.attention_gain)
         correlation += self.passed_on
         correlation[:, 0] = np.concatenate([[0.0], correlation[:-1, 4]])  # the embedding is exact
         for exists, site in zip(present, (1, 3), strict=True):

@@ -260,7 +260,7 @@ def _mixture_rule(gains: MoEGains, part: MoESpec, d_model: int, n_tokens: int) -
         return np.broadcast_to(moe_second_moment(m, own, part), covariance.shape), covariance
 
     def expert_choice(m: np.ndarray, correlation: np.ndarray, chosen: slice) -> tuple[np.ndarray, np.ndarray]:
-        return expert_choice_moments(m, correlation, _chosen(gains, chosen), part, n_tokens)
+        return expert_choice_moments(m, correlation, _chosen(gains, chosen), part, n_tokens, d_model)
 
     return token_choice if part.routing == "token_choice" else expert_choice
 

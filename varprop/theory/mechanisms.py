@@ -65,6 +65,7 @@ class Context:
     base: Profile
     changed: Profile
     stream: Stream
+    n_tokens: int
 
     @property
     def attention_share(self) -> float:
@@ -98,7 +99,7 @@ def _density(strength: float) -> None:
 
 def _masked(spec: ModelSpec, density: float, kind: str, matrices: Sequence[str]) -> ModelSpec:
     _density(density)
-    require(not spec.masks.any, AssumptionError, "masks", spec.masks, "not dense", "a spec without masks")
+    require(not spec.masks.any, AssumptionError, "masks", "given", "not dense", "a spec without masks")
     mask = MaskSpec(kind=kind, density=float(density))  # type: ignore[arg-type]
     return replace(spec, masks=WeightMasks(**dict.fromkeys(matrices, mask)))
 
@@ -201,7 +202,7 @@ def _mask_condition(context: Context, noise_factor: float) -> str:
     least = critical_correlation(stream.n_layers, stream.noise + stream.common, stream.start)
     return (
         f"share rises for factors f in ({even:.3g}, 1), most at f = {best:.3g}, if g = f^2 (mask independent of the "
-        f"weights) and r > {least:.2g}; never at r = 0"
+        f"weights) and r > {least:.2g}; never at r = 0 while every layer adds the same"
     )
 
 
@@ -249,7 +250,8 @@ def _rows_kept(context: Context) -> tuple[float, float]:
 
 
 def _rows_thinned(context: Context) -> tuple[float, float]:
-    return _ratio(context), context.mixed(context.strength, 1.0) ** 2
+    row_sum = context.strength + (1 - context.strength) / context.n_tokens  # the own key is always kept
+    return _ratio(context), context.mixed(row_sum, 1.0) ** 2
 
 
 def _routed(context: Context) -> tuple[float, float]:
@@ -284,7 +286,8 @@ MECHANISMS: dict[str, Mechanism] = {
         lambda spec, x: _key_masked(spec, x, "before_softmax"),
         _rows_kept,
         _always(
-            "raises attention noise (up to 1/density) at fixed correlation; q_L falls only if tokens correlate less"
+            "adds noise (attention's, up to 1/density, at fixed token correlation), and so raises the share; at "
+            "initialisation v_L and q_L can fall, where tokens correlate less"
         ),
     ),
     "key_mask_after_softmax": Mechanism(
@@ -299,18 +302,17 @@ MECHANISMS: dict[str, Mechanism] = {
         "context longer by the factor strength",
         _longer,
         _rows_kept,
-        _always(
-            "never: denser attention, averaging over more keys; only the noise falls, which lowers the coherent share"
-        ),
+        _always("share never rises: attention averages over more keys, only the noise falls"),
         lambda n_tokens, x: round(n_tokens * x),
     ),
     "gqa": Mechanism(
         None,
         "strength query heads per key/value head",
         _grouped,
-        lambda context: (1.0, 1.0),
+        _same,
         _always(
-            "zero in the mean; factor 1 + eta (g-1) kappa for output maps of a group aligned by eta: falls for eta < 0"
+            "no effect at equal gains (Xavier's rule raises them); factor 1 + eta (g-1) kappa for output maps of a "
+            "group aligned by eta: falls for eta < 0"
         ),
     ),
     "moe": Mechanism(
@@ -325,13 +327,13 @@ MECHANISMS: dict[str, Mechanism] = {
         "experts of equal active width, gates normalised, strength = n_experts / top_k",
         lambda spec, x: _mixture(spec, x, True),
         lambda context: (_routed(context)[0], 1.0),
-        _always("never while the experts share their common component (g = 1); no reduction at all at top_k = 1"),
+        _always("share never rises while the experts have their common component in common (g = 1)"),
     ),
     "weight_decay": Mechanism(
         0.5,
         "variance of every block weight times strength (AdamW equilibrium: decay times 1 / strength)",
         _decayed,
         _same,
-        _always("never: noise and common component fall alike (f = g); only the share of log variance rises"),
+        _always("share never rises: noise and common component fall alike (f = g)"),
     ),
 }

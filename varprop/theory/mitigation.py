@@ -88,10 +88,11 @@ def mitigation(
     Factors f and g. Output masks: (rho, rho^2), exact for masks independent of the weights; magnitude masks (e, e^2),
     leading order in small common entries; masks on all matrices: (F, F^2), F the ratio of v at initialisation, exact
     for linear branches; key masks and context: noise by the ratio at initialisation, common by the square of the mean
-    row sum; MoE: noise by S_2, common by (E sum of gates)^2 for a component that all experts share; decay: both by F.
-    Branch factors are those of the first block (at the given token correlation), weighted by the shares of the branches
-    in what all blocks add. Coherent Jacobians assume v_J proportional to the branch power; the coherent token
-    correlation takes noise as independent and the common component as the same between tokens.
+    row sum (flat logits); MoE: noise by S_2, common by (E sum of gates)^2 for a component that all experts share;
+    GQA and decay: both by F. Branch factors are those of the first block (at the given token correlation), weighted by
+    the shares of the branches in what all blocks add. Coherent Jacobians assume v_J proportional to the branch power.
+    The correlation r of a coherent stream is the limit of deep layers (`coherent_correlation`); its token correlation
+    takes noise as independent and the common component as the same between tokens.
 
     At initialisation: `predict`, with the error that it states; no Jacobian of key-masked attention.
     Raises `AssumptionError` outside the domain. Source: signs proved in proofs/prove_mitigation.py.
@@ -115,7 +116,7 @@ def mitigation(
     before = _profile(baseline, n_tokens, c)
     after = _profile(changed, rule.tokens(n_tokens, strength), c)
     stream = _stream(baseline, before, branch_correlation, c) if stream is None else stream
-    context = Context(baseline, float(strength), before, after, stream)
+    context = Context(baseline, float(strength), before, after, stream, n_tokens)
     f, g = rule.factors(context)
     at = stream.n_layers, stream.noise, stream.common, stream.start
     return Effect(
@@ -170,29 +171,35 @@ COLUMNS = {
     "jacobian": "‖J-I‖²",
     "token_mean_jacobian": "‖J-I‖², token mean",
 }
+COHERENT = ["increment", "second_moment", "share", "log_share"]
+"""Columns of a coherent stream: all layers add alike, and the Jacobian follows the share by assumption."""
 
 
 def as_markdown(effects: Sequence[Effect]) -> str:
     """Two tables of changes in percent, initial and coherent; the token correlation as a difference."""
-    initial = [[*_cells(effect.at_init), f"{effect.at_init.token_correlation:+.3f}"] for effect in effects]
+    initial = [_cells(effect.at_init, list(COLUMNS)) for effect in effects]
     coherent = [
         [
-            *_cells(effect.coherent)[:-1],
-            f"{effect.coherent.token_correlation:+.3f}",
+            *_cells(effect.coherent, COHERENT),
             f"{effect.noise_factor:.3g}, {effect.common_factor:.3g}",
             effect.condition,
         ]
         for effect in effects
     ]
     names = [f"{effect.mechanism.replace('_', ' ')} {effect.strength:g}" for effect in effects]
-    columns = list(COLUMNS.values())
-    first = _table(["at initialisation", *columns, "token correlation"], names, initial)
-    head = ["coherent stream", *columns[:-1], "token correlation", "f, g", "sign flips"]
+    first = _table(["at initialisation", *COLUMNS.values(), "token correlation"], names, initial)
+    head = [
+        "coherent stream",
+        *(COLUMNS[name] for name in COHERENT),
+        "token correlation",
+        "f, g",
+        "when the sign flips",
+    ]
     return f"{first}\n\n{_table(head, names, coherent)}"
 
 
-def _cells(change: Change) -> list[str]:
-    return [_percent(getattr(change, name)) for name in COLUMNS]
+def _cells(change: Change, columns: Sequence[str]) -> list[str]:
+    return [*(_percent(getattr(change, name)) for name in columns), f"{change.token_correlation:+.3f}"]
 
 
 def _table(head: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -215,13 +222,19 @@ def _check(mechanism: str, spec: ModelSpec, n_tokens: int, token_correlation: fl
     check_number("n_tokens", n_tokens, 2, integer=True)
     check_number("token_correlation", token_correlation, 0, 1)
     check_number("branch_correlation", branch_correlation, 0, 1)
+    require(
+        spec.norm.placement == "pre", AssumptionError, "norm.placement", spec.norm.placement, "not covered", "'pre'"
+    )
 
 
 def _exchangeable(spec: ModelSpec) -> ModelSpec:
-    """The spec with full attention, no positions, sinks or windows."""
+    """The spec without mechanisms of attention: full, one key/value head a query head, no positions, masks or sinks."""
     if spec.attention is None:
         return spec
-    plain = {"pattern": "full", "rope_theta": None, "window": None, "n_sink_tokens": 0, "sink_logit": False}
+    plain = {
+        **{"pattern": "full", "rope_theta": None, "window": None, "n_sink_tokens": 0, "sink_logit": False},
+        **{"n_kv_heads": None, "key_mask_density": 1.0},
+    }
     return replace(spec, attention=replace(spec.attention, **plain), window_pattern=())
 
 

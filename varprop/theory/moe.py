@@ -159,6 +159,7 @@ def expert_choice_moments(
     gains: MoEGains,
     part: MoESpec,
     n_tokens: int,
+    d_model: float = np.inf,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Second moment and covariance of a mixture's output under expert choice, for exchangeable tokens.
 
@@ -188,11 +189,11 @@ def expert_choice_moments(
     inputs = second_moment, second_moment, correlation
     scale, functions = part.gate_multiplier**2, (part.activation, part.gated)
     diagonal = scale * power * feed_forward_second_moment(second_moment, gains.experts, *functions)
-    covariance = scale * overlap * feed_forward_covariance(*inputs, gains.experts, *functions)
+    covariance = scale * overlap * feed_forward_covariance(*inputs, gains.experts, *functions, d_model)
     if gains.shared is None:
         return diagonal, covariance
     shared = feed_forward_second_moment(second_moment, gains.shared, *functions)
-    pair = feed_forward_covariance(*inputs, gains.shared, *functions)
+    pair = feed_forward_covariance(*inputs, gains.shared, *functions, d_model)
     if gains.shared_gate is not None:
         variance = gains.shared_gate * second_moment
         shared, pair = (

@@ -22,6 +22,8 @@ from varprop.theory.quadrature import chi_square_nodes, hermite_basis, normal_no
 
 Z_MAX = 10.0
 """Normal tails beyond 10 standard deviations hold 1e-23: negligible even summed over 10^9 tokens."""
+MAX_STD = 200
+"""Largest logit standard deviation: the grid of an integral grows with its square; weights are one-hot long before."""
 MAX_OVERLAP_STD = 8
 """Largest logit standard deviation that the two-query series resolves; beyond it heads are drawn (attention.py)."""
 
@@ -41,8 +43,8 @@ class SoftmaxMoments:
 
 def _check(n_tokens: int, logit_std: float) -> None:
     require(n_tokens >= 1, AssumptionError, "n_tokens", n_tokens, "too small", "an integer >= 1")
-    good = math.isfinite(logit_std) and logit_std >= 0
-    require(good, AssumptionError, "logit_std", logit_std, "outside the domain", "a finite number >= 0")
+    good = math.isfinite(logit_std) and 0 <= logit_std <= MAX_STD
+    require(good, AssumptionError, "logit_std", logit_std, "outside the domain", f"a number in [0, {MAX_STD}]")
 
 
 def softmax_participation(
