@@ -11,7 +11,13 @@ from varprop import presets
 from varprop.errors import AssumptionError
 from varprop.spec import AttentionSpec, FeedForwardSpec, InitSpec, ModelSpec
 from varprop.theory import predict
-from varprop.theory.collapse import correlation_step, feed_forward_kernel, rank_collapse, token_collapse
+from varprop.theory.collapse import (
+    attention_strength,
+    correlation_step,
+    feed_forward_kernel,
+    rank_collapse,
+    token_collapse,
+)
 
 
 def spec(output_gain=1.0, activation="silu", gated=True, attention=True) -> ModelSpec:
@@ -122,3 +128,13 @@ def test_a_drift_of_zero_moves_nothing():
     part = FeedForwardSpec(d_ff=256, activation="identity", gated=False)
     linear = ModelSpec(d_model=64, n_layers=4, feed_forward=part)
     assert token_collapse(linear, token_correlation=0.9).fixed_point == 0.9
+
+
+def test_a_mask_after_the_softmax_multiplies_the_strength_by_the_squared_row_sum():
+    """Equal tokens, 4,000 keys, 300 rows: 5 standard errors of 0.3 % (false-fail rate 1e-6)."""
+    density = 0.3
+    masked = spec().with_fields({"key_mask_density": density, "key_mask_place": "after_softmax"})
+    kept = np.random.default_rng(1).random((300, 4000)) < density
+    squares = kept.mean(axis=1) ** 2
+    measured = attention_strength(masked, 1) / attention_strength(spec(), 1)
+    assert abs(measured - squares.mean()) < 5 * squares.std() / 300**0.5

@@ -180,6 +180,23 @@ def test_a_gaussian_stream_telescopes():
     np.testing.assert_allclose(spread[:, 4], (2 / 64) ** 0.5, rtol=1e-3)
 
 
+def test_cosines_of_many_tokens_add_to_the_power():
+    """A linear branch of infinite inner width, T = 2 d: 6,000 networks, 4.5 standard errors (0.9 % each; false-fail
+    rate 7e-6) and 1/d. The covariance of cosines and Gram matrix is 40 % of the variance: 25 % of it are seen."""
+    d, n_tokens, n_networks = 48, 96, 6000
+    part = FeedForwardSpec(d_ff=10**8, activation="identity", gated=False)
+    spec = ModelSpec(d_model=d, n_layers=1, feed_forward=part)
+    q = (spec.tensor_table()[0].init_std * spec.embedding_scale) ** 2
+    rng, powers = np.random.default_rng(5), []
+    for _ in range(n_networks):
+        x = rng.standard_normal((n_tokens, d))
+        u = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
+        powers.append(np.mean((q**0.5 * x + u @ rng.standard_normal((d, d)) / d**0.5) ** 2))
+    measured, stderr = log_spread_and_stderr(np.array(powers))
+    predicted = fluctuation(spec, n_tokens=n_tokens).second_moment[1, 4]
+    assert abs(measured - np.log(predicted)) < 4.5 * stderr + 1 / d
+
+
 def test_grams_of_exchangeable_tokens_change_nothing():
     spec = ModelSpec(d_model=64, n_layers=2, attention=FULL, feed_forward=SWIGLU)
     profile = predict(spec, n_tokens=6, token_correlation=0.2)

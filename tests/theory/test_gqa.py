@@ -93,8 +93,11 @@ def test_cosine_of_heads_that_share_keys(correlation: float) -> None:
     for column, value in zip(covariances.T, (overlap, participation), strict=True):
         error = abs(column.mean() - head_covariance(correlation, value, 1.0))
         assert error < 5 * column.std() / n**0.5 + 0.02 * column.mean()  # O(T/d) value-key coupling
-    excess = covariances[:, 0] - head_cosine(correlation, overlap, participation) * covariances[:, 1]
-    assert abs(excess.mean()) < 5 * excess.std() / n**0.5 + 0.02 * covariances[:, 0].mean()
+    spec = full(d_model=32, n_heads=2, n_kv_heads=2, logit_scale=1.5 / head_dim**0.5)
+    effect = gqa_effect(spec, 1, n_tokens=n_tokens, token_correlation=correlation)
+    for kappa in (head_cosine(correlation, overlap, participation), effect["kappa"]):
+        excess = covariances[:, 0] - kappa * covariances[:, 1]
+        assert abs(excess.mean()) < 5 * excess.std() / n**0.5 + 0.02 * covariances[:, 0].mean()
 
 
 def test_sharing_changes_no_mean_unless_the_initialisation_does() -> None:

@@ -11,8 +11,9 @@ from varprop import presets
 from varprop.errors import AssumptionError
 from varprop.spec import AttentionSpec, FeedForwardSpec, InitSpec, ModelSpec, NormSpec, ResidualSpec
 from varprop.theory import predict
+from varprop.theory.activation import activation_second_moment
 from varprop.theory.coherent import coherent_second_moment
-from varprop.theory.growth import Increment, classify, classify_spec
+from varprop.theory.growth import SMALL_SIGNAL, Increment, classify, classify_spec
 from varprop.theory.stream import stream_step
 
 RELU = FeedForwardSpec(d_ff=256, activation="relu", gated=False)
@@ -197,3 +198,28 @@ def test_branches_that_add_nothing_still_take_the_skip_scale():
     two = classify([Increment(1.0), Increment(0.0)], skip_scale=1.05)
     assert two.exponent == pytest.approx(2 * one.exponent)
     assert classify([Increment(0.0)], proportional=True, skip_scale=1.1).law == "exponential"
+
+
+@pytest.mark.parametrize("name", SMALL_SIGNAL)
+def test_small_signals(name):
+    """The second moment of the activation at variance 1e-6, where the next order is below 1e-5."""
+    coefficient, power = SMALL_SIGNAL[name]
+    assert float(activation_second_moment(name, 1e-6)) / 1e-6**power == pytest.approx(coefficient, rel=1e-5)
+
+
+@pytest.mark.parametrize("activation,gated,power", [("relu", True, 2), ("relu", False, 1), ("relu2", False, 2)])
+def test_every_gain_counts_under_lns(activation, gated, power):
+    """Increments coefficient * gains / l^power, exact for relu and relu2; each gain is different."""
+    gains = {"gate": 1.7, "up": 0.6, "down": 2.3} if gated else {"up": 0.6, "down": 2.3}
+    widths = {"gate": 64, "up": 64, "down": 256}
+    std = tuple((name, (gain / widths[name]) ** 0.5) for name, gain in gains.items())
+    part = FeedForwardSpec(d_ff=256, activation=activation, gated=gated)
+    lns = spec(feed_forward=part, norm=NormSpec(placement="lns"), init=InitSpec(overrides=std))
+    inner = {("relu", True): 0.5 * 1.7 * 0.6, ("relu", False): 0.5 * 0.6, ("relu2", False): 1.5 * 0.6**2}
+    step = inner[activation, gated] * 2.3
+    found = classify_spec(lns)
+    if power == 1:
+        assert (found.law, found.coefficient) == ("logarithmic", pytest.approx(step))
+    else:
+        start = (lns.tensor_table()[0].init_std * lns.embedding_scale) ** 2
+        assert (found.law, found.coefficient) == ("bounded", pytest.approx(start + step * np.pi**2 / 6))

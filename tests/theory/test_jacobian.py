@@ -122,6 +122,13 @@ def test_large_logits_fall_like_their_inverse():
     )
 
 
+@pytest.mark.parametrize("std", [0.5, 2.0])
+def test_equal_queries_have_one_attention_row(std):
+    """Queries of correlation 1: p_t.p_t' is the participation, exactly."""
+    found = softmax_averages(model(), 1, 16, np.array(std), np.array(1.0))
+    assert found.pair_overlap == pytest.approx(found.participation, rel=1e-9)
+
+
 def test_counts_cover_every_position():
     for n_tokens in (1, 7, 33, 1000, 10**6):
         for window in (None, 3, 500):
