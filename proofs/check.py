@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import mpmath
 import numpy as np
@@ -15,12 +15,21 @@ class ProofError(AssertionError):
     """A statement was found false, or could not be shown."""
 
 
+Status = Literal["proved", "proved for the cases shown", "checked numerically"]
+"""Symbolic and general; symbolic at fixed small sizes or sample parameters; by numbers."""
+PROVED, CASES, NUMERICAL = get_args(Status)
+
+
 class Proof(NamedTuple):
-    """One line of the table: what is shown, under which assumption, and the function that shows it or raises."""
+    """One line of the table: what is shown, under which assumption, and the function that shows it or raises.
+
+    status: None where `close` in the function tells a numerical check from a general proof.
+    """
 
     statement: str
     assumption: str
     function: Callable[..., None]
+    status: Status | None = None
 
 
 def equal(actual: Any, expected: Any) -> None:
@@ -35,6 +44,30 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     error = abs(mpmath.mpf(float(actual)) - expected) / max(1, abs(expected))
     if not error < tolerance:
         raise ProofError(f"{float(actual)!r} is off {mpmath.nstr(expected, 15)} by {mpmath.nstr(error, 3)}")
+
+
+def branches_agree(
+    rule: Callable[..., Any],
+    symbolic: Callable[..., Any],
+    points: Sequence[Sequence[Any]],
+    limit: Callable[..., float | None] = lambda *point: None,
+) -> None:
+    """The numpy branch of `rule` (one point; all in an array) against `symbolic` at exact rationals, relative 1e-12.
+
+    points: argument tuples, rationals that float64 holds exactly; limit: the value of the numpy branch where the closed
+    form does not apply, None where it does.
+    """
+    exact = [tuple(map(sympy.Rational, point)) for point in points]
+    expected = [limit(*point) for point in exact]
+    if all(value is not None for value in expected):
+        raise ProofError("no point of the grid lies in the domain of the closed form")
+    columns = np.array(exact, dtype=float)
+    for point, row, value, entry in zip(exact, columns.tolist(), expected, rule(*columns.T), strict=True):
+        for actual in (rule(*row), entry):
+            if value is None:
+                close(actual / mpmath.mpf(sympy.N(symbolic(*point, xp=sympy), 30)), 1, 1e-12)
+            elif actual != value:
+                raise ProofError(f"{actual} at {row} should be {value}")
 
 
 def expect(expression: Any, moments: Mapping[sympy.Symbol, Sequence[Any]]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_moments
+from proofs.check import CASES, Proof, close, equal, expect, normal_moments
 from varprop.theory.attention import incoherent_average, key_factor, value_key_coupling
 
 T = 3
@@ -118,10 +118,15 @@ def prove_key_factor(rule=key_factor):
 
 
 PROOFS = [
-    Proof("p'Cp = c + (1 - c) sum p^2, uniform limit", "weights sum to 1, one correlation", prove_incoherent_average),
-    Proof("E[C | keys] = C + (S - head_dim C) / d", "Wishart fluctuations, first order", prove_posterior),
-    Proof("value-key coupling", "exchangeable tokens, many keys, first order in 1/d", prove_coupling),
+    Proof(
+        "p'Cp = c + (1 - c) sum p^2, uniform limit",
+        "weights sum to 1, one correlation",
+        prove_incoherent_average,
+        CASES,
+    ),
+    Proof("E[C | keys] = C + (S - head_dim C) / d", "Wishart fluctuations, first order", prove_posterior, CASES),
+    Proof("value-key coupling", "exchangeable tokens, many keys, first order in 1/d", prove_coupling, CASES),
     Proof("its small-logit form, for two queries", "many keys, first order in s^2 and 1/d", prove_small_logit_coupling),
-    Proof("its form for i.i.d. tokens", "i.i.d. tokens", prove_iid_coupling),
+    Proof("its form for i.i.d. tokens", "i.i.d. tokens", prove_iid_coupling, CASES),
     Proof("Bartlett factor of a key matrix (sampled, 6 standard errors)", "Gaussian weights", prove_key_factor),
 ]

@@ -13,7 +13,7 @@ import mpmath
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_average, normal_moments, plane_integral
+from proofs.check import CASES, PROVED, Proof, close, equal, expect, normal_average, normal_moments, plane_integral
 from varprop import presets
 from varprop.theory.backward import gradient_growth, jacobian_product, weight_gradient_second_moment
 from varprop.theory.branch_jacobian import gated_jacobian, gated_sum_jacobian, norm_jacobian, plain_jacobian
@@ -57,7 +57,7 @@ def prove_identity_deviation(rule=identity_deviation):
 
 
 def prove_product_excess(rule=product_excess):
-    """Powers and traces multiply for J_i = t_i I + X_i with zero-mean independent X_i of i.i.d. entries."""
+    """Powers and traces multiply for J_i = t_i I + X_i with zero-mean independent X_i of i.i.d. entries, d = 2."""
     t, std = sympy.symbols("t:2", positive=True), sympy.symbols("sigma:2", positive=True)
     parts = [_matrix(f"x{i}_", D, D) for i in range(2)]
     moments = _normals(parts[0], std[0]) | _normals(parts[1], std[1])
@@ -304,20 +304,22 @@ def prove_weight_gradient(rule=weight_gradient_second_moment):
 
 
 PROOFS = [
-    Proof("norm Jacobian of one token and of two, rms and layer", "equal second moments", prove_norm_jacobian),
-    Proof("||J - I||^2 from power and trace", "none", prove_identity_deviation),
-    Proof("power of a product", "independent zero-mean parts", prove_product_excess),
-    Proof("plain feed-forward Jacobian", "slopes independent of the weights after them", prove_plain_jacobian),
-    Proof("gated feed-forward Jacobian", "slopes independent of the weights after them", prove_gated_jacobian),
-    Proof("Jacobian of a gated sum of experts", "independent zero-mean experts and router", prove_gated_sum),
-    Proof("softmax Jacobian: value, key and query path", "Gaussian tokens, fixed weights", prove_softmax_sources),
-    Proof("overlap of centring matrices", "none", prove_centred_overlap),
+    Proof("norm Jacobian of one token and of two, rms and layer", "equal second moments", prove_norm_jacobian, CASES),
+    Proof("||J - I||^2 from power and trace", "none", prove_identity_deviation, CASES),
+    Proof("power of a product", "independent zero-mean parts, i.i.d. entries", prove_product_excess, CASES),
+    Proof("plain feed-forward Jacobian", "slopes independent of the weights after them", prove_plain_jacobian, CASES),
+    Proof("gated feed-forward Jacobian", "slopes independent of the weights after them", prove_gated_jacobian, CASES),
+    Proof("Jacobian of a gated sum of experts", "independent zero-mean experts and router", prove_gated_sum, CASES),
+    Proof(
+        "softmax Jacobian: value, key and query path", "Gaussian tokens, fixed weights", prove_softmax_sources, CASES
+    ),
+    Proof("overlap of centring matrices", "none", prove_centred_overlap, CASES),
     Proof("softmax power moments, two and three keys (1e-8)", "i.i.d. normal logits", prove_power_moments),
     Proof("gate Jacobian, two experts (1e-7)", "i.i.d. normal router logits", prove_gate_two_experts),
     Proof("gate Jacobian, three experts (1e-8)", "i.i.d. normal router logits", prove_gate_three_experts),
     Proof("gate Jacobian, normalised sigmoid (1e-8)", "i.i.d. normal router logits", prove_gate_normalised_sigmoid),
     Proof("mean rotation between positions", "none", prove_mean_rotation),
-    Proof("product of Jacobians over depth; telescoping", "equal blocks", prove_jacobian_product),
+    Proof("product of Jacobians over depth; telescoping", "equal blocks", prove_jacobian_product, PROVED),
     Proof("its bound (q_L / q_0)^(v_J / v), Bernoulli", "positive increments", prove_gradient_growth),
-    Proof("weight gradient over correlated tokens", "gradient independent of input", prove_weight_gradient),
+    Proof("weight gradient over correlated tokens", "gradient independent of input", prove_weight_gradient, CASES),
 ]

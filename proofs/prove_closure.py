@@ -11,7 +11,7 @@ import mpmath
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_average, normal_moments
+from proofs.check import CASES, PROVED, Proof, close, equal, expect, normal_average, normal_moments
 from varprop.theory.closure import equivalent_keys, iid_third_order, pair_factor, second_order, third_order
 from varprop.theory.softmax_table import softmax_table
 
@@ -119,7 +119,7 @@ def _log_mean_series(rows: list[list[Any]], order: int) -> list[Any]:
     return [expect(series[m], law) if m in (2, 4, 6) else 0 for m in range(order + 1)]
 
 
-CASES = (
+EXAMPLES = (
     [[1, 0], [sympy.Rational(3, 5), sympy.Rational(4, 5)]],
     [[1, 0], [sympy.Rational(3, 5), sympy.Rational(4, 5)], [sympy.Rational(-5, 13), sympy.Rational(12, 13)]],
     [[1, 0, 0], [0, 1, 0], [sympy.Rational(2, 3), sympy.Rational(1, 3), sympy.Rational(2, 3)]],
@@ -128,7 +128,7 @@ CASES = (
 
 def prove_third_order(rule=third_order):
     """S_bar, Q and R of 1 - F'(s) / s = 1 - 2 f_2 - 4 f_4 s^2 - 6 f_6 s^4 for three unit-diagonal S."""
-    for rows in CASES:
+    for rows in EXAMPLES:
         matrix = np.array(sympy.Matrix(rows) * sympy.Matrix(rows).T)
         series, size = _log_mean_series(rows, 6), len(rows)
         terms = second_order(matrix, matrix, np.full((size, size), sympy.Rational(1, size)))
@@ -161,11 +161,13 @@ def prove_pair_factor(rule=pair_factor):
 
 
 PROOFS = [
-    Proof("second order of E p_t' V p_u", "Gaussian logits, any V, S and base weights", prove_second_order),
-    Proof("equivalent set exact: equicorrelated, groups of copies", "second order", prove_equivalent_keys),
-    Proof("equivalent set exact for any two keys (1e-10; table 1e-6)", "Gaussian logits", prove_two_keys),
-    Proof("F'(s) = s (mean S_jj - E p'Sp)", "Gaussian logits", prove_integration_by_parts),
-    Proof("S_bar, Q, R are cumulants of the logits (three S)", "Gaussian logits, unit diagonal", prove_third_order),
-    Proof("third order of i.i.d. keys, n = 2, 3, 4, 7", "i.i.d. logits", prove_iid_third_order),
-    Proof("pair factor: small logits, k = 0, many keys, fluctuating k", "Gaussian logits", prove_pair_factor),
+    Proof("second order of E p_t' V p_u", "Gaussian logits, any V, S and base weights", prove_second_order, CASES),
+    Proof("equivalent set exact: equicorrelated, groups of copies", "second order", prove_equivalent_keys, CASES),
+    Proof("equivalent set of two keys, one example (1e-10; table 1e-6)", "Gaussian logits", prove_two_keys),
+    Proof("F'(s) = s (mean S_jj - E p'Sp)", "Gaussian logits", prove_integration_by_parts, CASES),
+    Proof(
+        "S_bar, Q, R are cumulants of the logits (three S)", "Gaussian logits, unit diagonal", prove_third_order, CASES
+    ),
+    Proof("third order of i.i.d. keys, n = 2, 3, 4, 7", "i.i.d. logits", prove_iid_third_order, CASES),
+    Proof("pair factor: small logits, k = 0, many keys, fluctuating k", "Gaussian logits", prove_pair_factor, PROVED),
 ]

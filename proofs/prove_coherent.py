@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import sympy
 
-from proofs.check import Proof, ProofError, equal, expect, normal_moments
+from proofs.check import CASES, NUMERICAL, Proof, ProofError, branches_agree, equal, expect, normal_moments
 from varprop.theory.coherent import (
     break_even_common_factor,
     break_even_density,
@@ -158,16 +159,89 @@ def prove_log_share(rule=log_share):
         raise ProofError("the slope does not fall")
 
 
+GRID = tuple(itertools.product((1, 2, 16, 96), ("1/64", "3/4", 5), ("1/32", "3/4", 2), ("1/16", 1)))
+"""l, a, b, q_0"""
+
+
+def prove_share_branches(rule=coherent_share):
+    factors = ((1, 1), ("1/4", "1/16"), ("3/2", 0))
+    branches_agree(rule, coherent_share, [(*point, *pair) for point in GRID for pair in factors])
+
+
+def prove_optimal_branches(rule=optimal_density):
+    """With w below and above b; the numpy branch takes another form of the root for w > b."""
+    points = [(*point, spread) for point in GRID for spread in (0, "1/64", 3)]
+    branches_agree(rule, optimal_density, points, lambda n, a, b, q0, w: math.inf if n == 1 else None)
+
+
+def prove_onset_branches(rule=mitigation_onset):
+    branches_agree(rule, mitigation_onset, sorted({point[1:] for point in GRID}, key=str))
+
+
+def prove_break_even_branches(rule=break_even_density):
+    def limit(n, a, b, q0):
+        return None if a * n * (n - 1) > q0 else math.inf
+
+    branches_agree(rule, break_even_density, GRID, limit)
+
+
+def prove_break_even_common_branches(rule=break_even_common_factor):
+    def limit(n, a, b, q0, f):
+        return None if a * n * (n - 1) > q0 else -math.inf
+
+    points = [(*point, factor) for point in GRID for factor in ("1/2", 1, "5/4")]
+    branches_agree(rule, break_even_common_factor, points, limit)
+
+
+def prove_critical_branches(rule=critical_correlation):
+    """At l >= 2 and K != 1/2: there the numpy branch returns infinity too, but with a RuntimeWarning on the way."""
+
+    def limit(n, v, q0):
+        k = v * n * (n - 1) / q0
+        return None if k > 1 and (k - 1) ** 2 >= 4 * k else math.inf
+
+    points = list(itertools.product((2, 3, 16, 96), ("3/64", "3/4", 5), ("1/16", 1)))
+    branches_agree(rule, critical_correlation, points, limit)
+
+
 PROOFS = [
-    Proof("coherent stream q_0 + f a l + g b l^2", "one common component, independent noise", prove_second_moment),
+    Proof(
+        "coherent stream q_0 + f a l + g b l^2", "one common component, independent noise", prove_second_moment, CASES
+    ),
     Proof("share: dU/df > 0, dU/dk > 0, sign of dU/dg", "coherent stream, l >= 1", prove_share),
     Proof("masking never raises the share at r = 0", "no common component", prove_no_common),
-    Proof("branch correlation b l / sqrt((a + b) q)", "coherent stream", prove_correlation),
-    Proof("mask factors rho and rho^2 (+ spread)", "mask independent of the weights", prove_masked),
-    Proof("optimal density rho*", "coherent stream, output mask", prove_optimal),
+    Proof("branch correlation b l / sqrt((a + b) q)", "coherent stream", prove_correlation, CASES),
+    Proof("mask factors rho and rho^2 (+ spread)", "mask independent of the weights", prove_masked, CASES),
+    Proof("optimal density rho*", "coherent stream, output mask", prove_optimal, CASES),
     Proof("first layer where a mask helps", "coherent stream, output mask", prove_onset),
     Proof("density below which a mask hurts again", "coherent stream, output mask", prove_break_even),
     Proof("common factor below which the share rises", "coherent stream", prove_break_even_common),
-    Proof("smallest branch correlation for which a mask helps", "coherent stream, output mask", prove_critical),
+    Proof("smallest branch correlation for which a mask helps", "coherent stream, output mask", prove_critical, CASES),
     Proof("log share of the last block falls with the scale", "q_0 + k F_l, F increasing", prove_log_share),
+    Proof("share: numpy and symbolic branches agree (1e-12)", "grid of parameters", prove_share_branches, NUMERICAL),
+    Proof(
+        "optimal density: numpy and symbolic branches agree (1e-12)",
+        "grid of parameters",
+        prove_optimal_branches,
+        NUMERICAL,
+    ),
+    Proof("onset: numpy and symbolic branches agree (1e-12)", "grid of parameters", prove_onset_branches, NUMERICAL),
+    Proof(
+        "break-even density: numpy and symbolic branches agree (1e-12)",
+        "grid of parameters",
+        prove_break_even_branches,
+        NUMERICAL,
+    ),
+    Proof(
+        "break-even common factor: numpy and symbolic branches agree (1e-12)",
+        "grid of parameters",
+        prove_break_even_common_branches,
+        NUMERICAL,
+    ),
+    Proof(
+        "critical correlation: numpy and symbolic branches agree (1e-12)",
+        "grid of parameters",
+        prove_critical_branches,
+        NUMERICAL,
+    ),
 ]

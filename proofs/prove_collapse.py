@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from proofs.check import Proof, equal, expect, normal_moments
+from proofs.check import CASES, Proof, equal, expect, normal_moments
 from varprop.theory.collapse import approach_exponent, correlation_drift, correlation_step, rank_collapse
 
 q, a, v, p = sympy.symbols("q a v p", positive=True)
@@ -63,8 +63,8 @@ def prove_rank_collapse(rule=rank_collapse):
 
 
 PROOFS = [
-    Proof("token correlation after a residual sum", "branch uncorrelated with the stream", prove_step),
+    Proof("token correlation after a residual sum", "branch uncorrelated with the stream", prove_step, CASES),
     Proof("drift of the token correlation", "exchangeable tokens", prove_drift),
     Proof("power law of the approach to c*", "infinitely many tokens, l -> infinity", prove_exponent),
-    Proof("rank collapse (Noci et al.)", "uniform attention, linear feed-forward", prove_rank_collapse),
+    Proof("rank collapse (Noci et al.)", "uniform attention, linear feed-forward", prove_rank_collapse, CASES),
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import mpmath
 import sympy
 
-from proofs.check import Proof, close, equal
+from proofs.check import NUMERICAL, Proof, branches_agree, close, equal
 from varprop.theory.decay import equilibrium_steps, normalizer_factor, weight_equilibrium, weight_second_moment
 
 eta, lam = sympy.symbols("eta lambda", positive=True)
@@ -32,6 +35,11 @@ def prove_equilibrium(rule=weight_equilibrium):
 
 def prove_steps(rule=equilibrium_steps):
     equal(sympy.log(1 - eta * lam) * 2 * rule(eta, lam, sympy), -1)
+
+
+def prove_steps_branches(rule=equilibrium_steps):
+    points = list(itertools.product(("1/65536", "1/1024", "3/8"), (0, "1/64", "1/8", 2)))
+    branches_agree(rule, equilibrium_steps, points, lambda rate, decay: None if decay else math.inf)
 
 
 def prove_trajectory(rule=weight_second_moment):
@@ -64,6 +72,7 @@ def prove_normalizer(rule=normalizer_factor):
 PROOFS = [
     Proof("AdamW: E w^2 with momentum, eta / (2 lambda) for small steps", "white-noise gradients", prove_equilibrium),
     Proof("its time constant -1 / (2 ln(1 - eta lambda))", "none", prove_steps),
+    Proof("time constant: numpy and symbolic branches agree (1e-12)", "grid", prove_steps_branches, NUMERICAL),
     Proof("E w^2 after t steps", "white updates of unit variance", prove_trajectory),
     Proof("factor of Adam's normaliser, first order in 1 - beta_2", "Gaussian gradients", prove_normalizer),
 ]

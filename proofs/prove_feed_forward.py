@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_average, normal_moments, plane_integral
+from proofs.check import CASES, Proof, close, equal, expect, normal_average, normal_moments, plane_integral
 from varprop.theory.activation import activation_second_moment
 from varprop.theory.feed_forward import (
     FeedForwardGains,
@@ -108,8 +108,8 @@ def prove_silu_share(rule=activation_second_moment):
 
 
 PROOFS = [
-    Proof("gated output: gain_down gain_up C E phi phi'", "independent zero-mean weights", prove_gated),
-    Proof("plain output: gain_down E phi phi'", "independent zero-mean weights", prove_plain),
+    Proof("gated output: gain_down gain_up C E phi phi'", "independent zero-mean weights", prove_gated, CASES),
+    Proof("plain output: gain_down E phi phi'", "independent zero-mean weights", prove_plain, CASES),
     Proof("second moment of the output, silu (1e-10)", "Gaussian weights", prove_second_moment),
     Proof("covariance of two tokens, silu (1e-10)", "Gaussian weights", prove_pair),
     Proof("its first correction in 1/d (1e-5)", "Gaussian entries", prove_width),

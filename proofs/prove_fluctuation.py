@@ -9,7 +9,7 @@ import mpmath
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_average, normal_moments
+from proofs.check import CASES, Proof, close, equal, expect, normal_average, normal_moments
 from varprop.theory.branch_noise import PATTERNS, activation_unit, mean_covariance, normal_unit, rectified_moments
 from varprop.theory.fluctuation import (
     averaged_attention_variance,
@@ -218,7 +218,7 @@ def prove_activation_unit(rule=_activation_fourth):
 
 
 def prove_activation_pair(rule=_activation_fourth):
-    """E relu(h)^2 relu(h')^2 is the arc-cosine kernel of order 2 at every correlation."""
+    """E relu(h)^2 relu(h')^2 is the arc-cosine kernel of order 2."""
     for correlation in (0.2, 0.6, 0.9):
         angle = mpmath.acos(correlation)
         kernel = 3 * mpmath.sin(angle) * mpmath.cos(angle) + (mpmath.pi - angle) * (1 + 2 * mpmath.cos(angle) ** 2)
@@ -226,16 +226,25 @@ def prove_activation_pair(rule=_activation_fourth):
 
 
 PROOFS = [
-    Proof("Var q / q^2 = (2/n)(1 + (T-1) c^2)/T", "exchangeable Gaussian tokens", prove_gaussian_power),
-    Proof("covariance of q and of the mean token's power", "exchangeable Gaussian tokens", prove_gaussian_covariance),
-    Proof("seven covariances of a Gram matrix give Var q, Cov, Var s", "exchangeable tokens", prove_patterns),
+    Proof("Var q / q^2 = (2/n)(1 + (T-1) c^2)/T", "exchangeable Gaussian tokens", prove_gaussian_power, CASES),
+    Proof(
+        "covariance of q and of the mean token's power",
+        "exchangeable Gaussian tokens",
+        prove_gaussian_covariance,
+        CASES,
+    ),
+    Proof("seven covariances of a Gram matrix give Var q, Cov, Var s", "exchangeable tokens", prove_patterns, CASES),
     Proof("Wishart patterns give the Gaussian law, every T", "exchangeable tokens", prove_wishart_patterns),
     Proof("output weights telescope over depth", "Gaussian output weights", prove_telescoping),
-    Proof("(2/n) tr(A G B G) for any token Gram matrix", "Wishart matrix", prove_gram_covariance),
-    Proof("relative variance of a feed-forward, exact", "i.i.d. inner units, Gaussian output", prove_feed_forward),
-    Proof("relative variance of attention values, with groups", "fixed patterns, Gaussian values", prove_attention),
+    Proof("(2/n) tr(A G B G), one token Gram matrix (1e-13)", "Wishart matrix", prove_gram_covariance),
+    Proof(
+        "relative variance of a feed-forward, exact", "i.i.d. inner units, Gaussian output", prove_feed_forward, CASES
+    ),
+    Proof(
+        "relative variance of attention values, with groups", "fixed patterns, Gaussian values", prove_attention, CASES
+    ),
     Proof("fourth moments of a normal unit (Wick)", "exchangeable Gaussian tokens", prove_normal_unit),
     Proof("E max(h, 0)^k by recursion", "normal h", prove_rectified),
     Proof("fourth moments of an activation, c = 0 and 1", "exchangeable Gaussian tokens", prove_activation_unit),
-    Proof("fourth moments of relu, every c", "exchangeable Gaussian tokens", prove_activation_pair),
+    Proof("fourth moments of relu, c = 0.2, 0.6, 0.9", "exchangeable Gaussian tokens", prove_activation_pair),
 ]

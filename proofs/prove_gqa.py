@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_moments
+from proofs.check import CASES, Proof, close, equal, expect, normal_moments
 from varprop.spec import AttentionSpec, FeedForwardSpec, InitSpec, ModelSpec, layer_table
 from varprop.theory.gqa import (
     aligned_mean_factor,
@@ -100,15 +100,21 @@ def prove_xavier(rule=xavier_value_gain):
 
 
 PROOFS = [
-    Proof("E o_h.o_h' / head_dim = sigma_V^2 (c + (1 - c) p.p')", "Gaussian values, rows given", prove_head_covariance),
+    Proof(
+        "E o_h.o_h' / head_dim = sigma_V^2 (c + (1 - c) p.p')",
+        "Gaussian values, rows given",
+        prove_head_covariance,
+        CASES,
+    ),
     Proof("correlation of two heads of a group, limits", "ratio of means", prove_head_cosine),
     Proof("heads of a group share 1/T of their keys", "independent queries, i.i.d. logits", prove_independent_queries),
-    Proof("aligned output maps: 1 + eta (g - 1) kappa", "heads of one correlation kappa", prove_aligned_mean),
+    Proof("aligned output maps: 1 + eta (g - 1) kappa", "heads of one correlation kappa", prove_aligned_mean, CASES),
     Proof(
         "variance of the heads' power, (2/(n h))(1 + (g-1) kappa^2)",
         "Gaussian values, rows given",
         prove_relative_variance,
+        CASES,
     ),
-    Proof("output weights multiply E P^2 by 1 + 2/d", "Gaussian output weights", prove_output_factor),
+    Proof("output weights multiply E P^2 by 1 + 2/d", "Gaussian output weights", prove_output_factor, CASES),
     Proof("Xavier value gain 2d / (d + G h), falling in G", "Xavier initialisation", prove_xavier),
 ]

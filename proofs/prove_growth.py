@@ -75,6 +75,6 @@ def prove_bounded(rule=coefficient):
 PROOFS = [
     Proof("laws at r = 0: linear, logarithmic, polynomial, bounded", "increments v l^-p L^-s", prove_independent),
     Proof("laws at r > 0: quadratic, linear, squared log, bounded", "increments v l^-p L^-s", prove_aligned),
-    Proof("exponential only for skip scale > 1 or v ~ q", "constant v, or v = k q", prove_exponential),
+    Proof("exponential for skip scale > 1, and for v = k q", "constant v; or skip scale 1", prove_exponential),
     Proof("bounded for r < 0 and for skip scale < 1", "constant v", prove_bounded),
 ]

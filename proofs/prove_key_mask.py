@@ -9,7 +9,7 @@ import mpmath
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal
+from proofs.check import CASES, Proof, close, equal
 from varprop.theory.key_mask import binomial_nodes, kept_form, kept_inverse, kept_inverse_square, masked_output_form
 
 rho = sympy.Symbol("rho", positive=True)
@@ -77,9 +77,9 @@ def prove_kept_form(rule=kept_form, size=4):
 
 
 PROOFS = [
-    Proof("E 1/n of the kept keys, N = 1..6", "independent masks, own key kept", prove_kept_inverse),
+    Proof("E 1/n of the kept keys, N = 1..6", "independent masks, own key kept", prove_kept_inverse, CASES),
     Proof("E 1/n^2 by its recursion (1e-10)", "independent masks, own key kept", prove_kept_inverse_square),
-    Proof("p'Cp after a mask on the weights", "independent masks, own weight kept", prove_masked_output),
+    Proof("p'Cp after a mask on the weights", "independent masks, own weight kept", prove_masked_output, CASES),
     Proof("Gauss rule of a binomial law (1e-11)", "none", prove_binomial_nodes),
     Proof("p'Vp over kept keys at zero logits (1e-10)", "independent masks, own key kept", prove_kept_form),
 ]

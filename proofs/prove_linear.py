@@ -8,7 +8,7 @@ from typing import Any
 import mpmath
 import sympy
 
-from proofs.check import Proof, ProofError, close, equal, expect, normal_moments
+from proofs.check import CASES, Proof, ProofError, close, equal, expect, normal_moments
 from varprop.theory.linear import (
     attention_mask_factors,
     bernoulli_excess_kurtosis,
@@ -189,16 +189,20 @@ def prove_ranked(rule=ranked_moment):
 
 
 PROOFS = [
-    Proof("second moment of a Bernoulli-masked output", "independent mask, Gaussian weights", prove_second_moment),
+    Proof(
+        "second moment of a Bernoulli-masked output", "independent mask, Gaussian weights", prove_second_moment, CASES
+    ),
     Proof("it increases with the density", "independent mask", prove_retained_variance_increases),
-    Proof("its excess kurtosis", "independent mask, Gaussian weights", prove_kurtosis),
+    Proof("its excess kurtosis", "independent mask, Gaussian weights", prove_kurtosis, CASES),
     Proof("which falls with the density", "independent mask, Gaussian weights", prove_kurtosis_falls),
-    Proof("its fourth moment, given and Gaussian inputs", "independent mask, Gaussian weights", prove_fourth_moment),
-    Proof("excess kurtosis under a block mask", "independent blocks, Gaussian weights", prove_block_kurtosis),
-    Proof("concentration of blocks of inputs", "Gaussian inputs", prove_block_concentration),
-    Proof("coherent + noise: density^2 against density", "independent mask", prove_structured),
+    Proof(
+        "its fourth moment, given and Gaussian inputs", "independent mask, Gaussian weights", prove_fourth_moment, CASES
+    ),
+    Proof("excess kurtosis under a block mask", "independent blocks, Gaussian weights", prove_block_kurtosis, CASES),
+    Proof("concentration of blocks of inputs", "Gaussian inputs", prove_block_concentration, CASES),
+    Proof("coherent + noise: density^2 against density", "independent mask", prove_structured, CASES),
     Proof("it increases with the density", "entries <= 2 coherent + noise", prove_structured_increases),
-    Proof("masks on Q, K against V, O", "independent masks", prove_attention_factors),
+    Proof("masks on Q, K against V, O", "independent masks", prove_attention_factors, CASES),
     Proof("variance kept by a magnitude mask", "Gaussian weights, infinite matrix", prove_magnitude),
     Proof("fourth moment kept by a magnitude mask", "Gaussian weights, infinite matrix", prove_magnitude_fourth),
     Proof("kept variance is concave in the density", "Gaussian weights, infinite matrix", prove_magnitude_concave),

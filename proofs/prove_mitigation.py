@@ -8,7 +8,7 @@ from typing import Any
 import mpmath
 import sympy
 
-from proofs.check import Proof, ProofError, close, equal
+from proofs.check import CASES, Proof, ProofError, close, equal
 from varprop.theory.attention import incoherent_average
 from varprop.theory.gates import gate_first_moment, gate_second_moment
 from varprop.theory.linear import magnitude_retained_variance
@@ -58,16 +58,18 @@ def prove_key_mask_before(rule=softmax_participation):
             raise ProofError(f"participation {values} does not fall with the number of keys")
 
 
-def prove_gates(rule=gate_second_moment):
-    """Normalised gates: 1/k <= sum g^2 <= (sum g)^2 = 1, the upper end at k = 1 only; not normalised: below S_1.
+def prove_gate_bounds():
+    """(sum g)^2 - sum g^2 = 2 sum_{i<j} g_i g_j > 0 and k sum g^2 - (sum g)^2 = sum_{i<j} (g_i - g_j)^2 >= 0."""
+    for k in (2, 3, 4):
+        gates = sympy.symbols(f"g_0:{k}", positive=True)
+        total, square = sum(gates), sum(g**2 for g in gates)
+        pairs = list(itertools.combinations(gates, 2))
+        equal(total**2 - square, 2 * sum(x * y for x, y in pairs))
+        equal(k * square - total**2, sum((x - y) ** 2 for x, y in pairs))
 
-    (sum g)^2 - sum g^2 = 2 sum_{i<j} g_i g_j >= 0 and k sum g^2 - (sum g)^2 = sum_{i<j} (g_i - g_j)^2 >= 0.
-    """
-    gates = sympy.symbols("g_0:3", positive=True)
-    total, square = sum(gates), sum(g**2 for g in gates)
-    pairs = list(itertools.combinations(gates, 2))
-    equal(total**2 - square, 2 * sum(x * y for x, y in pairs))
-    equal(3 * square - total**2, sum((x - y) ** 2 for x, y in pairs))
+
+def prove_gates(rule=gate_second_moment):
+    """Normalised gates inside the bounds of `prove_gate_bounds`; not normalised: S_2 below S_1."""
     close(rule(16, 1, 0.9, normalize=True), mpmath.mpf(1))
     for k in (2, 8):
         value = rule(16, k, 0.9, normalize=True)
@@ -90,8 +92,11 @@ def prove_magnitude_common(rule=magnitude_retained_variance):
 
 
 PROOFS = [
-    Proof("key mask after the softmax lowers the variance", "mask independent of the rows", prove_key_mask_after),
+    Proof(
+        "key mask after the softmax lowers the variance", "mask independent of the rows", prove_key_mask_after, CASES
+    ),
     Proof("key mask before the softmax raises it (flat logits)", "random keys kept", prove_key_mask_before),
-    Proof("1/k <= S_2 <= 1, 1 only at k = 1", "normalised gates", prove_gates),
+    Proof("(sum g)^2 / k <= sum g^2 < (sum g)^2, k = 2, 3, 4", "positive gates", prove_gate_bounds, CASES),
+    Proof("1/k < S_2 < 1 at k = 2, 8; S_2 = 1 at k = 1", "i.i.d. normal router logits", prove_gates),
     Proof("magnitude mask: noise e, common component e^2", "small common entries", prove_magnitude_common),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from proofs.check import Proof, close, equal, expect, normal_moments
+from proofs.check import CASES, Proof, close, equal, expect, normal_moments
 from varprop import presets
 from varprop.spec import MoESpec
 from varprop.theory.feed_forward import FeedForwardGains
@@ -60,8 +60,10 @@ def prove_factors(rule=moe_against_dense):
 
 
 PROOFS = [
-    Proof("shared and routed outputs add in variance", "independent zero-mean experts", prove_mix_shared),
-    Proof("E f_t.f_s = (sum of products of gates) K_E", "independent zero-mean experts", prove_independent_experts),
+    Proof("shared and routed outputs add in variance", "independent zero-mean experts", prove_mix_shared, CASES),
+    Proof(
+        "E f_t.f_s = (sum of products of gates) K_E", "independent zero-mean experts", prove_independent_experts, CASES
+    ),
     Proof("one expert, flat gates, independent tokens, shared gate", "ReLU experts", prove_reductions),
     Proof("MoE against dense: the factors multiply to the ratio", "equal inputs", prove_factors),
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import sympy
 
-from proofs.check import Proof, equal, expect, normal_moments
+from proofs.check import CASES, Proof, equal, expect, normal_moments
 from varprop.theory.norm import (
     centred_correlation,
     centred_second_moment,
@@ -119,13 +119,13 @@ def prove_second_moment_mean(rule=normalised_second_moment_mean):
 
 
 PROOFS = [
-    Proof("second moment after an RMS norm", "one token", prove_second_moment),
-    Proof("gain vector: mean of g^2", "exchangeable entries", prove_gain),
+    Proof("second moment after an RMS norm", "one token", prove_second_moment, CASES),
+    Proof("gain vector: mean of g^2", "exchangeable entries", prove_gain, CASES),
     Proof("mean second moment where the norm fluctuates", "second order", prove_second_moment_mean),
-    Proof("covariance after an RMS norm", "two tokens", prove_covariance),
+    Proof("covariance after an RMS norm", "two tokens", prove_covariance, CASES),
     Proof("its mean with eps", "Gaussian entries, O(1/d)", prove_covariance_mean),
-    Proof("mean variance that a layer norm divides by", "independent entries of one mean", prove_centred),
-    Proof("correlation left by a layer norm", "two tokens", prove_centred_correlation),
+    Proof("mean variance that a layer norm divides by", "independent entries of one mean", prove_centred, CASES),
+    Proof("correlation left by a layer norm", "two tokens", prove_centred_correlation, CASES),
     Proof("mean of a cosine", "Gaussian entries, O(1/d)", prove_cosine_mean),
     Proof("variance of a cosine", "Gaussian entries, O(1/d)", prove_cosine_variance),
     Proof("bias that eps leaves", "Gaussian entries, O(1/d)", prove_eps_fluctuation),

@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import sympy
 
-from proofs.check import Proof, close, equal, normal_average
+from proofs.check import CASES, Proof, close, equal, normal_average
 from varprop.theory.attention import rotate
 from varprop.theory.patterns import (
     causal_uniform_participation,
@@ -86,11 +86,11 @@ def prove_sink_uniform(rule=sink_uniform_form, size=3):
 
 
 PROOFS = [
-    Proof("causal uniform attention: H_T / T, T = 1..7", "no logits", prove_causal_uniform),
-    Proof("window: (H_w + (T - w) / w) / T, T = 1..7", "no logits", prove_window_uniform),
+    Proof("causal uniform attention: H_T / T, T = 1..7", "no logits", prove_causal_uniform, CASES),
+    Proof("window: (H_w + (T - w) / w) / T, T = 1..7", "no logits", prove_window_uniform, CASES),
     Proof("documents: sum H_i / sum T_i", "no logits", prove_documents),
     Proof("rotary kernel: covariance of rotated logits", "Gaussian queries and keys", prove_rotary_kernel),
-    Proof("logit variance under QK-norm", "given moments, key directions uniform", prove_qk_norm),
-    Proof("sink logit beside uniform attention", "no logits", prove_sink_uniform),
+    Proof("logit variance under QK-norm", "given moments, key directions uniform", prove_qk_norm, CASES),
+    Proof("sink logit beside uniform attention", "no logits", prove_sink_uniform, CASES),
     Proof("mean slope of a soft cap (1e-9)", "normal logits", prove_softcap_slope),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from proofs.check import Proof, equal, expect, normal_moments
+from proofs.check import CASES, Proof, equal, expect, normal_moments
 from varprop.theory.residual import residual_second_moment
 
 
@@ -19,5 +19,10 @@ def prove_master_identity(rule=residual_second_moment):
 
 
 PROOFS = [
-    Proof("skip^2 q + branch^2 v: cross terms vanish", "zero-mean independent output weights", prove_master_identity)
+    Proof(
+        "skip^2 q + branch^2 v: cross terms vanish",
+        "zero-mean independent output weights",
+        prove_master_identity,
+        CASES,
+    )
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mpmath
 import sympy
 
-from proofs.check import Proof, close, equal, normal_average
+from proofs.check import CASES, Proof, close, equal, normal_average
 from varprop.spec import AttentionSpec, ModelSpec, NormSpec, ResidualSpec
 from varprop.theory.scaling import lns_gated_increment, predecessor_step, variant_second_moment, variant_share
 
@@ -74,8 +74,8 @@ def prove_predecessor(rule=predecessor_step):
 
 
 PROOFS = [
-    Proof("second moment of every placement and depth scaling", "uncorrelated branches", prove_second_moment),
-    Proof("block share of the same", "uncorrelated branches", prove_share),
+    Proof("second moment of placements and depth scalings", "uncorrelated branches", prove_second_moment, CASES),
+    Proof("block share of the same", "uncorrelated branches", prove_share, CASES),
     Proof("DeepNorm share v / (v + 8 M sqrt(2 M)) (1e-10)", "two-matrix branch of degree 1", prove_deepnorm),
     Proof("increment of a gated network under LNS (1e-10)", "Gaussian weights", prove_gated),
     Proof("2502.05795: l^2 / 4 for Pre-LN, l for LNS", "its own recursion", prove_predecessor),

@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import sympy
 
-from proofs.check import Proof, ProofError, close, equal, expect, normal_moments
+from proofs.check import CASES, Proof, ProofError, close, equal, expect, normal_moments
 from varprop.theory.stream import (
     aligned_asymptote,
     aligned_bounds,
@@ -102,10 +102,10 @@ def prove_zeta(rule=zeta):
 
 PROOFS = [
     Proof("residual sum with a correlated branch", "skip scale, branch correlation r", prove_step),
-    Proof("sqrt q_L <= sqrt q_0 + sum sqrt v_l", "none (r <= 1)", prove_triangle),
-    Proof("fixed point v / (4 r^2), and with skip scale < 1", "constant v; r < 0 or a < 1", prove_stationary),
-    Proof("q ~ r^2 v l^2 + (1 - r^2) v l ln l", "constant v and r > 0", prove_aligned),
-    Proof("two-sided bound on the aligned stream", "constant v and r > 0", prove_bounds),
+    Proof("sqrt q_L <= sqrt q_0 + sum sqrt v_l", "skip scale 1, r <= 1", prove_triangle),
+    Proof("fixed point v / (4 r^2), and with skip scale < 1", "constant v; r < 0 or a < 1", prove_stationary, CASES),
+    Proof("q ~ r^2 v l^2 + (1 - r^2) v l ln l", "skip scale 1, constant v and r > 0", prove_aligned),
+    Proof("two-sided bound on the aligned stream", "skip scale 1, constant v and r > 0", prove_bounds),
     Proof("sums of powers of the layer (1e-10)", "none", prove_power_sum),
     Proof("zeta function (1e-12)", "argument > 0", prove_zeta),
 ]

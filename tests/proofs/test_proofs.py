@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import inspect
 
+import numpy as np
 import pytest
 
 from proofs.__main__ import main, modules
-from proofs.check import ProofError
+from proofs.check import CASES, NUMERICAL, PROVED, Proof, ProofError, branches_agree
 from varprop.theory.closure import SecondOrder
 from varprop.theory.expert_choice import ExpertChoice
 from varprop.theory.softmax import SoftmaxMoments
@@ -61,6 +62,7 @@ def test_most_proofs_take_their_rule():
     assert fixed == {
         *("prove_laplace", "prove_posterior", "prove_integration_by_parts", "prove_independent_experts"),
         *("prove_output_factor", "prove_own_series", "prove_reductions", "prove_independent_queries"),
+        "prove_gate_bounds",
     }
 
 
@@ -68,7 +70,39 @@ def test_table(capsys, monkeypatch):
     assert main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(ALL)
-    assert all(line.endswith(("proved", "checked numerically")) for line in lines)
+    assert all(line.endswith((PROVED, CASES, NUMERICAL)) for line in lines)
+    assert {proof.status for proof in ALL} == {None, PROVED, CASES, NUMERICAL}
+    shown = {proof.function.__name__: line for proof, line in zip(ALL, lines, strict=True)}
+    assert shown["prove_centred_overlap"].endswith(" " + CASES)
+    assert shown["prove_jacobian_product"].endswith(" " + PROVED)
+    assert shown["prove_relu"].endswith(" " + PROVED)
+    assert shown["prove_steps_branches"].endswith(" " + NUMERICAL)
+
+
+def test_table_takes_the_given_status(capsys, monkeypatch):
+    monkeypatch.setattr("proofs.__main__.modules", lambda: [MODULES[0]])
+    monkeypatch.setattr(MODULES[0], "PROOFS", [Proof("statement", "assumption", lambda: None, CASES)])
+    assert main() == 0
+    assert capsys.readouterr().out.rstrip().endswith(" " + CASES)
+
+
+def test_branches_agree_sees_each_kind_of_difference():
+    def inverse(x, xp=np):
+        return 1 / x if xp is not np else np.divide(1.0, x, out=np.full(np.shape(x), np.inf), where=np.asarray(x) > 0)
+
+    def limit(x):
+        return None if x else np.inf
+
+    branches_agree(inverse, inverse, [(2,), (0,)], limit)
+    for wrong in (
+        lambda x: inverse(x) if np.ndim(x) else 0.3,  # one point
+        lambda x: inverse(x) * (1.001 if np.ndim(x) else 1),  # an array
+        lambda x: np.minimum(inverse(x), 1e9),  # outside the closed form
+    ):
+        with pytest.raises(ProofError):
+            branches_agree(wrong, inverse, [(2,), (0,)], limit)
+    with pytest.raises(ProofError, match="no point"):
+        branches_agree(inverse, inverse, [(0,)], limit)
 
 
 def test_table_counts_failures(capsys, monkeypatch):
