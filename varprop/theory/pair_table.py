@@ -59,13 +59,19 @@ class PairTable:
         position = np.arccos(correlation) * self._per_angle
         index = np.minimum(position.astype(np.intp), N_ANGLES - 2)
         along = (position - index)[:, None] ** _CUBIC
-        place = np.maximum(np.minimum((np.log(second_moment) - self._middle) * self._inverse_half, 1.0), -1.0)
         cell = (along[:, None, :] @ self._table[self._rows, index]).reshape(len(index), -1, 2)
-        log_second_moment, apart = (np.cos(np.arccos(place)[:, None] * self._orders)[:, None, :] @ cell)[:, 0].T
+        log_second_moment, apart = self._at(second_moment, cell).T
         out = np.empty_like(state)
         np.exp(log_second_moment, out=out[0])
         np.multiply(out[0], 1 - (1 - correlation) * apart, out=out[1])
         return out
+
+    def _at(self, second_moment: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        """Chebyshev series (n_specs, orders, 2) in log m, summed."""
+        if cell.shape[1] == 1:
+            return cell[:, 0]
+        place = np.maximum(np.minimum((np.log(second_moment) - self._middle) * self._inverse_half, 1.0), -1.0)
+        return (np.cos(np.arccos(place)[:, None] * self._orders)[:, None, :] @ cell)[:, 0]
 
 
 _CUBIC = np.arange(4)
