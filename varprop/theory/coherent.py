@@ -203,10 +203,11 @@ def critical_correlation(layer: Any, increment: Any, start: Any = 1, xp: Any = n
     check_number("increment", increment, 0, above=True)
     check_number("start", start, 0)
     ratio = np.asarray(start / np.maximum(np.asarray(increment * layer * (np.asarray(layer) - 1.0)), 1e-300))
+    ratio = np.minimum(ratio, 1.0)  # K <= 1: no r helps, and nothing may overflow
     # in terms of 1 / K and without the cancellation of the difference: r^2 = 2 / K / (1 - 1/K + sqrt(...))
     root = (1 - ratio) ** 2 - 4 * ratio
     helps = (root >= 0) & (ratio < 1)
-    square = 2 * ratio / (1 - ratio + np.sqrt(np.where(helps, root, 1.0)))
+    square = 2 * ratio / np.where(helps, 1 - ratio + np.sqrt(np.where(helps, root, 1.0)), 1.0)
     return _plain(np.where(helps, np.sqrt(np.where(helps, square, 0.0)), np.inf))
 
 

@@ -91,8 +91,8 @@ def exchangeable_profile(
     state = np.stack([start, start * (token_correlation if n_tokens > 1 else 1.0)])
     frame = Frame(
         first,
-        skip_scale=np.array([spec.skip_scale for spec in specs]),
-        branch_scale=np.array([spec.branch_scale for spec in specs]),
+        skip_scale=_one_or_array([spec.skip_scale for spec in specs]),
+        branch_scale=_one_or_array([spec.branch_scale for spec in specs]),
     )
     rules = _Rules(specs, n_tokens, state[0])
     for _ in range(MAX_ROUNDS):
@@ -110,6 +110,11 @@ def exchangeable_profile(
         raise AssumptionError("second_moment grows without end over depth; expected smaller gains or scales")
     found = np.array(sites)  # (layers, sites, 2, specs)
     return tuple(np.moveaxis(found, (2, 3), (0, 1)))  # type: ignore[return-value]
+
+
+def _one_or_array(values: list[float]) -> float | np.ndarray:
+    """A number where all are equal: arithmetic with it is cheaper."""
+    return values[0] if len(set(values)) == 1 else np.array(values)
 
 
 def exchangeable_attention(
