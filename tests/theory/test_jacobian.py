@@ -73,8 +73,8 @@ def test_arrays_equal_numbers():
 
 
 def test_paper_model_at_step_zero():
-    """Dense 1B at T = 128: sqrt(token_mean / d) is at least what the value path alone gives, sigma_OV^2 = 0.671 whatever
-    T, and below the largest value that the paper plots (0.014; trained)."""
+    """Dense 1B at T = 128: sqrt(token_mean / d) is at least what the value path alone gives (sigma_OV^2 = 0.671 for any
+    T), and below the largest value that the paper plots (0.014; trained)."""
     spec = presets.get("paper_dense_1b")
     for q in (6.0, 13.0):
         found = (deviation(spec, q, 0.2, 128)["token_mean"] / spec.d_model) ** 0.5
