@@ -26,6 +26,11 @@ def erfcinv(x: Any, xp: Any = np) -> Any:
     return scipy.special.erfcinv(x) if xp is np else xp.erfinv(1 - x)
 
 
+def harmonic(n: Any, xp: Any = np) -> Any:
+    """1 + 1/2 + ... + 1/n."""
+    return scipy.special.digamma(np.asarray(n) + 1.0) + np.euler_gamma if xp is np else xp.harmonic(n)
+
+
 def normal_density(x: Any, xp: Any = np) -> Any:
     """The standard normal density."""
     return xp.exp(-(x**2) / 2) / xp.sqrt(2 * xp.pi)

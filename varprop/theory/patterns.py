@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
 
 from varprop.errors import AssumptionError, require
 from varprop.spec import ModelSpec
+from varprop.theory.namespace import harmonic
 from varprop.theory.quadrature import normal_nodes
 
 N_NODES = 24
@@ -61,11 +61,6 @@ def allowed_keys(
     return allowed
 
 
-def _harmonic(n: Any, xp: Any) -> Any:
-    """1 + 1/2 + ... + 1/n."""
-    return scipy.special.digamma(n + 1.0) + np.euler_gamma if xp is np else xp.harmonic(n)
-
-
 def causal_uniform_participation(n_tokens: Any, xp: Any = np) -> Any:
     """Mean over causal positions of sum_j p_j^2 under uniform attention: H_T / T, H_T = 1 + 1/2 + ... + 1/T.
 
@@ -77,7 +72,7 @@ def causal_uniform_participation(n_tokens: Any, xp: Any = np) -> Any:
     """
     if xp is np:
         require_integer("n_tokens", n_tokens, 1)
-    return _harmonic(n_tokens, xp) / n_tokens
+    return harmonic(n_tokens, xp) / n_tokens
 
 
 def window_uniform_participation(n_tokens: Any, window: Any, xp: Any = np) -> Any:
@@ -93,7 +88,7 @@ def window_uniform_participation(n_tokens: Any, window: Any, xp: Any = np) -> An
         require_integer("n_tokens", n_tokens, 1)
         require_integer("window", window, 1)
         window = min(window, n_tokens)
-    return (_harmonic(window, xp) + (n_tokens - window) / window) / n_tokens
+    return (harmonic(window, xp) + (n_tokens - window) / window) / n_tokens
 
 
 def document_uniform_participation(lengths: Sequence[int]) -> float:
@@ -107,7 +102,7 @@ def document_uniform_participation(lengths: Sequence[int]) -> float:
     require(len(lengths) > 0, AssumptionError, "lengths", lengths, "empty", "one integer >= 1 or more")
     for length in lengths:
         require_integer("lengths", length, 1)
-    return float(sum(_harmonic(length, np) for length in lengths) / sum(lengths))
+    return float(sum(harmonic(length, np) for length in lengths) / sum(lengths))
 
 
 def rotary_kernel(distance: np.ndarray, theta: float | None, fraction: float, head_dim: int) -> np.ndarray:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import numpy as np
-import scipy.special
 
 from varprop.errors import AssumptionError, require
 from varprop.spec.parts import DepthRule, Placement
 from varprop.theory.activation import activation_second_moment
 from varprop.theory.domain import check_number
+from varprop.theory.namespace import harmonic
 
 VARIANTS = ("pre", "lns", "inverse_sqrt_2L", "inverse_sqrt_L", "inverse_L", "peri", "reordered", "deepnorm", "mix")
 """Names of `NormSpec.placement` and `ResidualSpec.rule`; inverse_sqrt_2L is also the scaled initialisation."""
@@ -44,7 +44,7 @@ def variant_second_moment(
     if variant == "mix":
         beyond = layer - post_layers
         return 1 + increment * (np.maximum(beyond, 0) if xp is np else beyond)
-    total = _harmonic(layer, xp) if variant == "lns" else layer
+    total = harmonic(layer, xp) if variant == "lns" else layer
     return start + increment * total / _depth_divisor(variant, n_layers)
 
 
@@ -109,10 +109,6 @@ def predecessor_step(second_moment: Any, layer: Any = 1, xp: Any = np) -> Any:
 
 def _depth_divisor(variant: str, n_layers: Any) -> Any:
     return {"inverse_sqrt_2L": 2 * n_layers, "inverse_sqrt_L": n_layers, "inverse_L": n_layers**2}.get(variant, 1)
-
-
-def _harmonic(layer: Any, xp: Any) -> Any:
-    return scipy.special.digamma(np.asarray(layer) + 1.0) + np.euler_gamma if xp is np else xp.harmonic(layer)
 
 
 def _check(variant: str, layer: Any, n_layers: Any, increment: Any, start: Any) -> None:
