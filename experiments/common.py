@@ -11,7 +11,7 @@ from typing import TypeVar
 import joblib
 import numpy as np
 
-from varprop.simulate.explicit import networks_per_block
+from varprop.simulate.block import networks_per_block
 from varprop.spec import ModelSpec, layer_table
 
 T = TypeVar("T")

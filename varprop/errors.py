@@ -1,4 +1,4 @@
-"""The errors that bad input raises, and one warning. Every error is a `ValueError` with a one-line message.
+"""The errors that bad input raises, and the warnings. Every error is a `ValueError` with a one-line message.
 
 Message form: `name=value is <what is wrong>; expected <domain>`. The command line prints that line and exits with 2.
 """
@@ -22,6 +22,10 @@ class AssumptionError(VarpropError):
 
 class AccuracyWarning(UserWarning):
     """A prediction claims an error too large to be relied on; the message gives its size."""
+
+
+class ReducedBatchWarning(UserWarning):
+    """Memory was short: fewer networks are computed at a time. The numbers are the same."""
 
 
 class SchemaError(VarpropError):

@@ -138,7 +138,7 @@ def _check_finite(values: xr.DataArray, where: str) -> None:
         absent = _along(values, "layer", values.layer == 0) & _along(values, "site", values.site != "resid_post")
         if not (np.isnan(array) | ~absent).all():
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
-    elif "layer" in values.dims and ("branch" in values.dims or "definition" in values.dims):
+    elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
     bad = ~np.isfinite(array) & ~absent
     if bad.any():

@@ -19,7 +19,7 @@ import torch
 from varprop import presets
 from varprop.nn import Transformer
 from varprop.simulate import sample
-from varprop.simulate.explicit import Recorder
+from varprop.simulate.recorder import Recorder
 from varprop.spec import ModelSpec
 
 
@@ -42,7 +42,7 @@ def loop(spec: ModelSpec, n_tokens: int, n_networks: int) -> None:
     """One fresh network at a time, with the statistics of `sample`."""
     tokens = torch.arange(n_tokens)[None]
     for seed in range(n_networks):
-        Transformer(spec, seed=seed).hidden(tokens, Recorder(1, spec.n_layers))
+        Transformer(spec, seed=seed).hidden(tokens, Recorder(spec, 1, "cpu"))
 
 
 def seconds(actions: list[Callable[[], object]], repeats: int) -> list[float]:

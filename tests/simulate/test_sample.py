@@ -13,7 +13,7 @@ from varprop.errors import ArgumentError
 from varprop.nn import draw_layer
 from varprop.nn.init import make_generator
 from varprop.simulate import sample
-from varprop.simulate.explicit import MAX_NETWORKS, networks_per_block
+from varprop.simulate.block import MAX_NETWORKS, networks_per_block
 from varprop.spec import ModelSpec
 
 from ..reference.forward import block
@@ -25,11 +25,12 @@ SMALL = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48, density=0.5)
 @pytest.mark.parametrize("spec", [SMALL, SPECS["mask_moe"], SPECS["key_mask_before"]], ids=["dense", "moe", "key_mask"])
 def test_a_network_does_not_depend_on_how_many_there_are(spec: ModelSpec) -> None:
     """Counts on both sides of one and of two blocks of networks."""
-    assert networks_per_block(spec, 6) == MAX_NETWORKS
-    many = sample(spec, n_networks=2 * MAX_NETWORKS + 3, n_tokens=6, token_correlation=0.25)
-    for n_networks in (1, MAX_NETWORKS - 1, MAX_NETWORKS, MAX_NETWORKS + 1):
-        few = sample(spec, n_networks=n_networks, n_tokens=6, token_correlation=0.25)
-        assert few.equals(many.isel(network=slice(0, n_networks)))
+    assert networks_per_block(spec, 6) == MAX_NETWORKS["cpu"]
+    size = MAX_NETWORKS["cpu"]
+    many = sample(spec, n_networks=2 * size + 3, n_tokens=6, token_correlation=0.25)
+    for first, n_networks in ((0, 1), (0, size - 1), (0, size), (0, size + 1), (5, size), (size, 3)):
+        few = sample(spec, n_networks=n_networks, first_network=first, n_tokens=6, token_correlation=0.25)
+        assert few.equals(many.isel(network=slice(first, first + n_networks)))
 
 
 def test_networks_and_seeds_differ_and_a_run_repeats() -> None:
@@ -58,9 +59,9 @@ def test_statistics_equal_those_of_the_loop_written_network(name: str) -> None:
     x = np.random.default_rng(3).normal(size=(6, spec.d_model))
     n_networks = 2
     dataset = sample(spec, n_networks=n_networks, inputs=x, seed=4, dtype="float64")
-    generator = make_generator((4, int(spec.spec_id, 16)), 0, 0)
     streams, sites = [x] * n_networks, [{(0, "resid_post"): x} for _ in range(n_networks)]
     for layer in range(1, spec.n_layers + 1):
+        generator = make_generator((4, int(spec.spec_id, 16)), 0, layer)
         stack = draw_layer(spec, layer, generator, (networks_per_block(spec, 6),), dtype=torch.float64)
         for i in range(n_networks):
             own = {key: value[i].numpy() for key, value in stack.items()}
@@ -161,7 +162,7 @@ def test_absence_and_attributes(tmp_path) -> None:
         ({"n_networks": 1, "n_tokens": 2, "method": "magic"}, "method='magic' is unknown"),
         ({"n_networks": 1, "n_tokens": 2, "device": "abacus"}, "device='abacus' is not available"),
         ({"n_networks": 1, "n_tokens": 2, "draw_device": "abacus"}, "draw_device='abacus' is not available"),
-        ({"n_networks": 1, "n_tokens": 2, "draw_device": None}, "draw_device=None is not available"),
+        ({"n_networks": 1, "n_tokens": 2, "first_network": -1}, "first_network=-1 is outside"),
         ({"n_networks": 1, "n_tokens": 2, "dtype": "int8"}, "dtype='int8' is unknown"),
         ({"n_networks": 1, "inputs": np.full((2, 16), np.inf)}, "inputs=array is not finite"),
         ({"n_networks": 1, "inputs": np.zeros((2, 15))}, r"inputs=array is an array of float64 with shape \(2, 15\)"),
@@ -179,4 +180,5 @@ def test_bad_arguments_raise_one_line(arguments: dict[str, Any], message: str) -
 
 def test_large_layers_are_sampled_in_smaller_blocks() -> None:
     assert networks_per_block(presets.paper_dense_1b(), 256) == 1
-    assert networks_per_block(presets.tiny(), 64) == MAX_NETWORKS
+    assert networks_per_block(presets.tiny(), 64) == MAX_NETWORKS["cpu"]
+    assert networks_per_block(presets.tiny(), 64, "cuda") == MAX_NETWORKS["accelerator"]

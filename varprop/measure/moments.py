@@ -1,10 +1,13 @@
-"""Second-order statistics of a stream of tokens, accumulated in float64.
+"""Statistics of a stream of tokens, accumulated in float64.
 
 Every function takes x of shape (*lead, T, D), tokens by neurons, and reduces the last two axes: one number per network,
-sequence or whatever the leading axes are. Shape suffixes: `T` tokens, `D` d_model.
+sequence or whatever the leading axes are.
+Shape suffixes: `T` tokens, `D` d_model.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +17,46 @@ BRANCH_STREAM = {"attn_out": "resid_pre", "mlp_out": "resid_mid"}
 q_after = q + v + 2 r sqrt(q v) whatever the block (skip multiplier 1, no norm on the sum)."""
 
 
+@dataclass(frozen=True)
+class PowerSums:
+    """Sums over x (*lead, T, D), float64: what the statistics below are made of, each read off x once."""
+
+    n_tokens: int
+    d_model: int
+    values: Tensor  # over neurons, (*lead, T)
+    squares: Tensor  # over neurons, (*lead, T)
+    fourth_powers: Tensor  # over neurons, (*lead, T)
+    token: Tensor  # over tokens, (*lead, D)
+
+    @classmethod
+    def of(cls, x: Tensor) -> PowerSums:
+        """The sums of x."""
+        x = x.double()
+        squares = x.square()
+        fourth = torch.linalg.vecdot(squares, squares)
+        return cls(x.shape[-2], x.shape[-1], x.sum(dim=-1), squares.sum(dim=-1), fourth, x.sum(dim=-2))
+
+    def second_moment(self) -> Tensor:
+        """As the function of this name."""
+        return self.squares.mean(dim=-1) / self.d_model
+
+    def fourth_moment(self) -> Tensor:
+        """As the function of this name."""
+        return self.fourth_powers.mean(dim=-1) / self.d_model
+
+    def variance(self) -> Tensor:
+        """As the function of this name; the squared mean is small against the squares, so that nothing cancels."""
+        return (self.squares / self.d_model - (self.values / self.d_model).square()).clamp(min=0).mean(dim=-1)
+
+    def token_correlation(self) -> Tensor:
+        """As the function of this name."""
+        power = self.squares.sum(dim=-1)
+        if self.n_tokens == 1:
+            return (power > 0).double()
+        pairs = self.token.square().sum(dim=-1) - power
+        return torch.where(power > 0, pairs / ((self.n_tokens - 1) * power), 0.0)
+
+
 def second_moment(x: Tensor) -> Tensor:
     """Mean of x^2 over tokens and neurons, shape (*lead), float64; exact to rounding.
 
@@ -21,6 +64,15 @@ def second_moment(x: Tensor) -> Tensor:
     5.0
     """
     return x.double().square().mean(dim=(-2, -1))
+
+
+def fourth_moment(x: Tensor) -> Tensor:
+    """Mean of x^4 over tokens and neurons, shape (*lead), float64; exact to rounding. 3 q^2 for Gaussian neurons.
+
+    >>> fourth_moment(torch.tensor([[1.0, 3.0]])).item()
+    41.0
+    """
+    return x.double().square().square().mean(dim=(-2, -1))
 
 
 def variance(x: Tensor) -> Tensor:
@@ -42,13 +94,7 @@ def token_correlation(x: Tensor) -> Tensor:
     >>> token_correlation(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).item()
     0.3333333333333333
     """
-    x = x.double()
-    n_tokens = x.shape[-2]
-    power = x.square().sum(dim=(-2, -1))
-    if n_tokens == 1:
-        return (power > 0).double()
-    pairs = x.sum(dim=-2).square().sum(dim=-1) - power
-    return torch.where(power > 0, pairs / ((n_tokens - 1) * power), 0.0)
+    return PowerSums.of(x).token_correlation()
 
 
 def branch_correlation(stream: Tensor, branch: Tensor) -> Tensor:
@@ -59,6 +105,6 @@ def branch_correlation(stream: Tensor, branch: Tensor) -> Tensor:
     >>> branch_correlation(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 2.0]])).item()
     0.7071067811865475
     """
-    stream, branch = stream.double(), branch.double()
-    scale = (stream.square().sum(dim=(-2, -1)) * branch.square().sum(dim=(-2, -1))).sqrt()
-    return torch.where(scale > 0, (stream * branch).sum(dim=(-2, -1)) / scale, 0.0)
+    x, f = stream.double().flatten(-2), branch.double().flatten(-2)
+    scale = (torch.linalg.vecdot(x, x) * torch.linalg.vecdot(f, f)).sqrt()
+    return torch.where(scale > 0, torch.linalg.vecdot(x, f) / scale, 0.0)

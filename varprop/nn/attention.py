@@ -2,10 +2,12 @@
 
 Shape suffixes: `T` tokens, `D` d_model, `N` query heads, `G` key/value heads, `H` head_dim. Query head h reads the
 key/value head h // kv_group_size. The spec's plain cases run on torch's fused attention, the others (soft-cap, sink
-logit, a key mask after the softmax) on the explicit softmax; `explicit` forces the latter.
+logit, a key mask after the softmax) on the explicit softmax; who observes the probabilities forces the latter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,10 +25,12 @@ def attention(
     spec: ModelSpec,
     layer: int,
     generator: torch.Generator | None = None,
-    *,
-    explicit: bool = False,
+    observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
-    """Output of the attention of a layer, (*lead, T, D). The generator draws the key mask, where the spec has one."""
+    """Output of the attention of a layer, (*lead, T, D). The generator draws the key mask, where the spec has one.
+
+    observe: called with `attention` and the probabilities (*lead, N, T, T) that multiply the values.
+    """
     part = spec._attention()
     q, k, v = (_heads(x, weights, spec, name) for name in ("q", "k", "v"))  # (*lead, N, T, H)
     scale = part.logit_scale or spec.head_dim**-0.5
@@ -35,11 +39,13 @@ def attention(
     after_softmax = part.key_mask_place == "after_softmax"
     if kept is not None and not after_softmax:
         allowed = kept if allowed is None else kept & allowed
-    if explicit or part.logit_softcap or part.sink_logit or (kept is not None and after_softmax):
+    if observe is not None or part.logit_softcap or part.sink_logit or (kept is not None and after_softmax):
         sink = weights["attention.sink"] if part.sink_logit else None
         probabilities = attention_probabilities(q, k, allowed, scale, part.logit_softcap, sink).to(v.dtype)
         if kept is not None and after_softmax:
             probabilities = probabilities * kept
+        if observe is not None:
+            observe("attention", probabilities)
         mixed = probabilities @ v
     elif kept is None and part.pattern != "full" and spec.window(layer) is None:
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

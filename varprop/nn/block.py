@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,8 @@ from varprop.spec import ModelSpec, layer_table
 
 Record = Callable[[int, str, Tensor], None]
 """Called with the layer, the site and the tensor (*lead, T, D) there; it must not change the tensor."""
+Observe = Callable[[int, str, Tensor], None]
+"""Called with the layer, and `attention` and its probabilities (*lead, N, T, T) or `gates` and theirs (*lead, T, E)."""
 KEY_MASK_STREAM = 1
 
 
@@ -28,18 +31,20 @@ def block_forward(
     layer: int,
     record: Record | None = None,
     generator: torch.Generator | None = None,
+    observe: Observe | None = None,
 ) -> Tensor:
     """The stream (*lead, T, D) after block `layer` (1..n_layers).
 
     weights: (out, in) or (*lead, out, in) by the names of `layer_table`. The generator draws the key mask. A part that
     the block lacks adds zeros and leaves the stream as it is.
     """
+    here = None if observe is None else functools.partial(observe, layer)
 
     def attend(y: Tensor) -> Tensor:
-        return attention(y, weights, spec, layer, generator)
+        return attention(y, weights, spec, layer, generator, here)
 
     def feed(y: Tensor) -> Tensor:
-        return (moe if spec.is_moe(layer) else feed_forward)(y, weights, spec, layer)
+        return moe(y, weights, spec, layer, here) if spec.is_moe(layer) else feed_forward(y, weights, spec, layer)
 
     has_attention = spec.attention is not None
     has_feed_forward = spec.feed_forward is not None or spec.moe is not None

@@ -29,14 +29,19 @@ def draw_layer(
     lead: tuple[int, ...] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    keep: slice = slice(None),
 ) -> dict[str, Tensor]:
-    """Effective weights (masked and rescaled) of a layer, (*lead, *shape), by their name in `layer_table`."""
+    """Effective weights (masked and rescaled) of a layer, (*lead, *shape), by their name in `layer_table`.
+
+    keep: the part of the first leading axis that is wanted; the numbers of all of it are drawn.
+    """
     weights = {}
     for name, row in layer_table(spec, layer).items():
         weight, mask = draw_tensor(row, generator, lead)
         if mask is not None and row.mask is not None:
             weight.mul_(mask).mul_(row.mask.factor)
-        weights[name] = weight.to(device, dtype)
+        part = weight if keep == slice(None) or keep == slice(0, weight.shape[0]) else weight[keep].clone()
+        weights[name] = part.to(device, dtype)
     return weights
 
 
@@ -53,7 +58,7 @@ def draw_tensor(row: TensorRow, generator: torch.Generator, lead: tuple[int, ...
     shape = (*lead, *row.shape)
     if row.init_std == 0:
         return torch.full(shape, row.init_mean, device=generator.device), None
-    weight = torch.randn(shape, generator=generator, device=generator.device).mul_(row.init_std).add_(row.init_mean)
+    weight = torch.empty(shape, device=generator.device).normal_(row.init_mean, row.init_std, generator=generator)
     return weight, None if row.mask is None else draw_mask(row.mask, weight, generator)
 
 

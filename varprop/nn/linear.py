@@ -7,16 +7,32 @@ a batch with shared weights (training) and a stack of networks with their own (s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
 
-Weights = Mapping[str, Tensor]
-"""Effective (already masked) weights of a layer by their name in `varprop.spec.layer_table`."""
+
+class LinearMap(Protocol):
+    """What stands for a matrix that is never formed (`varprop.simulate.gram`)."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The image (*lead, T, out) of x (*lead, T, in)."""
+        ...
+
+
+Weights = Mapping[str, Any]
+"""Effective (already masked) weights of a layer by their name in `varprop.spec.layer_table`: vectors are tensors,
+matrices are tensors or `LinearMap`s."""
+
+
+def multiply(x: Tensor, matrix: Tensor | LinearMap) -> Tensor:
+    """x W^T, (*lead, T, out)."""
+    return x @ matrix.mT if isinstance(matrix, Tensor) else matrix.apply(x)
 
 
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     """x W^T plus the bias `<name>_bias` where the layer has one."""
-    y = x @ weights[name].mT
+    y = multiply(x, weights[name])
     bias = f"{name}_bias"
     return y + per_token(weights[bias]) if bias in weights else y
 

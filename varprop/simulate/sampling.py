@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from varprop import results
 from varprop.errors import ArgumentError, require
-from varprop.simulate.explicit import explicit_block, networks_per_block
+from varprop.nn.init import draw_layer
+from varprop.simulate.block import Draw, Run, block_statistics
 from varprop.simulate.inputs import positive_integer, read_inputs
 from varprop.spec import ModelSpec
 
-METHODS = ("explicit",)
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+METHODS: dict[str, Draw] = {"explicit": draw_layer}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 def sample(
@@ -33,24 +34,30 @@ def sample(
     seed: int = 0,
     method: str = "explicit",
     device: str = "cpu",
-    draw_device: str = "cpu",
+    draw_device: str | None = None,
     dtype: str = "float32",
+    first_network: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Moments of `n_networks` freshly drawn networks at every layer and site.
+    """Statistics of `n_networks` freshly drawn networks at every layer.
 
-    Variables `second_moment`, `variance`, `token_correlation` over (network, layer, site) and `branch_correlation`
-    over (network, layer, branch): the stream that a branch is added to, against the branch.
+    Variables over (network, layer, site): `second_moment`, `variance`, `token_correlation`, `fourth_moment`; over
+    (network, layer, branch) `branch_correlation`, of the stream that a branch is added to with the branch; over
+    (network, layer), where the spec has attention, `attention_concentration` and `attention_entropy`, and where it has
+    a mixture, `gate_second_moment` and `expert_load_concentration` (1 in layers without one).
 
     n_tokens: Gaussian tokens with the second moment (embedding std * embedding_scale)^2 and correlation
     `token_correlation` between tokens, fresh for each network. inputs, instead: an array (n_tokens, d_model) used as
     the embedding output of every network, or token ids (n_tokens,), of which each network draws its own embedding rows.
-    seed: network i is bitwise the same for every n_networks and number of threads, on one device; to rounding across
-    devices. dtype: type of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
-    draw_device: where the weights are drawn. The CPU's generator is slow (about 1e8 normal numbers a second) and its
-    numbers are the same for every `device`; those of an accelerator are fast and others: the same law, from the same
-    seeds, but other networks. progress: a bar on standard error.
-    Exact up to rounding: each network is a real one. Raises `ArgumentError` for arguments outside their domain.
+    seed: network i is bitwise the same for every n_networks, first_network and number of threads, on one device.
+    first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix.
+    dtype: type of the stream and of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
+    draw_device: where the weights are drawn, None = `device`. An accelerator draws a thousand times faster than the
+    CPU, but other numbers from the same seeds: the same law, other networks. "cpu" gives the same networks, to
+    rounding, on every device. progress: a bar on standard error.
+    Exact up to rounding: each network is a real one. Where memory is too short for a block of networks, it is computed
+    in pieces of the same random numbers, with a `ReducedBatchWarning`. Raises `ArgumentError` for arguments outside
+    their domain.
 
     >>> from varprop import presets
     >>> dataset = sample(presets.tiny(), n_networks=2, n_tokens=4)
@@ -60,29 +67,26 @@ def sample(
     require(method in METHODS, ArgumentError, "method", method, "unknown", "one of " + ", ".join(METHODS))
     require(dtype in DTYPES, ArgumentError, "dtype", dtype, "unknown", "one of " + ", ".join(DTYPES))
     check_device(device)
-    check_device(draw_device, "draw_device")
+    draw_device = check_device(device if draw_device is None else draw_device, "draw_device")
     n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
+    first = positive_integer("first_network", first_network, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
-    block_size = networks_per_block(spec, source.n_tokens)
-    blocks = track(
-        range(-(-n_networks // block_size)),
-        description="sampling networks",
-        console=Console(stderr=True),
-        disable=not (progress and sys.stderr.isatty()),
-        transient=True,
-    )
     entropy = (seed, int(spec.spec_id, 16))
-    with _reproducible():
-        pieces = [explicit_block(spec, source, entropy, block, device, DTYPES[dtype], draw_device) for block in blocks]
-    dims = {"branch_correlation": ("network", "layer", "branch")}
+    run = Run(spec, source, entropy, device, DTYPES[dtype], draw_device, METHODS[method])
+    blocks = range(first // run.block_size, -(-(first + n_networks) // run.block_size))
+    with _reproducible(), _bar(len(blocks) * spec.n_layers, progress) as run.advance:
+        pieces = [block_statistics(run, block) for block in blocks]
+    start = first - blocks.start * run.block_size
+    dims = {3: ("network", "layer", "site"), 2: ("network", "layer")}
     return results.new(
         {
             name: (
-                dims.get(name, ("network", "layer", "site")),
-                np.concatenate([piece[name] for piece in pieces])[:n_networks],
+                ("network", "layer", "branch") if name == "branch_correlation" else dims[pieces[0][name].ndim],
+                np.concatenate([piece[name] for piece in pieces])[start : start + n_networks],
             )
             for name in pieces[0]
         },
+        coords={"network": np.arange(first, first + n_networks)},
         source="simulation",
         spec_json=spec.to_json(),
         spec_id=spec.spec_id,
@@ -102,12 +106,23 @@ def sample(
     )
 
 
-def check_device(device: str, name: str = "device") -> None:
-    """`ArgumentError` unless torch can put a tensor there."""
+@contextlib.contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
+    """Advances a bar of layers on standard error."""
+    columns = TextColumn("sampling, layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    hidden = not (progress and sys.stderr.isatty())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task("layers", total=total)
+        yield lambda: bar.advance(task)
+
+
+def check_device(device: str, name: str = "device") -> str:
+    """The device; `ArgumentError` unless torch can put a tensor there."""
     try:
         torch.zeros(1, device=torch.device(device)).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # unknown name, or no such accelerator
         raise ArgumentError(f"{name}={device!r} is not available; expected cpu or an accelerator of torch") from None
+    return device
 
 
 @contextlib.contextmanager
