@@ -16,11 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from varprop import results
 from varprop.errors import ArgumentError, require
 from varprop.nn.init import draw_layer
-from varprop.simulate.block import Draw, Run, block_statistics
+from varprop.simulate.block import Draw, LayerNumbers, Run, block_statistics, layer_parameters
+from varprop.simulate.gram import gram_layer, gram_numbers
+from varprop.simulate.gram_error import EXACT, gram_claims
 from varprop.simulate.inputs import positive_integer, read_inputs
 from varprop.spec import ModelSpec
 
-METHODS: dict[str, Draw] = {"explicit": draw_layer}
+METHODS: dict[str, tuple[Draw, LayerNumbers]] = {
+    "explicit": (draw_layer, layer_parameters),
+    "gram": (gram_layer, gram_numbers),
+}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
@@ -50,14 +55,17 @@ def sample(
     `token_correlation` between tokens, fresh for each network. inputs, instead: an array (n_tokens, d_model) used as
     the embedding output of every network, or token ids (n_tokens,), of which each network draws its own embedding rows.
     seed: network i is bitwise the same for every n_networks, first_network and number of threads, on one device.
-    first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix.
+    first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix;
+    `gram` (varprop.simulate.gram) draws what they make of the tokens, exact in law at a cost of T^2 in place of T d per
+    unit, and treats a weight mask to leading order in 1/(density fan_in). Attributes `exactness`, `method_error` and
+    `method_spread_error` say what this neglects, in means and in variances over networks (`gram_claims`; 0 if exact).
     dtype: type of the stream and of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
     draw_device: where the weights are drawn, None = `device`. An accelerator draws a thousand times faster than the
     CPU, but other numbers from the same seeds: the same law, other networks. "cpu" gives the same networks, to
     rounding, on every device. progress: a bar on standard error.
-    Exact up to rounding: each network is a real one. Where memory is too short for a block of networks, it is computed
-    in pieces of the same random numbers, with a `ReducedBatchWarning`. Raises `ArgumentError` for arguments outside
-    their domain.
+    `explicit` is exact up to rounding: each network is a real one. Where memory is too short for a block of networks,
+    it is computed in pieces of the same random numbers, with a `ReducedBatchWarning`. Raises `ArgumentError` for
+    arguments outside their domain.
 
     >>> from varprop import presets
     >>> dataset = sample(presets.tiny(), n_networks=2, n_tokens=4)
@@ -72,7 +80,7 @@ def sample(
     first = positive_integer("first_network", first_network, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
     entropy = (seed, int(spec.spec_id, 16))
-    run = Run(spec, source, entropy, device, DTYPES[dtype], draw_device, METHODS[method])
+    run = Run(spec, source, entropy, device, DTYPES[dtype], draw_device, *METHODS[method])
     blocks = range(first // run.block_size, -(-(first + n_networks) // run.block_size))
     with _reproducible(), _bar(len(blocks) * spec.n_layers, progress) as run.advance:
         pieces = [block_statistics(run, block) for block in blocks]
@@ -96,6 +104,7 @@ def sample(
         device=device,
         attributes={
             "method": method,
+            **(gram_claims(spec, source.n_tokens) if method == "gram" else EXACT),
             "seed": str(seed),
             "n_networks": n_networks,
             "token_correlation": source.token_correlation,
