@@ -1,10 +1,10 @@
 """`method="gram"`: a layer of Gaussian weights applied to the tokens of a network without forming its matrices.
 
 For tokens H (T, n) and a matrix W (out, n) of independent N(0, s^2) entries the columns of H W^T are independent
-N(0, s^2 H H^T). With H^T = Q R, Q of orthonormal columns, H W^T = R^T (Q^T W^T), and Q^T W^T has independent
-N(0, s^2) entries: R^T Z s is drawn in place of it. Every matrix of a layer reads its tokens once, so that the whole
-forward pass has the law of a network with matrices, at cost T^2 n + T r out in place of T n out, r = min(T, n).
-Legend: B networks, E experts, T tokens, r rows of R.
+N(0, s^2 H H^T). With a root F F^T = H H^T they are drawn as s F Z, Z (T, out) of independent N(0, 1) entries. Every
+matrix of a layer reads its tokens once, so that the whole forward pass has the law of a network with matrices, at cost
+T^2 n + T^2 out in place of T n out, and T out random numbers in place of n out.
+Legend: B networks, E experts, T tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def gram_layer(
     >>> weights["attention.q"].apply(torch.ones(2, 5, 128)).shape
     torch.Size([2, 5, 128])
     """
-    factors = _Factors()
+    roots = _Roots()
     weights: dict[str, Tensor | LinearMap] = {}
     for index, (name, row) in enumerate(layer_table(spec, layer).items()):
         if len(row.shape) == 1:
@@ -52,7 +52,7 @@ def gram_layer(
         else:
             seed = make_generator(generator.initial_seed(), index).initial_seed()
             own = torch.Generator(generator.device).manual_seed(seed)
-            weights[name] = GaussianMap(_std(row), (*lead, *row.shape[:-1]), own, keep, factors)
+            weights[name] = GaussianMap(_std(row), (*lead, *row.shape[:-1]), own, keep, roots)
     return weights
 
 
@@ -67,34 +67,39 @@ def _std(row: TensorRow) -> float:
     return row.init_std * math.sqrt(retained_variance(row.mask, row.fan_in * row.fan_out))
 
 
-def triangular_factor(x: Tensor) -> Tensor:
-    """R (*lead, r, T) with R^T R = x x^T for tokens x (*lead, T, n), r = min(T, n), in float32 or better.
+def gram_root(x: Tensor) -> Tensor:
+    """F (*lead, T, T) with F F^T = x x^T for tokens x (*lead, T, n): token norms times the symmetric root of cosines.
 
-    Householder QR of x^T: backward stable whatever the rank, so equal tokens give equal columns to rounding, and a zero
-    token gives a zero column. Column t depends on the tokens up to t alone.
+    By eigenvalues in float64, returned in float32 or better. Any rank: equal tokens have equal rows to 1e-7, zero
+    tokens zero rows. The symmetric root is unique and a Lipschitz function of the tokens (Araki and Yamagami, Commun.
+    Math. Phys. 81), so that rounding changes no network; a triangular factor jumps where tokens are dependent.
 
-    >>> R = triangular_factor(torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]]))
-    >>> (R.mT @ R).round(decimals=4).tolist()
+    >>> F = gram_root(torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]]))
+    >>> (F @ F.mT).round(decimals=4).tolist()
     [[25.0, 25.0, 0.0], [25.0, 25.0, 0.0], [0.0, 0.0, 0.0]]
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.linalg.qr(wide.mT, mode="r").R
+    wide = x.double()
+    gram = wide @ wide.mT
+    norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    unit = torch.where(norm > 0, norm, 1.0)
+    values, vectors = torch.linalg.eigh(gram / (unit.unsqueeze(-1) * unit.unsqueeze(-2)))
+    root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+    return (norm.unsqueeze(-1) * root).to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _Factors:
-    """The factor of each set of tokens that a layer reads: queries, keys and values share theirs."""
+class _Roots:
+    """The root of each set of tokens that a layer reads: queries, keys and values share theirs."""
 
     def __init__(self) -> None:
         self._known: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
     def of(self, x: Tensor) -> Tensor:
-        for tokens, factor in self._known:
+        for tokens, root in self._known:
             if tokens() is x:
-                return factor
-        factor = triangular_factor(x)
-        self._known = [(tokens, known) for tokens, known in self._known if tokens() is not None]
-        self._known.append((weakref.ref(x), factor))
-        return factor
+                return root
+        root = gram_root(x)
+        self._known.append((weakref.ref(x), root))
+        return root
 
 
 @dataclass
@@ -108,7 +113,7 @@ class GaussianMap:
     shape: tuple[int, ...]
     generator: torch.Generator
     keep: slice
-    factors: _Factors
+    roots: _Roots
     used: bool = field(default=False, init=False)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -116,12 +121,12 @@ class GaussianMap:
         if self.used:
             raise RuntimeError("a GaussianMap was applied twice; its second image would be that of another matrix")
         self.used = True
-        factor = self.factors.of(x)
-        normal = self._normal(factor.shape[-2]).to(x.device, factor.dtype)
-        return ((factor.mT * self.std) @ normal).to(x.dtype)
+        root = self.roots.of(x)
+        normal = self._normal(x.shape[-2]).to(x.device, root.dtype)
+        return ((root * self.std) @ normal).to(x.dtype)
 
     def _normal(self, n_rows: int) -> Tensor:
-        """Standard normal numbers (*lead, r, out) of the networks kept.
+        """Standard normal numbers (*lead, T, out) of the networks kept.
 
         Experts are drawn row by row: how many rows they need depends on the load of the networks computed with them,
         and the first rows must not depend on it.
