@@ -100,8 +100,8 @@ def bare(spec: ModelSpec, n_tokens: int, n_networks: int, device: str) -> None:
                 if len(row.shape) == 3 and spec.moe is not None:  # experts: as many slots as the average load
                     slots = max(1, n_tokens * spec.moe.top_k // spec.moe.n_experts)
                     given = given[:, None, :slots].expand(-1, row.shape[0], -1, -1)
-                given @ weight.mT
-            (q @ q.mT) @ q
+                torch.matmul(given, weight.mT)
+            torch.matmul(torch.matmul(q, q.mT), q)
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -116,24 +116,25 @@ class Layer(nn.Module):
         assert spec.feed_forward is not None
         inner = spec.feed_forward.d_ff
         sizes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "gate": (d, inner), "up": (d, inner)}
+        self.matrices = nn.ModuleDict()
         for name, (n_in, n_out) in {**sizes, "down": (inner, d)}.items():
-            matrix = nn.Linear(n_in, n_out, bias=False, device="meta").to_empty(device=device)
+            self.matrices[name] = matrix = nn.Linear(n_in, n_out, bias=False, device="meta").to_empty(device=device)
             nn.init.normal_(matrix.weight, std=n_in**-0.5)
-            self.add_module(name, matrix)
         self.norms = nn.ModuleList(nn.RMSNorm(d, eps=spec.norm.eps, device=device) for _ in range(2))
 
     def forward(self, x: Tensor, record: Callable[[str, Tensor], None]) -> Tensor:
         """The stream after the block; every site is recorded."""
         record("resid_pre", x)
         y = self.norms[0](x)
-        q, k, v = (getattr(self, name)(y).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for name in "qkv")
+        q, k, v = (self.matrices[name](y).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for name in "qkv")
         mixed = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
-        out = self.o(mixed.transpose(1, 2).flatten(-2))
+        out = self.matrices["o"](mixed.transpose(1, 2).flatten(-2))
         record("attn_out", out)
         x = x + out
         record("resid_mid", x)
         y = self.norms[1](x)
-        out = self.down(functional.silu(self.gate(y)) * self.up(y))
+        gate, up = (self.matrices[name](y) for name in ("gate", "up"))
+        out = self.matrices["down"](functional.silu(gate) * up)
         record("mlp_out", out)
         x = x + out
         record("resid_post", x)

@@ -66,7 +66,7 @@ def test_short_types_are_the_same_networks_to_their_rounding(dtype: str, toleran
 
 
 def test_attention_statistics_are_those_of_the_probabilities() -> None:
-    """Zero query weights: uniform attention over the t keys of position t. Concentration H_T / T, entropy log T! / T."""
+    """Zero query weights: uniform attention over t keys at position t. Concentration H_T / T, entropy log T! / T."""
     spec = BASE.with_fields({"init.overrides": [("q", 1e-12)]})
     dataset = sample(spec, n_networks=2, n_tokens=5, dtype="float64")
     harmonic, log_factorial = sum(1 / t for t in range(1, 6)), float(np.log(120.0))

@@ -19,7 +19,6 @@ from varprop.nn.linear import Weights, linear
 from varprop.nn.norm import rms_norm
 from varprop.spec import ModelSpec
 
-
 Uniform = Callable[[tuple[int, ...]], Tensor]
 """Numbers of [0, 1) in the shape asked for."""
 
