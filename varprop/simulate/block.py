@@ -17,6 +17,7 @@ from varprop.errors import ReducedBatchWarning
 from varprop.nn.block import block_forward
 from varprop.nn.init import draw_layer, make_generator
 from varprop.nn.linear import Weights
+from varprop.simulate.backward import backward_statistics
 from varprop.simulate.inputs import Inputs
 from varprop.simulate.recorder import Recorder
 from varprop.spec import ModelSpec, layer_table
@@ -66,6 +67,9 @@ class Run:
     dtype: torch.dtype
     draw_device: str
     draw: Draw = draw_layer
+    backward: bool = False
+    n_probes: int = 0
+    """Probes of the Jacobians on the way back, 0 = exact."""
     advance: Callable[[], None] = lambda: None
     parts: int = field(default=1, init=False)
     """Pieces into which a block is cut, because memory was short before."""
@@ -86,6 +90,10 @@ class Run:
         """Weights of a layer, of the networks `keep` of the block."""
         generator = self.generator(block, layer)
         return self.draw(self.spec, layer, generator, (self.block_size,), self.device, self.dtype, keep)
+
+    def key_masks(self, block: int, layer: int) -> torch.Generator:
+        """The generator of a layer's key masks."""
+        return self.generator(block, layer, KEY_MASKS)
 
     def tokens(self, block: int, keep: slice) -> torch.Tensor:
         """The stream at layer 0. Few numbers: always drawn on the CPU."""
@@ -118,15 +126,23 @@ def _cuts(size: int, parts: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-@torch.inference_mode()
 def _part(run: Run, block: int, keep: slice) -> dict[str, np.ndarray]:
     recorder = Recorder(run.spec, keep.stop - keep.start, run.device)
+    streams = _forward(run, block, keep, recorder)
+    return recorder.arrays() | (backward_statistics(run, block, keep, streams) if run.backward else {})
+
+
+@torch.inference_mode()
+def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torch.Tensor]:
+    """The stream before every layer and after the last, where the way back will need it."""
     x = run.tokens(block, keep)
     recorder(0, "resid_post", x)
+    streams = [x] if run.backward else []
     for layer in range(1, run.spec.n_layers + 1):
         weights = run.weights(block, layer, keep)
-        keys = run.generator(block, layer, KEY_MASKS)
-        x = block_forward(x, weights, run.spec, layer, recorder, keys, recorder.observe)
+        x = block_forward(x, weights, run.spec, layer, recorder, run.key_masks(block, layer), recorder.observe)
         del weights
+        if run.backward:
+            streams.append(x)
         run.advance()
-    return recorder.arrays()
+    return streams
