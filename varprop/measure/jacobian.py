@@ -24,7 +24,8 @@ DEFINITIONS = ("all_sources", "own_token", "token_mean")
 def jacobian_deviation(y: Tensor, x: Tensor) -> Tensor:
     """||J - I||_F^2 / d in the order of `DEFINITIONS`, (*lead, 3), float64; exact to rounding, T D products.
 
-    y: (*lead, T, D), computed from x of the same shape, which requires a gradient; each leading index only from its own.
+    y: (*lead, T, D), computed from x of the same shape, which requires a gradient, each leading index from its own
+    alone.
     Source: the definitions above. Checked by: tests/measure/test_jacobian.py, torch.autograd.functional.jacobian.
 
     >>> x = torch.ones(2, 3, requires_grad=True)
