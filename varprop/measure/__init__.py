@@ -1,5 +1,6 @@
 """What is read off tensors, once for all readers."""
 
+from varprop.measure.jacobian import jacobian_deviation, probe_jacobian_deviation, random_signs
 from varprop.measure.mixing import (
     attention_concentration,
     attention_entropy,
@@ -27,6 +28,9 @@ __all__ = [
     "expert_load_concentration",
     "fourth_moment",
     "gate_second_moment",
+    "jacobian_deviation",
+    "probe_jacobian_deviation",
+    "random_signs",
     "second_moment",
     "token_correlation",
     "variance",
