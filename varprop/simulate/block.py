@@ -89,7 +89,8 @@ class Run:
 
     def tokens(self, block: int, keep: slice) -> torch.Tensor:
         """The stream at layer 0. Few numbers: always drawn on the CPU."""
-        drawn = self.inputs.draw(self.block_size, make_generator(self.entropy, block, TOKEN_STREAM))
+        generator = make_generator(self.entropy, block, TOKEN_STREAM)
+        drawn = self.inputs.draw(self.block_size, generator, first=block * self.block_size)
         return drawn[keep].to(self.device, self.dtype)
 
 
