@@ -6,6 +6,7 @@ so that a network is bitwise the same in every run that has it, and the weights 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,13 +35,23 @@ Draw = Callable[..., Weights]
 """`draw(spec, layer, generator, lead, device, dtype, keep)`: the weights of a layer, of the networks `keep` alone."""
 
 
-def networks_per_block(spec: ModelSpec, n_tokens: int, draw_device: str = "cpu") -> int:
+LayerNumbers = Callable[[ModelSpec, int, int], int]
+
+
+def layer_parameters(spec: ModelSpec, layer: int, n_tokens: int) -> int:
+    """Numbers that `draw_layer` holds: all parameters of the layer."""
+    return sum(row.n_parameters for row in layer_table(spec, layer).values())
+
+
+def networks_per_block(
+    spec: ModelSpec, n_tokens: int, draw_device: str = "cpu", layer_numbers: LayerNumbers = layer_parameters
+) -> int:
     """Networks that are computed together: at most 8 (256 drawn on an accelerator), fewer where layers are large.
 
-    A function of the task alone.
+    layer_numbers: the random numbers of a layer that are held at a time. A function of the task alone.
     """
     kind = _kind(draw_device)
-    weights = max(sum(row.n_parameters for row in layer_table(spec, n + 1).values()) for n in range(spec.n_layers))
+    weights = max(layer_numbers(spec, layer, n_tokens) for layer in range(1, spec.n_layers + 1))
     attention = 2 * spec.attention.n_heads * n_tokens if spec.attention else 0
     inner = max(spec.feed_forward.d_ff if spec.feed_forward else 0, _slots(spec) if spec.moe else 0)
     numbers = weights + n_tokens * (attention + 4 * spec.d_model + 3 * inner)
@@ -68,6 +79,7 @@ class Run:
     dtype: torch.dtype
     draw_device: str
     draw: Draw = draw_layer
+    layer_numbers: LayerNumbers = layer_parameters
     backward: bool = False
     n_probes: int = 0
     """Probes of the Jacobians on the way back, 0 = exact."""
@@ -75,10 +87,10 @@ class Run:
     parts: int = field(default=1, init=False)
     """Pieces into which a block is cut, because memory was short before."""
 
-    @property
+    @functools.cached_property
     def block_size(self) -> int:
         """Networks of a block."""
-        return networks_per_block(self.spec, self.inputs.n_tokens, self.draw_device)
+        return networks_per_block(self.spec, self.inputs.n_tokens, self.draw_device, self.layer_numbers)
 
     def generator(self, *key: int) -> torch.Generator:
         """The generator of a key: its seed is that of the CPU, its numbers are those of `draw_device`."""
