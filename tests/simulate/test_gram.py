@@ -19,9 +19,8 @@ import torch
 from varprop import results
 from varprop.nn.init import make_generator
 from varprop.simulate import gram, sample, sampling
-from varprop.simulate.block import MAX_NETWORKS, Run, block_statistics
+from varprop.simulate.block import MAX_NETWORKS, Run
 from varprop.simulate.gram import GaussianMap, gram_layer, gram_numbers, gram_root
-from varprop.simulate.inputs import read_inputs
 from varprop.spec import ModelSpec
 
 from ..reference.specs import SPECS
@@ -195,7 +194,7 @@ def test_root_of_deficient_tokens(n_tokens: int, width: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("n_tokens", [4, 30])
 def test_rounding_moves_the_root_by_rounding(n_tokens: int) -> None:
-    """Lipschitz with factor sqrt(2) for tokens of length 1, also dependent ones; 3 allows for their change of length."""
+    """Lipschitz with factor sqrt(2) for tokens of length 1, also dependent ones; 3 allows for changes of length."""
     x = torch.randn(n_tokens, 10, generator=make_generator(4), dtype=torch.float64).clamp(min=0)
     x[-1] = x[0]
     x = torch.nn.functional.normalize(x, dim=-1)
@@ -233,20 +232,17 @@ def test_number_of_threads_does_not_matter() -> None:
 
 @pytest.mark.parametrize("name", ["base", "gqa", "moe", "moe_shared", "moe_expert_choice", "mask_moe"])
 @pytest.mark.parametrize("n_tokens", [6, 40])
-def test_a_block_in_pieces_has_the_same_networks(name: str, n_tokens: int) -> None:
+def test_a_block_in_pieces_has_the_same_networks(name: str, n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To rounding (small batched products are summed in another order than large ones); other draws differ by 10 %.
 
     Also where the slots of the experts differ, as they follow the busiest expert of a piece.
     """
-    source = read_inputs(SPECS[name], n_tokens, 0.0, None)
-    blocks = []
-    for parts in (1, 2, 8):
-        run = Run(SPECS[name], source, (0,), "cpu", torch.float32, "cpu", *sampling.METHODS["gram"])
-        run.parts = parts
-        blocks.append(block_statistics(run, 0))
-    for other in blocks[1:]:
-        for name, values in blocks[0].items():
-            np.testing.assert_allclose(other[name], values, rtol=1e-4, atol=1e-6)
+    whole = sample(SPECS[name], n_networks=8, n_tokens=n_tokens, method="gram")
+    for parts in (2, 8):
+        monkeypatch.setattr(Run, "parts", parts)
+        pieces = sample(SPECS[name], n_networks=8, n_tokens=n_tokens, method="gram")
+        for variable in whole:
+            np.testing.assert_allclose(pieces[variable], whole[variable], rtol=1e-4, atol=1e-6)
 
 
 def test_single_and_double_precision_are_the_same_networks() -> None:

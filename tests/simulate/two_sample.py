@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy.spatial
 import scipy.stats
 import xarray as xr
 
@@ -49,7 +50,7 @@ def joint_p_value(a: np.ndarray, b: np.ndarray, n_permutations: int = 1999) -> f
     share = power**2 / (power**2).sum()
     white = normal @ axes.T / power
     white = white[:, share > 1e-3]
-    distance = np.sqrt(np.maximum(((white[:, None] - white) ** 2).sum(axis=-1), 0.0))
+    distance = scipy.spatial.distance.cdist(white, white)
     sign = np.repeat([1.0 / len(a), -1.0 / len(b)], [len(a), len(b)])
     rng = np.random.default_rng(0)
     signs = np.stack([sign, *(rng.permutation(sign) for _ in range(n_permutations))])

@@ -33,9 +33,8 @@ KEY_MASKS = 1
 
 Draw = Callable[..., Weights]
 """`draw(spec, layer, generator, lead, device, dtype, keep)`: the weights of a layer, of the networks `keep` alone."""
-
-
 LayerNumbers = Callable[[ModelSpec, int, int], int]
+"""`layer_numbers(spec, layer, n_tokens)`: most random numbers of a layer that are held at a time."""
 
 
 def layer_parameters(spec: ModelSpec, layer: int, n_tokens: int) -> int:
@@ -48,7 +47,7 @@ def networks_per_block(
 ) -> int:
     """Networks that are computed together: at most 8 (256 drawn on an accelerator), fewer where layers are large.
 
-    layer_numbers: the random numbers of a layer that are held at a time. A function of the task alone.
+    A function of the task alone.
     """
     kind = _kind(draw_device)
     weights = max(layer_numbers(spec, layer, n_tokens) for layer in range(1, spec.n_layers + 1))

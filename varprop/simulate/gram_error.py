@@ -54,36 +54,36 @@ def method_error(spec: ModelSpec) -> float:
 def method_spread_error(spec: ModelSpec, n_tokens: int) -> float:
     """First-order relative error of variances over networks (of a layer's power), an upper estimate; 0 without masks.
 
-    The largest nu (1 + b / 2) (b T + kurtosis - 1) / (T + n) of all matrices, as in `method_error`, for independent
-    tokens; less for correlated ones. Not small for many tokens: a mask on real weights gives every token the same
-    variance V, and the powers of T > n independent tokens vary over networks by little else.
+    The largest nu (T + b + kurtosis - 2 + b (b T + kurtosis - 1) / 2) / (T + n + 1) of all matrices, as in
+    `method_error`, for independent tokens; less for correlated ones. 3/2 `method_error` for one token and b = 1; not
+    small for T > n tokens: what a network's mask keeps is common to them, while the rest of their power averages out.
     Source: derived in proofs/prove_gram.py. Checked by: tests/simulate/test_gram_masked.py.
 
     >>> from varprop import presets
     >>> spec = presets.tiny().with_fields(feed_forward=None, density=0.25)
-    >>> method_spread_error(spec, 1), method_spread_error(spec, 128)  # 3 * 1.5 * 3 / 129, 3 * 1.5 * 130 / 256
-    (0.10465116279069768, 2.28515625)
+    >>> round(method_spread_error(spec, 1), 4), round(method_spread_error(spec, 127), 4)  # 4.5 * (3 / 130, 129 / 256)
+    (0.1038, 2.2676)
     """
 
     def error(mask: MaskSpec, n: int, kurtosis: float) -> float:
         side = _side(mask, n)
-        return _variance_of_entries(mask) * (1 + side / 2) * (side * n_tokens + kurtosis - 1) / (n_tokens + n)
+        shared = side * (side * n_tokens + kurtosis - 1) / 2
+        return _variance_of_entries(mask) * (n_tokens + side + kurtosis - 2 + shared) / (n_tokens + n + 1)
 
     return _largest(spec, error)
 
 
 def _largest(spec: ModelSpec, error: Callable[[MaskSpec, int, float], float]) -> float:
     """The largest error of all masked matrices, from mask, inputs and kurtosis of the inputs."""
-    if not spec.masks.any:
-        return 0.0
     one_of_each = {spec.is_moe(layer): layer for layer in range(1, spec.n_layers + 1)}.values()
     tables = [layer_table(spec, layer) for layer in one_of_each]
-    return max(
+    errors = (
         float(error(row.mask, row.fan_in, _input_kurtosis(spec, rows, name)))
         for rows in tables
         for name, row in rows.items()
         if row.mask is not None
     )
+    return max(errors, default=0.0)
 
 
 def _side(mask: MaskSpec, fan_in: int) -> int:
