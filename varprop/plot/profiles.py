@@ -29,8 +29,8 @@ from varprop.plot.style import (
 
 BANDS = {
     None: "",
-    "interval": f" ({INTERVAL:.0%} interval of the mean)",
-    "quantiles": f" ({QUANTILES[0]:.0%} to {QUANTILES[1]:.0%} of the networks)",
+    "interval": f" ({100 * INTERVAL:g} % interval of the mean)",
+    "quantiles": f" ({100 * QUANTILES[0]:g} to {100 * QUANTILES[1]:g} % of the networks)",
 }
 """What a band shows, as the legend says it."""
 
