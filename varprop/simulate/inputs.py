@@ -53,20 +53,20 @@ class Inputs:
         network, q_0 = (embedding std * embedding_scale)^2. Given sequences: network i reads sequence i mod S, either
         as it is or through its own embedding rows of that second moment.
         """
-        d_model = self.spec.d_model
+        d_model, device = self.spec.d_model, generator.device
         scale = self.spec.tensor_table()[0].init_std * self.spec.embedding_scale
 
         def normal(n_rows: int) -> Tensor:
-            return torch.randn(n_networks, n_rows, d_model, generator=generator)
+            return torch.randn(n_networks, n_rows, d_model, generator=generator, device=device)
 
         if self.values is not None:
             sequence = torch.arange(first, first + n_networks) % len(self.values)
             if self.values.dtype.kind == "f":
-                return torch.from_numpy(self.values)[sequence]
+                return torch.from_numpy(self.values)[sequence].to(device)
             rows, n_rows = self._rows
-            return scale * torch.take_along_dim(normal(n_rows), rows[sequence][:, :, None], dim=1)
+            return scale * torch.take_along_dim(normal(n_rows), rows[sequence][:, :, None].to(device), dim=1)
         if isinstance(self.token_correlation, np.ndarray):
-            return scale * (self._root @ normal(self.n_tokens).double()).float()
+            return scale * (self._root.to(device) @ normal(self.n_tokens).double()).float()
         c = self.token_correlation
         return scale * (c**0.5 * normal(1) + (1 - c) ** 0.5 * normal(self.n_tokens))
 
