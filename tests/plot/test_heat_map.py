@@ -53,6 +53,17 @@ def test_cells_hold_the_means_over_networks_and_say_them():
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["64", "256"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("density", "d_ff")
     assert bar.get_ylabel() == "second moment (per neuron)"
+    assert axes.get_title() == "second moment, layer 2, attn_out"
+
+
+def test_a_statistic_of_the_layer_has_no_site():
+    grid = over(simulation)
+    grid["attention_entropy"] = grid.second_moment.isel(site=4, drop=True)
+    figure = plot.plot_heat_map(grid, "attention_entropy", x="density", y="d_ff", layer=1)
+    np.testing.assert_array_equal(image(figure), image(plot.plot_heat_map(grid, x="density", y="d_ff", layer=1)))
+    assert figure.axes[0].get_title() == "attention entropy, layer 1"
+    point = grid.isel(density=0, d_ff=0)
+    assert plot.plot_profiles({"a": point}, "attention_entropy").axes[0].get_ylabel() == "attention entropy (nats)"
 
 
 def test_ratios_to_the_theory_have_colours_that_part_at_one():

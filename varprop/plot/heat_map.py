@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from varprop import stats
 from varprop.errors import ArgumentError, require
-from varprop.plot.reading import INTERVAL, REPLICATES, at_place
+from varprop.plot.reading import INTERVAL, REPLICATES, at_place, place_of
 from varprop.plot.style import label, new_figure
 
 ABSENT = "0.85"
@@ -81,8 +81,8 @@ def plot_heat_map(
         labels = [_text(value) for value in dataset[name].values]
         axis.set_ticks(range(len(labels)), labels=labels)
         axis.set_label_text(name)
-    place = "last layer" if layer is None else f"layer {layer}"
-    axes.set_title(f"{variable.replace('_', ' ')}, {place}, {site}", fontsize=9)
+    words = variable.replace("_", " "), "last layer" if layer is None else f"layer {layer}"
+    axes.set_title(", ".join(filter(None, (*words, place_of(dataset, variable, site)))), fontsize=9)
     if cells.underpowered.any():
         text = f"underpowered (interval beyond ±{resolution:g})"
         key = Patch(facecolor="none", edgecolor="0.3", hatch=HATCH, lw=0, label=text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def expected_quantiles(n: int, law: str = "uniform", dof: int | None = None) -> 
 
 def _numbers(given: Any, law: str, layer: int | None, site: str) -> tuple[NDArray[np.float64], int | None]:
     """Sorted numbers, and the degrees of freedom that the checks have."""
-    items = [given] if isinstance(given, xr.Dataset) or hasattr(given, "dataset") else list(given)
+    items = list(given) if isinstance(given, Iterable) and not isinstance(given, xr.Dataset) else [given]
     dof = None
     if items and not isinstance(items[0], (int, float, np.number)):
         cells = [_cell(one, law, layer, site) for one in items]
