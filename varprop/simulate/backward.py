@@ -30,8 +30,8 @@ PROBES, COTANGENT = 2, 3
 MAX_EXACT = 512
 """Largest n_tokens * d_model for which the whole Jacobian is computed unless a number of probes is given."""
 N_PROBES = 16
-"""Probes beyond it. Their relative error is of the order 1 / sqrt(N_PROBES d_model), well below the spread between
-networks for the stream's own width."""
+"""Probes beyond it. The relative error of `token_mean` is about 2 / sqrt(n_probes d_model), that of the other two less:
+6 %, 4 % and 3 % with 8 probes at d_model 128 and 8 tokens, where networks differ by 12 %."""
 
 
 def backward_statistics(run: Run, block: int, keep: slice, streams: Sequence[Tensor]) -> dict[str, np.ndarray]:
@@ -76,7 +76,7 @@ def _computed_again(run: Run, block: int, layer: int, keep: slice, x: Tensor) ->
     def record(_: int, site: str, value: Tensor) -> None:
         sites[site] = value
 
-    weights, keys = run.weights(block, layer, keep), run.key_masks(block, layer)
+    weights, keys = run.weights(block, layer, keep), run.key_numbers(block, layer, keep)
     y = block_forward(x, weights, run.spec, layer, record, keys, observe=lambda *_: None)
     for branch, stream in (("attn_out", "resid_mid"), ("mlp_out", "resid_post")):
         if not sites[branch].requires_grad:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from varprop.errors import ReducedBatchWarning
+from varprop.nn.attention import Uniform
 from varprop.nn.block import block_forward
 from varprop.nn.init import draw_layer, make_generator
 from varprop.nn.linear import Weights
@@ -23,7 +24,7 @@ from varprop.simulate.recorder import Recorder
 from varprop.spec import ModelSpec, layer_table
 
 MAX_NETWORKS = {"cpu": 8, "accelerator": 256}
-BLOCK_NUMBERS = {"cpu": 2**26, "accelerator": 2**28}
+BLOCK_NUMBERS = {"cpu": 2**26, "accelerator": 2**29}
 """Most float numbers of one layer's weights and activations that a block holds, if it has several networks."""
 TOKEN_STREAM = 0
 """Key of the tokens; a layer's weights have the key of the layer, its key masks (layer, `KEY_MASKS`)."""
@@ -91,13 +92,19 @@ class Run:
         generator = self.generator(block, layer)
         return self.draw(self.spec, layer, generator, (self.block_size,), self.device, self.dtype, keep)
 
-    def key_masks(self, block: int, layer: int) -> torch.Generator:
-        """The generator of a layer's key masks."""
-        return self.generator(block, layer, KEY_MASKS)
+    def key_numbers(self, block: int, layer: int, keep: slice) -> Uniform:
+        """Draws the key masks of a layer, of the networks `keep` of the block."""
+        generator = self.generator(block, layer, KEY_MASKS)
+
+        def draw(shape: tuple[int, ...]) -> torch.Tensor:
+            whole = (self.block_size, *shape[1:])
+            return torch.rand(whole, generator=generator, device=generator.device)[keep]
+
+        return draw
 
     def tokens(self, block: int, keep: slice) -> torch.Tensor:
-        """The stream at layer 0. Few numbers: always drawn on the CPU."""
-        drawn = self.inputs.draw(self.block_size, make_generator(self.entropy, block, TOKEN_STREAM))
+        """The stream at layer 0."""
+        drawn = self.inputs.draw(self.block_size, self.generator(block, TOKEN_STREAM))
         return drawn[keep].to(self.device, self.dtype)
 
 
@@ -127,22 +134,23 @@ def _cuts(size: int, parts: int) -> Iterator[slice]:
 
 
 def _part(run: Run, block: int, keep: slice) -> dict[str, np.ndarray]:
-    recorder = Recorder(run.spec, keep.stop - keep.start, run.device)
-    streams = _forward(run, block, keep, recorder)
-    return recorder.arrays() | (backward_statistics(run, block, keep, streams) if run.backward else {})
+    found, streams = _forward(run, block, keep)
+    return found | (backward_statistics(run, block, keep, streams) if run.backward else {})
 
 
 @torch.inference_mode()
-def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torch.Tensor]:
-    """The stream before every layer and after the last, where the way back will need it."""
+def _forward(run: Run, block: int, keep: slice) -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
+    """Statistics, and the stream before every layer and after the last where the way back will need it."""
+    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
     x = run.tokens(block, keep)
     recorder(0, "resid_post", x)
     streams = [x] if run.backward else []
     for layer in range(1, run.spec.n_layers + 1):
         weights = run.weights(block, layer, keep)
-        x = block_forward(x, weights, run.spec, layer, recorder, run.key_masks(block, layer), recorder.observe)
+        keys = run.key_numbers(block, layer, keep)
+        x = block_forward(x, weights, run.spec, layer, recorder, keys, recorder.observe)
         del weights
         if run.backward:
             streams.append(x)
         run.advance()
-    return streams
+    return recorder.arrays(), streams
