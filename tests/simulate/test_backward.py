@@ -230,10 +230,10 @@ CASES = {
     "relu_16": (dense(attention=None, activation="relu", gated=False, d_ff=128, n_layers=16), 0.0),
     "masked_4": (dense(attention=None, density=0.5, n_layers=4), 0.3),
     "block_4": (dense(n_layers=4), 0.3),
-    "parallel_narrow_4": (dense(d_model=64, block="parallel", skip_multiplier=0.9, n_layers=4), 0.3),
     "mixture_4": (mixture(n_layers=4), 0.3),
 }
 LONG_CASES = {
+    "parallel_narrow_4": (dense(d_model=64, block="parallel", skip_multiplier=0.9, n_layers=4), 0.3),
     "relu_64": (dense(attention=None, activation="relu", gated=False, d_ff=128, n_layers=64), 0.0),
     "masked_16": (dense(attention=None, density=0.5, n_layers=16), 0.3),
     "block_16": (dense(n_layers=16), 0.3),
@@ -245,11 +245,11 @@ LONG_CASES = {
 }
 
 
-def agrees_with_theory(spec: ModelSpec, correlation: float, n_networks: int) -> None:
+def agrees_with_theory(spec: ModelSpec, correlation: float, n_networks: int, resolution: float) -> None:
     """Gradients of the first and the middle stream, Jacobians of the first and last block: 8 numbers.
 
     Networks are the replicate; claimed errors are those of `predict`. A correct prediction fails with a probability
-    below 2e-3 (Holm over each kind), and an error of 30 % beyond rounding is found.
+    below 2e-3 (Holm over each kind), and an error of the size of `resolution` is found.
     """
     arguments: dict[str, Any] = {"n_tokens": 8, "token_correlation": correlation, "backward": True}
     measured = sample(spec, n_networks=n_networks, seed=6, n_probes=4, **arguments)
@@ -259,25 +259,25 @@ def agrees_with_theory(spec: ModelSpec, correlation: float, n_networks: int) -> 
         predicted.grad_second_moment.sel(layer=layers),
         measured.grad_second_moment.sel(layer=layers, site="resid_post").transpose("network", "layer"),
         claimed_error=predicted.grad_second_moment_error.sel(layer=layers),
-        resolution=0.45,
+        resolution=resolution,
     )
     labels = {"layer": [1, spec.n_layers], "definition": list(DEFINITIONS)}
     assert_agrees(
         predicted.jacobian_deviation.sel(labels),
         measured.jacobian_deviation.sel(labels),
         claimed_error=predicted.jacobian_deviation_error.sel(labels),
-        resolution=0.3,
+        resolution=resolution,
     )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_theory(case: str) -> None:
-    """64 networks of up to 16 layers."""
-    agrees_with_theory(*CASES[case], n_networks=64)
+    """64 networks of up to 16 layers; false-fail rate below 1 % in all, errors of 30 % are found."""
+    agrees_with_theory(*CASES[case], n_networks=64, resolution=0.3)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG_CASES)
 def test_theory_of_deep_networks(case: str) -> None:
-    """200 networks of up to 64 layers."""
-    agrees_with_theory(*LONG_CASES[case], n_networks=200)
+    """200 networks of up to 64 layers; errors of 60 % are found, where the theory claims up to 36 %."""
+    agrees_with_theory(*LONG_CASES[case], n_networks=200, resolution=0.6)
