@@ -2,5 +2,6 @@
 
 from varprop.simulate.grid import grid
 from varprop.simulate.sampling import sample
+from varprop.simulate.stop import StopRule
 
-__all__ = ["grid", "sample"]
+__all__ = ["StopRule", "grid", "sample"]
