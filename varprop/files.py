@@ -63,6 +63,20 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(workplace, ignore_errors=True)
 
 
+def writable(path: str) -> Path:
+    """An output path of the command line, checked before any work is done; `ArgumentError` otherwise."""
+    target = Path(path)
+    try:
+        if target.exists() and not (target.is_file() or (target.is_dir() and target.suffix == ".zarr")):
+            raise ArgumentError(f"out={path!r} is a directory or a device; expected a file")
+        good = target.parent.is_dir() and os.access(target.parent, os.W_OK)
+    except OSError as error:
+        raise ArgumentError(f"out={path[:80]!r} cannot be written ({error.strerror}); expected a file name") from None
+    if not good:
+        raise ArgumentError(f"out={path!r} cannot be written; expected a path in a writable folder")
+    return target
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` as UTF-8 whole or not at all."""
     with replacing(path) as temporary:

@@ -2,97 +2,98 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xarray as xr
 
 from varprop import presets, results
 from varprop.errors import ArgumentError, DamagedShardWarning
-from varprop.simulate import grid
+from varprop.simulate import StopRule, grid
 from varprop.simulate.collect import status
 from varprop.simulate.plan import make_plan
 
 SPEC = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
 AXES: dict[str, Any] = {"density": [1.0, 0.5], "token_correlation": [0.0, 0.5]}
 OPTIONS: dict[str, Any] = {"n_networks": 24, "n_tokens": 5, "round_networks": 8}
-PROGRAM = """
-import sys
-from varprop import presets
-from varprop.simulate import StopRule, grid
-spec = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
-axes = {"density": [1.0, 0.5], "n_tokens": [4, 8, 16], "model": {"dense": {}, "gqa": {"n_kv_heads": 1}}}
-stop = StopRule(stderr=0.015, min_networks=8)
-grid(spec, axes, directory=sys.argv[1], n_networks=96, stop=stop, round_networks=8, n_workers=int(sys.argv[2]))
-"""
+PROCESSES = multiprocessing.get_context("forkserver")  # imports once: a process starts in no time
+PROCESSES.set_forkserver_preload(["varprop.simulate.grid"])
 
 
 def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.nc"))
 
 
-def start(folder: Path, n_workers: int = 1) -> subprocess.Popen[bytes]:
-    """A process of its own session, so that it can be killed with its workers."""
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(n_workers)], start_new_session=True)
+def program(folder: Path, n_workers: int = 1) -> xr.Dataset:
+    axes: dict[str, Any] = {"density": [1.0, 0.5], "model": {"dense": {}, "gqa": {"n_kv_heads": 1}}}
+    stop = StopRule(stderr=0.02, min_networks=8)
+    return grid(
+        SPEC, axes, directory=folder, n_networks=48, n_tokens=4, stop=stop, round_networks=8, n_workers=n_workers
+    )
 
 
-def whole_program(folder: Path) -> Any:
-    """What `PROGRAM` gives, from what is in the folder."""
-    from varprop.simulate import StopRule
+def session(folder: Path, n_workers: int) -> None:
+    os.setsid()
+    program(folder, n_workers)
 
-    axes = {"density": [1.0, 0.5], "n_tokens": [4, 8, 16], "model": {"dense": {}, "gqa": {"n_kv_heads": 1}}}
-    stop = StopRule(stderr=0.015, min_networks=8)
-    return grid(SPEC, axes, directory=folder, n_networks=96, stop=stop, round_networks=8)
+
+def start(folder: Path, n_workers: int = 1) -> Any:
+    """A process with a session of its own, so that it can be killed with its workers."""
+    process = PROCESSES.Process(target=session, args=(folder, n_workers))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    dataset = program(tmp_path_factory.mktemp("undisturbed"))
+    assert dataset.n_networks.min() < dataset.n_networks.max()  # the rule decides
+    return dataset
 
 
 @pytest.mark.parametrize(
     "n_kills, n_workers",
     [(4, 1), pytest.param(25, 1, marks=pytest.mark.long), pytest.param(25, 2, marks=pytest.mark.long)],
 )
-def test_kills_at_random_moments_leave_the_same_dataset(n_kills: int, n_workers: int, tmp_path: Path) -> None:
-    undisturbed = whole_program(tmp_path / "undisturbed")
-    n_networks = undisturbed.n_networks.values
-    assert n_networks.min() < n_networks.max()  # the rule decides
-    rng, folder = random.Random(n_kills), tmp_path / "killed"
-    n_files, landed = len(files(tmp_path / "undisturbed")), 0
+def test_kills_at_random_moments_leave_the_same_dataset(
+    n_kills: int, n_workers: int, tmp_path: Path, undisturbed: xr.Dataset
+) -> None:
+    rng, landed = random.Random(n_kills), 0
+    n_files = int(undisturbed.n_networks.sum()) // 8
     while landed < n_kills:
-        process = start(folder, n_workers)
-        goal = len(files(folder)) + 1
-        while process.poll() is None and len(files(folder)) < min(goal, n_files):
+        if len(files(tmp_path)) >= n_files // 2:  # go on from a random part
+            for path in rng.sample(files(tmp_path), n_files // 2 - 1):
+                path.unlink()
+        process, goal = start(tmp_path, n_workers), len(files(tmp_path)) + rng.randrange(3)
+        while process.is_alive() and len(files(tmp_path)) < goal:
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        if process.poll() is None:
+        process.join(rng.random() * 0.2)
+        if process.is_alive() and os.getpgid(process.pid) == process.pid:
             os.killpg(process.pid, signal.SIGKILL)
             landed += 1
-        process.wait()
-        if len(files(folder)) >= n_files - n_workers:  # begin again from a random part
-            for path in rng.sample(files(folder), 3 * n_files // 4):
-                path.unlink()
-    assert results.identical(whole_program(folder), undisturbed)
-    assert len(files(folder)) == n_files
-    assert not list(folder.glob("*/*.part")) or n_kills  # what a kill leaves half written has another name
+        process.join()
+    assert results.identical(program(tmp_path), undisturbed)
+    assert len(files(tmp_path)) == n_files
 
 
-def test_two_processes_share_the_work(tmp_path: Path) -> None:
-    undisturbed = whole_program(tmp_path / "undisturbed")
-    folder = tmp_path / "shared"
-    processes = [start(folder) for _ in range(2)]
+def test_two_processes_share_the_work(tmp_path: Path, undisturbed: xr.Dataset) -> None:
+    processes = [start(tmp_path) for _ in range(2)]
     seen: dict[Path, int] = {}
-    while any(process.poll() is None for process in processes):
-        for path in files(folder):
-            assert seen.setdefault(path, path.stat().st_ino) == path.stat().st_ino  # never written again
-        time.sleep(0.01)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert results.identical(whole_program(folder), undisturbed)
-    assert len(files(folder)) == len(files(tmp_path / "undisturbed"))
-    workers = {results.load(path).attrs["process"] for path in files(folder)}
-    assert len(workers) == 2
+    while any(process.is_alive() for process in processes):
+        for path in files(tmp_path):
+            stamp = path.stat().st_mtime_ns
+            assert seen.setdefault(path, stamp) == stamp  # never written again
+        time.sleep(0.02)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(files(tmp_path)) == int(undisturbed.n_networks.sum()) // 8
+    assert len({results.load(path).attrs["process"] for path in files(tmp_path)}) == 2
+    assert results.identical(program(tmp_path), undisturbed)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "other point", "empty"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from varprop import results
-from varprop.errors import ArgumentError, ReducedBatchWarning, SchemaError, require
+from varprop.errors import ArgumentError, ReducedBatchWarning, SchemaError
 from varprop.simulate import shards
 from varprop.simulate.drain import Needs
 from varprop.simulate.plan import Plan, Point, Span, first_gap, missing_rounds
@@ -93,23 +94,28 @@ def assemble(plan: Plan, directories: Sequence[str | Path], *, partial: bool = F
     Raises `ArgumentError` if networks are missing, unless `partial`, and `SchemaError` for a damaged round, naming it.
     """
     folders = [Path(directory) for directory in directories]
-    needs = Needs(plan, folders)
-    extent, missing = {}, []
+    read = functools.cache(shards.read)
+    needs = Needs(plan, folders, read)
+    extent: dict[str, int] = {}
+    points, errors, missing = {}, {}, []
     for point in plan.distinct:
         found = shards.spans(folders, point)
         wanted, finished = needs.of(point, found)
-        extent[point.id] = wanted if finished else min(wanted, first_gap(list(found)))
         missing += [] if finished else [point.id]
+        extent[point.id] = wanted if finished else min(wanted, first_gap(list(found)))
+        if extent[point.id]:
+            points[point.id] = _networks(point, found, extent[point.id], read)
+        errors[point.id] = needs.error(point, found, extent[point.id])
+        read.cache_clear()
     if missing and not partial:
         message = f"{len(missing)} of {len(plan.distinct)} points are missing or unfinished, the first {missing[0]}"
         raise ArgumentError(f"directory={', '.join(map(str, folders))}: {message}; expected a finished grid")
-    require(any(extent.values()), ArgumentError, "directory", [str(f) for f in folders], "empty", "finished rounds")
-    points = {point.id: _networks(point, extent[point.id], folders) for point in plan.distinct if extent[point.id]}
-    errors = {point.id: needs.error(point, extent[point.id]) for point in plan.distinct}
-    return _dataset(plan, points, extent, errors, _end_condition(plan, extent, errors, bool(missing)))
+    if not points:
+        raise ArgumentError(f"directory={', '.join(map(str, folders))} holds nothing of this grid; expected its rounds")
+    return _dataset(plan, points, extent, errors, _end_condition(plan, errors, bool(missing)))
 
 
-def _end_condition(plan: Plan, extent: dict[str, int], errors: dict[str, float], unfinished: bool) -> str:
+def _end_condition(plan: Plan, errors: dict[str, float], unfinished: bool) -> str:
     if plan.stop is None or unfinished:
         return "budget" if unfinished else "complete"
     short = any(not error <= plan.stop.stderr for error in errors.values())
@@ -117,15 +123,14 @@ def _end_condition(plan: Plan, extent: dict[str, int], errors: dict[str, float],
     return ("budget" if at_budget else "n_networks") if short else "complete"
 
 
-def _networks(point: Point, n_networks: int, folders: Sequence[Path]) -> xr.Dataset:
-    """The first networks of a point, from its rounds, which may overlap; `notes` and `made_with` as attributes."""
+def _networks(point: Point, found: dict[Span, Path], n_networks: int, read: Callable[..., xr.Dataset]) -> xr.Dataset:
+    """The first networks of a point, from its rounds, which may overlap; `reduced` and `made_with` as attributes."""
     pieces, at = [], 0
-    for (first, stop), path in sorted(shards.spans(folders, point).items(), key=lambda item: (item[0][0], -item[0][1])):
-        if at >= n_networks or stop <= at:
-            continue
-        whole = shards.read(path, point, (first, stop))
-        pieces.append(whole.isel(network=slice(at - first, min(stop, n_networks) - first)))
-        at = stop
+    for (first, stop), path in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1])):
+        if at < n_networks and at < stop:
+            whole = read(path, point, (first, stop))
+            pieces.append(whole.isel(network=slice(at - first, min(stop, n_networks) - first)))
+            at = stop
     joined = results.merge(pieces, "network") if len(pieces) > 1 else pieces[0]
     made = {json.dumps({name: piece.attrs[name] for name in MADE_WITH}) for piece in pieces}
     reduced = sum(ReducedBatchWarning.__name__ in piece.attrs["notes"] for piece in pieces)

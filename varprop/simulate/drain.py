@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
-from varprop.errors import ArgumentError, require
 from varprop.simulate import shards
 from varprop.simulate.plan import Plan, Point, Span, first_gap, missing_rounds
 from varprop.simulate.stop import StopRule
@@ -18,12 +18,19 @@ PAUSE = 0.2
 """Seconds between two looks at rounds that other processes compute."""
 
 
-class Needs:
-    """How many networks a point needs, as far as its finished rounds tell. Remembers what it has read."""
+Read = Callable[[Path, Point, Span], xr.Dataset | None]
 
-    def __init__(self, plan: Plan, directories: Sequence[Path]) -> None:
+
+class Needs:
+    """How many networks a point needs, as far as its finished rounds tell. Remembers the rule's values in them.
+
+    read: reads a round, or removes it and gives None.
+    """
+
+    def __init__(self, plan: Plan, directories: Sequence[Path], read: Read = shards.read_or_discard) -> None:
         self.plan = plan
         self.directories = tuple(directories)
+        self._read = read
         self._values: dict[Path, NDArray[np.float64]] = {}
 
     def of(self, point: Point, found: dict[Span, Path]) -> tuple[int, bool]:
@@ -38,11 +45,11 @@ class Needs:
             wanted = min((wanted // point.round_size + 1) * point.round_size, self.plan.most_networks)
         return wanted, present >= wanted
 
-    def error(self, point: Point, n_networks: int) -> float:
+    def error(self, point: Point, found: dict[Span, Path], n_networks: int) -> float:
         """The rule's standard error on the first networks of a point; NaN for fewer than 2 or without a rule."""
         if self.plan.stop is None or n_networks < 2:
             return float("nan")
-        values = self._of_rule(point, shards.spans(self.directories, point), self.plan.stop, n_networks)
+        values = self._of_rule(point, found, self.plan.stop, n_networks)
         return float("nan") if values is None else float(self.plan.stop.error(values))
 
     def _of_rule(
@@ -54,12 +61,9 @@ class Needs:
             if first >= n_networks:
                 continue
             if path not in self._values:
-                dataset = shards.read_or_discard(path, point, (first, stop))
+                dataset = self._read(path, point, (first, stop))
                 if dataset is None:
                     return None
-                known = [str(name) for name, variable in dataset.data_vars.items() if "site" in variable.dims]
-                domain = "one of " + ", ".join(known)
-                require(rule.variable in known, ArgumentError, "stop.variable", rule.variable, "unknown", domain)
                 self._values[path] = dataset[rule.variable].sel(site=rule.site).isel(layer=-1).values
             values[first:stop] = self._values[path][: n_networks - first]
         return values

@@ -86,66 +86,92 @@ def grid(
         stop=stop,
         round_networks=round_networks,
     )
-    folder, began = Path(directory), time.monotonic()
-    while True:
-        run(plan, folder, n_workers=n_workers, devices=devices, progress=progress, began=began)
-        try:
-            partial = stop is not None and stop.max_seconds is not None
-            return assemble(plan, [folder], partial=partial)
-        except SchemaError:
-            discard_damaged(plan, folder)
+    return run_plan(plan, directory, n_workers=n_workers, devices=devices, progress=progress)
 
 
-def run(
+def run_plan(
     plan: Plan,
-    directory: Path,
+    directory: str | Path,
     *,
     n_workers: int = 1,
     devices: Sequence[str] | None = None,
     progress: bool = True,
-    began: float | None = None,
-    shard: tuple[int, int] = (0, 1),
-    only_own: bool = False,
-) -> int:
-    """Compute the missing rounds of a plan, together with any other process at it; return when none is missing.
+) -> xr.Dataset:
+    """The grid of a plan, as `grid` gives it: computes what is missing, waits for what other processes are at."""
+    folder, began = Path(directory), time.monotonic()
+    partial = plan.stop is not None and plan.stop.max_seconds is not None
+    while True:
+        with _bar(plan, folder, progress):
+            _compute(plan, folder, plan.distinct, n_workers, devices, wait=True, began=began)
+        try:
+            return assemble(plan, [folder], partial=partial)
+        except SchemaError:
+            _discard_damaged(folder, plan.distinct)
 
-    shard: (i, n) begins with the points i, i + n, ...; only_own: leaves the others to other machines.
-    Returns the rounds computed by this call.
+
+def help_with(
+    plan: Plan,
+    directory: str | Path,
+    shard: tuple[int, int] = (0, 1),
+    *,
+    only_own: bool = False,
+    n_workers: int = 1,
+    devices: Sequence[str] | None = None,
+    progress: bool = True,
+) -> int:
+    """Compute missing rounds until other processes are at all that is left; return the number computed here.
+
+    shard: (i, n) begins with the points i, i + n, ... only_own: leaves the others to machines with other directories,
+    to be joined by `assemble`. Raises `ArgumentError` unless 0 <= i < n.
     """
+    index, count = shard
+    require(0 <= index < count, ArgumentError, "shard", f"{index}/{count}", "outside the domain", "0/n to n-1/n")
+    folder, own = Path(directory), plan.distinct[index::count]
+    others = () if only_own else tuple(point for i, point in enumerate(plan.distinct) if i % count != index)
+    _discard_damaged(folder, own)
+    with _bar(plan, folder, progress):
+        return _compute(plan, folder, (*own, *others), n_workers, devices, wait=False, began=time.monotonic())
+
+
+def _compute(
+    plan: Plan,
+    folder: Path,
+    points: Sequence[Point],
+    n_workers: int,
+    devices: Sequence[str] | None,
+    *,
+    wait: bool,
+    began: float,
+) -> int:
+    """Rounds computed by `n_workers` processes and, for what they leave, here."""
     n_workers = positive_integer("n_workers", n_workers)
-    places = list(devices) if devices else default_devices(plan.device)
+    places = list(devices) if devices else _all_devices(plan.device)
     for place in places:
         kind = check_device(place, "devices").partition(":")[0]
         require(kind == plan.device, ArgumentError, "devices", place, "of another kind", f"devices of {plan.device}")
-    index, count = shard
-    own = plan.distinct[index::count]
-    points = own if only_own else (*own, *(point for i, point in enumerate(plan.distinct) if i % count != index))
     limit = plan.stop.max_seconds if plan.stop else None
-    began = time.monotonic() if began is None else began
 
     def left() -> float | None:
-        return None if limit is None else max(0.0, limit - (time.monotonic() - began))
+        return None if limit is None else limit - (time.monotonic() - began)
 
     computed = 0
-    with _bar(plan, directory, points, progress):
-        if n_workers > 1:
-            jobs = (
-                joblib.delayed(drain)(
-                    plan,
-                    directory,
-                    places[worker % len(places)],
-                    points=_rotated(points, worker, n_workers),
-                    wait=False,
-                    seconds=left(),
-                )
-                for worker in range(n_workers)
+    if n_workers > 1:
+        jobs = [
+            joblib.delayed(drain)(
+                plan,
+                folder,
+                places[worker % len(places)],
+                points=_rotated(points, worker, n_workers),
+                wait=False,
+                seconds=left(),
             )
-            try:
-                computed += sum(joblib.Parallel(n_jobs=n_workers, batch_size=1, pre_dispatch="all")(jobs))
-            except TerminatedWorkerError:
-                raise MemoryError("a worker process was killed; finished rounds are kept") from None
-        computed += drain(plan, directory, places[0], points=points, wait=True, seconds=left())
-    return computed
+            for worker in range(n_workers)
+        ]
+        try:
+            computed += sum(joblib.Parallel(n_jobs=n_workers, batch_size=1, pre_dispatch="all")(jobs))
+        except TerminatedWorkerError:
+            raise MemoryError("a worker process was killed; finished rounds are kept") from None
+    return computed + drain(plan, folder, places[0], points=points, wait=wait, seconds=left())
 
 
 def _rotated(points: Sequence[Point], worker: int, n_workers: int) -> list[Point]:
@@ -154,26 +180,26 @@ def _rotated(points: Sequence[Point], worker: int, n_workers: int) -> list[Point
     return [*points[start:], *points[:start]]
 
 
-def default_devices(kind: str) -> list[str]:
+def _all_devices(kind: str) -> list[str]:
     """Every device of a kind."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if kind == "cuda" else [kind]
 
 
-def discard_damaged(plan: Plan, directory: Path) -> None:
+def _discard_damaged(folder: Path, points: Sequence[Point]) -> None:
     """Remove every damaged round, with a `DamagedShardWarning` each."""
-    for point in plan.distinct:
-        for span, path in shards.spans([directory], point).items():
+    for point in points:
+        for span, path in shards.spans([folder], point).items():
             shards.read_or_discard(path, point, span)
 
 
 @contextlib.contextmanager
-def _bar(plan: Plan, directory: Path, points: Sequence[Point], progress: bool) -> Iterator[None]:
-    """A bar on standard error of the networks in the directory, whoever computed them; none without a terminal."""
+def _bar(plan: Plan, folder: Path, progress: bool) -> Iterator[None]:
+    """A bar on standard error of the networks in the folder, whoever computed them; none without a terminal."""
     if not (progress and sys.stderr.isatty()):
         yield
         return
     columns = TextColumn("sampling, networks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    total = plan.most_networks * len(points) if plan.stop is None else None
+    total = plan.most_networks * len(plan.distinct) if plan.stop is None else None
     ended = threading.Event()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("networks", total=total)
@@ -182,7 +208,7 @@ def _bar(plan: Plan, directory: Path, points: Sequence[Point], progress: bool) -
             pause = 0.5
             while not ended.wait(pause):
                 began = time.monotonic()
-                spans = (span for point in points for span in shards.spans([directory], point))
+                spans = (span for point in plan.distinct for span in shards.spans([folder], point))
                 bar.update(task, completed=sum(stop - first for first, stop in spans))
                 pause = max(0.5, 20 * (time.monotonic() - began))
 

@@ -28,7 +28,7 @@ Span = tuple[int, int]
 """Networks first..stop - 1 of a point."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """One combination of a grid. `task` is the canonical JSON of all that decides its numbers."""
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from varprop.errors import ArgumentError, require
 from varprop.results import SITES
+from varprop.simulate.recorder import AT_SITES
 
 ABSOLUTE = ("token_correlation",)
 """Variables whose target is absolute: they may be 0."""
@@ -43,7 +44,7 @@ class StopRule:
         whole = "an integer >= {}"
         self._check("stderr", self.stderr, _is_number(self.stderr) and self.stderr > 0, "a number > 0")
         self._check("min_networks", self.min_networks, _is_integer(self.min_networks, 2), whole.format(2))
-        self._check("variable", self.variable, isinstance(self.variable, str), "a variable of sample")
+        self._check("variable", self.variable, self.variable in AT_SITES, "one of " + ", ".join(AT_SITES))
         self._check("site", self.site, self.site in SITES, "one of " + ", ".join(SITES))
         networks, seconds = self.max_networks, self.max_seconds
         self._check("max_networks", networks, networks is None or _is_integer(networks, 1), whole.format(1))
