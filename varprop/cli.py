@@ -21,6 +21,9 @@ from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
 from varprop.theory import collapse, growth, mitigation
 
+N_TOKENS = 64
+"""Sequence length where none is given."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Bad arguments are one line, like every other bad input."""
@@ -65,7 +68,7 @@ def _add_spec(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tokens(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n-tokens", type=int, default=64, help="sequence length (default %(default)s)")
+    parser.add_argument("--n-tokens", type=int, default=N_TOKENS, help=f"sequence length (default {N_TOKENS})")
     parser.add_argument(
         "--token-correlation", type=float, default=0.0, help="of the input tokens (default %(default)s)"
     )
@@ -129,16 +132,48 @@ def _simulate(arguments: argparse.Namespace) -> int:
     dataset = simulate.sample(
         _spec(arguments),
         n_networks=arguments.n_networks,
-        n_tokens=arguments.n_tokens,
         token_correlation=arguments.token_correlation,
         seed=arguments.seed,
         device=arguments.device,
+        **_inputs(arguments),
     )
     results.save(dataset, out)
     print(f"{_profile(dataset)}\nwrote {out}")
     return 0
 
 
+<<<<<<< HEAD
+=======
+def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`inputs` where --inputs or --text gives them, else `n_tokens`."""
+    if arguments.inputs is not None:
+        return {"n_tokens": arguments.n_tokens, "inputs": simulate.load_array(arguments.inputs)}
+    n_tokens = N_TOKENS if arguments.n_tokens is None else arguments.n_tokens
+    if arguments.text is None:
+        return {"n_tokens": n_tokens}
+    text = {"corpus": arguments.text_corpus, "corpus_dir": arguments.corpus, "seed": arguments.seed}
+    return {"inputs": simulate.text_tokens(n_tokens, n_sequences=arguments.text, **text)}
+
+
+def _grid(arguments: argparse.Namespace) -> int:
+    out = _writable(arguments.out)
+    dataset = simulate.grid(
+        _spec(arguments),
+        _axes(arguments.axis),
+        directory=arguments.directory,
+        n_networks=arguments.n_networks,
+        n_tokens=arguments.n_tokens,
+        token_correlation=arguments.token_correlation,
+        seed=arguments.seed,
+        n_workers=arguments.n_workers,
+        device=arguments.device,
+    )
+    results.save(dataset, out)
+    print(f"grid {dict(dataset.sizes)}\nwrote {out}")
+    return 0
+
+
+>>>>>>> main
 def _train(arguments: argparse.Namespace) -> int:
     from varprop import train  # brings the tokenizer library in
 
@@ -304,6 +339,7 @@ def parser() -> argparse.ArgumentParser:
     formulas.add_argument("name", nargs="?", help="a formula")
 
     sample = command("simulate", _simulate, "Random networks of a spec, one entry per network.", "simulation.nc")
+<<<<<<< HEAD
     _add_spec(sample)
     _add_tokens(sample)
     sample.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
@@ -312,6 +348,25 @@ def parser() -> argparse.ArgumentParser:
     cli_grid.add(
         command("grid", cli_grid.run, "Simulate a whole grid; resumes after a kill, any processes help.", None)
     )
+=======
+    grid = command("grid", _grid, "Simulate every combination of field values; resumes after a kill.", "grid.nc")
+    for one in (sample, grid):
+        _add_spec(one)
+        _add_tokens(one)
+        one.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
+        one.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    sample.set_defaults(n_tokens=None)
+    source = sample.add_mutually_exclusive_group()
+    source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")
+    source.add_argument("--inputs", metavar="FILE", help="a .npy array of token ids or of embedding outputs")
+    sample.add_argument(
+        "--text-corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file"
+    )
+    sample.add_argument("--corpus", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+    grid.add_argument("--axis", action="append", required=True, metavar="field=a,b,c", help="one axis (repeatable)")
+    grid.add_argument("--directory", default="grid", help="folder of the finished tasks (default %(default)s)")
+    grid.add_argument("--n-workers", type=int, default=1, help="processes (default %(default)s)")
+>>>>>>> main
 
     train = command("train", _train, "Train a model of a spec and record every layer.", "training.nc")
     _add_spec(train)
