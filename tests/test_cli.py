@@ -115,8 +115,6 @@ BAD = [
     (["predict", "--spec", "tiny", "--out", "."], "is a directory"),
     (["simulate", "--spec", "tiny", "--n-networks", "0"], "n_networks=0"),
     (["simulate", "--spec", "tiny", "--device", "abacus"], "device='abacus'"),
-<<<<<<< HEAD
-=======
     (["simulate", "--spec", "tiny", "--text", "0"], "n_sequences=0 is outside the domain"),
     (["simulate", "--spec", "tiny", "--text", "100000"], "n_sequences=100000 is more than the 19086 windows"),
     (["simulate", "--spec", "tiny", "--text", "2", "--token-correlation", "0.5"], "given with inputs"),
@@ -127,9 +125,6 @@ BAD = [
     (["simulate", "--spec", "tiny", "--inputs", "objects.npy"], "inputs='objects.npy' is no whole array"),
     (["simulate", "--spec", "tiny", "--inputs", "cut.npy"], "inputs='cut.npy' is no whole array"),
     (["simulate", "--spec", "tiny", "--inputs", "ids.npy", "--n-tokens", "4"], "n_tokens=4 is given with inputs"),
-    (["grid", "--spec", "tiny", "--axis", "n_layers=1,2"], "n_layers"),
-    (["grid", "--spec", "tiny", "--axis", "densty=1,0.5"], "densty"),
->>>>>>> main
     (["train", "--spec", "tiny", "--config", "n_step=3"], "config='n_step' is an unknown field"),
     (["train", "--spec", "tiny", "--config", "n_steps=0"], "n_steps=0"),
     (["train", "--spec", "tiny", "--config", "learning_rate=-1"], "learning_rate=-1"),

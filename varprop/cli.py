@@ -142,8 +142,6 @@ def _simulate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-<<<<<<< HEAD
-=======
 def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
     """`inputs` where --inputs or --text gives them, else `n_tokens`."""
     if arguments.inputs is not None:
@@ -155,25 +153,6 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"inputs": simulate.text_tokens(n_tokens, n_sequences=arguments.text, **text)}
 
 
-def _grid(arguments: argparse.Namespace) -> int:
-    out = _writable(arguments.out)
-    dataset = simulate.grid(
-        _spec(arguments),
-        _axes(arguments.axis),
-        directory=arguments.directory,
-        n_networks=arguments.n_networks,
-        n_tokens=arguments.n_tokens,
-        token_correlation=arguments.token_correlation,
-        seed=arguments.seed,
-        n_workers=arguments.n_workers,
-        device=arguments.device,
-    )
-    results.save(dataset, out)
-    print(f"grid {dict(dataset.sizes)}\nwrote {out}")
-    return 0
-
-
->>>>>>> main
 def _train(arguments: argparse.Namespace) -> int:
     from varprop import train  # brings the tokenizer library in
 
@@ -339,22 +318,10 @@ def parser() -> argparse.ArgumentParser:
     formulas.add_argument("name", nargs="?", help="a formula")
 
     sample = command("simulate", _simulate, "Random networks of a spec, one entry per network.", "simulation.nc")
-<<<<<<< HEAD
     _add_spec(sample)
     _add_tokens(sample)
     sample.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
     sample.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
-
-    cli_grid.add(
-        command("grid", cli_grid.run, "Simulate a whole grid; resumes after a kill, any processes help.", None)
-    )
-=======
-    grid = command("grid", _grid, "Simulate every combination of field values; resumes after a kill.", "grid.nc")
-    for one in (sample, grid):
-        _add_spec(one)
-        _add_tokens(one)
-        one.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
-        one.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
     sample.set_defaults(n_tokens=None)
     source = sample.add_mutually_exclusive_group()
     source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")
@@ -363,10 +330,8 @@ def parser() -> argparse.ArgumentParser:
         "--text-corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file"
     )
     sample.add_argument("--corpus", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
-    grid.add_argument("--axis", action="append", required=True, metavar="field=a,b,c", help="one axis (repeatable)")
-    grid.add_argument("--directory", default="grid", help="folder of the finished tasks (default %(default)s)")
-    grid.add_argument("--n-workers", type=int, default=1, help="processes (default %(default)s)")
->>>>>>> main
+
+    cli_grid.add(command("grid", cli_grid.run, "Simulate a whole grid: what a kill ended goes on.", None))
 
     train = command("train", _train, "Train a model of a spec and record every layer.", "training.nc")
     _add_spec(train)

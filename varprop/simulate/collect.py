@@ -15,11 +15,14 @@ import xarray as xr
 
 from varprop import results
 from varprop.errors import ArgumentError, ReducedBatchWarning, SchemaError
+from varprop.measure.jacobian import DEFINITIONS
 from varprop.simulate import shards
 from varprop.simulate.drain import Needs
 from varprop.simulate.plan import Plan, Point, Span, first_gap, missing_rounds
 from varprop.spec.axes import axes_json, dimensions
 
+SHARED = ("method", "inputs", "n_sequences", "token_correlation", "draw_device", "n_probes")
+"""Attributes that a grid has where its points agree, else empty."""
 MADE_WITH = ("varprop_version", "torch_version", "device_name")
 
 
@@ -169,14 +172,14 @@ def _dataset(
         spec_json=plan.spec.to_json(),
         spec_id=plan.spec.spec_id,
         n_tokens=same.get("n_tokens", 0),
-        coords=labels,
+        coords=labels | {"definition": list(DEFINITIONS)},
         seed_entropy=first["seed_entropy"],
         dtype=first["dtype"],
         device=plan.device,
         end_condition=end_condition,
         attributes={
             "axes": axes_json(plan.axes),
-            **{name: same.get(name, "") for name in ("method", "inputs", "token_correlation", "draw_device")},
+            **{name: same.get(name, "") for name in SHARED if name in first},
             "seed": str(plan.seed),
             "n_networks": plan.n_networks,
             "stop": "" if plan.stop is None else json.dumps(vars(plan.stop)),

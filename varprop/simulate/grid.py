@@ -36,10 +36,14 @@ def grid(
     directory: str | Path,
     n_networks: int,
     n_tokens: int | None = None,
-    token_correlation: float = 0.0,
+    token_correlation: Any = 0.0,
     inputs: Any = None,
+    text: int | None = None,
+    corpus: str = "embedded",
     seed: int = 0,
     method: str = "explicit",
+    backward: bool = False,
+    n_probes: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     draw_device: str | None = None,
@@ -54,8 +58,8 @@ def grid(
     axes: field name -> distinct values. Names are those that `ModelSpec.with_fields` takes, `n_tokens`, and
     `token_correlation` (as dimension `input_token_correlation`); or a name of your own with named sets of changes,
     `model={"dense": {}, "moe": {"feed_forward": None, "n_experts": 8, "top_k": 2}}`. Values that are not all numbers or
-    all text are labelled by their JSON. n_networks: at every point; with `stop` at most. Other arguments: as of
-    `sample`.
+    all text are labelled by their JSON. n_networks: at every point; with `stop` at most. text: read that many
+    windows of `n_tokens` tokens of `corpus`, as of `text_tokens` with this seed. Other arguments: as of `sample`.
 
     Variables: those of `sample`, NaN at networks and layers that a point does not have (`results.present` drops them);
     `n_networks` over the axes; `last_layer` where depths differ; `stop_error`, what the rule measured at the end.
@@ -78,8 +82,12 @@ def grid(
         n_tokens=n_tokens,
         token_correlation=token_correlation,
         inputs=inputs,
+        text=text,
+        corpus=corpus,
         seed=seed,
         method=method,
+        backward=backward,
+        n_probes=n_probes,
         dtype=dtype,
         device=device,
         draw_device=draw_device,
@@ -168,7 +176,8 @@ def _compute(
             for worker in range(n_workers)
         ]
         try:
-            computed += sum(joblib.Parallel(n_jobs=n_workers, batch_size=1, pre_dispatch="all")(jobs))
+            parallel: Any = joblib.Parallel(n_jobs=n_workers, pre_dispatch="all")
+            computed += sum(parallel(jobs))
         except TerminatedWorkerError:
             raise MemoryError("a worker process was killed; finished rounds are kept") from None
     return computed + drain(plan, folder, places[0], points=points, wait=wait, seconds=left())

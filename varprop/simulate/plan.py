@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from varprop.errors import ArgumentError, require
 from varprop.results import DIMENSIONS
 from varprop.simulate.block import networks_per_block
 from varprop.simulate.inputs import positive_integer, read_inputs
-from varprop.simulate.sampling import DTYPES, METHODS, check_device
+from varprop.simulate.sampling import DTYPES, METHODS, check_device, checked_probes
 from varprop.simulate.stop import StopRule
+from varprop.simulate.text import text_tokens
 from varprop.spec import ModelSpec
 from varprop.spec.axes import Axes, combinations
 
@@ -37,7 +38,7 @@ class Point:
     task: str
     round_size: int
 
-    @cached_property
+    @functools.cached_property
     def id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the task."""
         return hashlib.sha256(self.task.encode()).hexdigest()[:16]
@@ -55,7 +56,7 @@ class Plan:
     device: str
     stop: StopRule | None = None
 
-    @cached_property
+    @functools.cached_property
     def distinct(self) -> tuple[Point, ...]:
         """Every point once."""
         return tuple({point.id: point for point in self.points}.values())
@@ -80,10 +81,14 @@ def make_plan(
     *,
     n_networks: int,
     n_tokens: int | None = None,
-    token_correlation: float = 0.0,
+    token_correlation: Any = 0.0,
     inputs: Any = None,
+    text: int | None = None,
+    corpus: str = "embedded",
     seed: int = 0,
     method: str = "explicit",
+    backward: bool = False,
+    n_probes: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     draw_device: str | None = None,
@@ -99,13 +104,19 @@ def make_plan(
     run = {
         "seed": positive_integer("seed", seed, minimum=0),
         "method": method,
+        "backward": backward,
+        "n_probes": n_probes,
         "dtype": dtype,
         "device": kind,
         "draw_device": kind if draw_device is None else torch.device(check_device(draw_device, "draw_device")).type,
     }
     given = {"n_tokens": n_tokens, "token_correlation": token_correlation, "inputs": inputs}
+    require(text is None or inputs is None, ArgumentError, "text", text, "given with inputs", "one of them")
+    read = (
+        None if text is None else functools.cache(lambda n: text_tokens(n, n_sequences=text, corpus=corpus, seed=seed))
+    )
     size = None if round_networks is None else positive_integer("round_networks", round_networks)
-    points = tuple(_point(spec, fields, given, run, size) for fields in combinations(axes, depths=True))
+    points = tuple(_point(spec, fields, given, read, run, size) for fields in combinations(axes, depths=True))
     plan = Plan(spec, axes, points, positive_integer("n_networks", n_networks), run["seed"], kind, stop)
     budget = stop.max_networks if stop else None
     enough = plan.most_networks >= min(2 if stop else 1, plan.n_networks)
@@ -115,17 +126,25 @@ def make_plan(
 
 
 def _point(
-    spec: ModelSpec, fields: dict[str, Any], given: dict[str, Any], run: dict[str, Any], size: int | None
+    spec: ModelSpec,
+    fields: dict[str, Any],
+    given: dict[str, Any],
+    read: Callable[[Any], Any] | None,
+    run: dict[str, Any],
+    size: int | None,
 ) -> Point:
     arguments = given | {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
+    if read is not None:
+        arguments |= {"inputs": read(arguments["n_tokens"]), "n_tokens": None}
     changed = spec.with_fields(fields)
     checked = read_inputs(changed, **arguments)
+    n_probes = checked_probes(run["backward"], run["n_probes"], run["method"], checked.n_tokens * changed.d_model)
     described = {
         "spec": changed.to_dict(),
         "n_tokens": checked.n_tokens,
-        "token_correlation": checked.token_correlation,
-        "inputs": checked.label,
+        **checked.attributes,
         **run,
+        "n_probes": n_probes,
     }
     if size is None:
         block = networks_per_block(changed, checked.n_tokens, run["draw_device"])

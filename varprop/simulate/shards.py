@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import xarray as xr
@@ -79,7 +80,7 @@ def compute(directory: Path, point: Point, span: Span, device: str) -> bool:
             return False
         began = time.monotonic()
         draws_there = point.arguments["draw_device"] == torch.device(device).type
-        placed = {"device": device, "draw_device": device if draws_there else "cpu"}
+        placed: dict[str, Any] = {"device": device, "draw_device": device if draws_there else "cpu"}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             dataset = sample(

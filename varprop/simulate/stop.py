@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,8 @@ class StopRule:
     Exactness: the number of networks looks at the data, which makes a 95 % t interval of the mean of log-normal values
     miss in 5 to 8 % of cases (tests/simulate/test_stop.py).
 
-    >>> StopRule(stderr=0.01).error(np.array([1.0, 1.1, 0.9, 1.0])).round(4)
-    np.float64(0.0408)
+    >>> round(StopRule(stderr=0.01).error(np.array([1.0, 1.1, 0.9, 1.0])), 4)
+    0.0408
     """
 
     stderr: float
@@ -55,15 +56,15 @@ class StopRule:
 
     def error(self, values: NDArray[np.float64]) -> float:
         """Standard error of the mean of one value per network, as the rule measures it; 0 where all are 0."""
-        stderr = values.std(ddof=1) / len(values) ** 0.5
+        stderr = float(values.std(ddof=1)) / len(values) ** 0.5
         if self.variable in ABSOLUTE or stderr == 0:
             return stderr
-        return stderr / abs(values.mean())
+        return stderr / abs(float(values.mean()))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    return bool(isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least)
