@@ -99,7 +99,7 @@ def sample(
     n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
     first = positive_integer("first_network", first_network, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
-    probes = _checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
+    probes = checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
     entropy = (seed, int(spec.spec_id, 16))
     run = Run(spec, source, entropy, device, DTYPES[dtype], draw_device, *METHODS[method], backward, probes)
     blocks = range(first // run.block_size, -(-(first + n_networks) // run.block_size))
@@ -136,7 +136,7 @@ def sample(
     )
 
 
-def _checked_probes(backward: bool, n_probes: int | None, method: str, size: int) -> int:
+def checked_probes(backward: bool, n_probes: int | None, method: str, size: int) -> int:
     """Number of probes, 0 = exact; size: n_tokens * d_model."""
     require(isinstance(backward, bool), ArgumentError, "backward", backward, "no truth value", "True or False")
     wrong = "given without backward=True"
