@@ -92,7 +92,6 @@ def outcome(prediction: np.ndarray, values: np.ndarray, edge: float) -> dict[str
         rounding=0.0,
         false_fail_rate=FALSE_FAIL_RATE,
         resolution=0.05,
-        log_scale=True,
     )
 
 
