@@ -16,7 +16,7 @@ from varprop.spec import ModelSpec, layer_table
 
 T = TypeVar("T")
 Task = TypeVar("Task")
-DEVICE_RATES = {"flops": 3e13, "draws": 5e10, "launches": 2e5}
+DEVICE_RATES = {"flops": 2.5e13, "draws": 2.5e11, "launches": 1.5e5}
 """Work per second of one accelerator (float32 products, random numbers, kernels of one process): rough."""
 
 
@@ -50,9 +50,10 @@ def run_all(function: Callable[[Task], T], tasks: Sequence[Task], n_workers: int
 def device_work(spec: ModelSpec, n_tokens: int, n_networks: float) -> dict[str, float]:
     """Float operations, random numbers, kernel launches and seconds of `sample` on an accelerator: a rough estimate.
 
-    Whole blocks of networks; about 400 launches a layer, and 20 more for each expert of each network.
+    Whole blocks of networks, drawn on the accelerator; about 200 launches a layer. Norms, softmax and statistics are
+    left out: about as much again for 512 neurons and 128 tokens.
     """
-    size = networks_per_block(spec, n_tokens)
+    size = networks_per_block(spec, n_tokens, "cuda")
     n_blocks = math.ceil(n_networks / size)
     amounts = dict.fromkeys(DEVICE_RATES, 0.0)
     for layer in range(1, spec.n_layers + 1):
@@ -60,8 +61,7 @@ def device_work(spec: ModelSpec, n_tokens: int, n_networks: float) -> dict[str, 
         mixing = 2 * n_tokens * spec.n_heads * spec.head_dim if spec.attention else 0
         amounts["flops"] += 2 * n_tokens * (sum(row.n_active for row in table) + mixing) * size * n_blocks
         amounts["draws"] += sum(row.n_parameters * (1 if row.mask is None else 2) for row in table) * size * n_blocks
-        experts = spec.moe.n_experts if spec.moe and spec.is_moe(layer) else 0
-        amounts["launches"] += n_blocks * (400 + 20 * size * experts)
+        amounts["launches"] += 200 * n_blocks
     return {**amounts, "seconds": sum(amount / DEVICE_RATES[name] for name, amount in amounts.items())}
 
 

@@ -1,5 +1,6 @@
 """What is read off tensors, once for all readers."""
 
+from varprop.measure.jacobian import jacobian_deviation, probe_jacobian_deviation, random_signs
 from varprop.measure.mixing import (
     attention_concentration,
     attention_entropy,
@@ -10,6 +11,7 @@ from varprop.measure.moments import (
     BRANCH_STREAM,
     PowerSums,
     branch_correlation,
+    cosine,
     fourth_moment,
     second_moment,
     token_correlation,
@@ -22,9 +24,13 @@ __all__ = [
     "attention_concentration",
     "attention_entropy",
     "branch_correlation",
+    "cosine",
     "expert_load_concentration",
     "fourth_moment",
     "gate_second_moment",
+    "jacobian_deviation",
+    "probe_jacobian_deviation",
+    "random_signs",
     "second_moment",
     "token_correlation",
     "variance",

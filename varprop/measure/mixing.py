@@ -1,4 +1,6 @@
-"""How attention mixes tokens and how a router mixes experts, accumulated in float64.
+"""How attention mixes tokens and how a router mixes experts.
+
+A row of probabilities is summed in its own type (float32 at least; positive numbers), rows in float64.
 
 Shape suffixes: `T` tokens, `N` query heads, `E` experts.
 """
@@ -17,7 +19,7 @@ def attention_concentration(probabilities: Tensor) -> Tensor:
     >>> attention_concentration(torch.full((1, 3, 4), 0.25)).item()
     0.25
     """
-    return probabilities.square().sum(dim=-1, dtype=torch.float64).mean(dim=(-2, -1))
+    return _squared_rows(probabilities).mean(dim=(-2, -1))
 
 
 def attention_entropy(probabilities: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def attention_entropy(probabilities: Tensor) -> Tensor:
     >>> round(attention_entropy(torch.full((1, 3, 4), 0.25)).exp().item(), 6)
     4.0
     """
-    return torch.special.entr(probabilities).sum(dim=-1, dtype=torch.float64).mean(dim=(-2, -1))
+    return torch.special.entr(probabilities).sum(dim=-1).double().mean(dim=(-2, -1))
 
 
 def gate_second_moment(gates: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def gate_second_moment(gates: Tensor) -> Tensor:
     >>> gate_second_moment(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])).item()
     0.75
     """
-    return gates.square().sum(dim=-1, dtype=torch.float64).mean(dim=-1)
+    return _squared_rows(gates).mean(dim=-1)
 
 
 def expert_load_concentration(gates: Tensor) -> Tensor:
@@ -53,3 +55,7 @@ def expert_load_concentration(gates: Tensor) -> Tensor:
     load = (gates != 0).sum(dim=-2).double()
     total = load.sum(dim=-1, keepdim=True)
     return (load / torch.where(total > 0, total, 1.0)).square().sum(dim=-1)
+
+
+def _squared_rows(x: Tensor) -> Tensor:
+    return x.square().sum(dim=-1).double()

@@ -19,42 +19,51 @@ q_after = q + v + 2 r sqrt(q v) whatever the block (skip multiplier 1, no norm o
 
 @dataclass(frozen=True)
 class PowerSums:
-    """Sums over x (*lead, T, D), float64: what the statistics below are made of, each read off x once."""
+    """Sums over x (*lead, T, D), float64 of shape (*lead): what the statistics below are made of, each read off x once.
+
+    squares: sum of x^2; fourth_powers: of x^4; squared_means: of the squared token means over neurons;
+    squared_total: of the squared sum of the tokens.
+    """
 
     n_tokens: int
     d_model: int
-    values: Tensor  # over neurons, (*lead, T)
-    squares: Tensor  # over neurons, (*lead, T)
-    fourth_powers: Tensor  # over neurons, (*lead, T)
-    token: Tensor  # over tokens, (*lead, D)
+    squares: Tensor
+    fourth_powers: Tensor
+    squared_means: Tensor
+    squared_total: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> PowerSums:
-        """The sums of x."""
+        """The sums of x, in float64."""
         x = x.double()
+        n_tokens, d_model = x.shape[-2:]
         squares = x.square()
-        fourth = torch.linalg.vecdot(squares, squares)
-        return cls(x.shape[-2], x.shape[-1], x.sum(dim=-1), squares.sum(dim=-1), fourth, x.sum(dim=-2))
+        fourth = torch.linalg.vector_norm(squares, dim=(-2, -1)).square()
+        means, total = x.mean(dim=-1), x.sum(dim=-2)
+        return cls(n_tokens, d_model, squares.sum(dim=(-2, -1)), fourth, _dot(means, means), _dot(total, total))
 
     def second_moment(self) -> Tensor:
         """As the function of this name."""
-        return self.squares.mean(dim=-1) / self.d_model
+        return self.squares / (self.n_tokens * self.d_model)
 
     def fourth_moment(self) -> Tensor:
         """As the function of this name."""
-        return self.fourth_powers.mean(dim=-1) / self.d_model
+        return self.fourth_powers / (self.n_tokens * self.d_model)
 
     def variance(self) -> Tensor:
-        """As the function of this name; the squared mean is small against the squares, so that nothing cancels."""
-        return (self.squares / self.d_model - (self.values / self.d_model).square()).clamp(min=0).mean(dim=-1)
+        """As the function of this name; cancels only where the squared mean is nearly all of the second moment."""
+        return (self.second_moment() - self.squared_means / self.n_tokens).clamp(min=0)
 
     def token_correlation(self) -> Tensor:
         """As the function of this name."""
-        power = self.squares.sum(dim=-1)
         if self.n_tokens == 1:
-            return (power > 0).double()
-        pairs = self.token.square().sum(dim=-1) - power
-        return torch.where(power > 0, pairs / ((self.n_tokens - 1) * power), 0.0)
+            return (self.squares > 0).double()
+        pairs = self.squared_total - self.squares
+        return torch.where(self.squares > 0, pairs / ((self.n_tokens - 1) * self.squares), 0.0)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, y)
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -91,8 +100,8 @@ def token_correlation(x: Tensor) -> Tensor:
     (|sum_t x_t|^2 - sum_t |x_t|^2) / ((T - 1) sum_t |x_t|^2), which needs no T x T matrix; exact to rounding.
     An all-zero tensor gives 0, else a single token gives 1.
 
-    >>> token_correlation(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).item()
-    0.3333333333333333
+    >>> round(token_correlation(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).item(), 12)
+    0.333333333333
     """
     return PowerSums.of(x).token_correlation()
 
@@ -106,5 +115,9 @@ def branch_correlation(stream: Tensor, branch: Tensor) -> Tensor:
     0.7071067811865475
     """
     x, f = stream.double().flatten(-2), branch.double().flatten(-2)
-    scale = (torch.linalg.vecdot(x, x) * torch.linalg.vecdot(f, f)).sqrt()
-    return torch.where(scale > 0, torch.linalg.vecdot(x, f) / scale, 0.0)
+    return cosine(_dot(x, f), _dot(x, x) * _dot(f, f))
+
+
+def cosine(product: Tensor, power: Tensor) -> Tensor:
+    """product / sqrt(power), 0 where the power is."""
+    return torch.where(power > 0, product / power.sqrt(), 0.0)

@@ -7,6 +7,7 @@ logit, a key mask after the softmax) on the explicit softmax; who observes the p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,13 +19,16 @@ from varprop.nn.linear import Weights, linear
 from varprop.nn.norm import rms_norm
 from varprop.spec import ModelSpec
 
+Uniform = Callable[[tuple[int, ...]], Tensor]
+"""Numbers of [0, 1) in the shape asked for."""
+
 
 def attention(
     x: Tensor,
     weights: Weights,
     spec: ModelSpec,
     layer: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Uniform | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
     """Output of the attention of a layer, (*lead, T, D). The generator draws the key mask, where the spec has one.
@@ -76,13 +80,19 @@ def rotate(y: Tensor, theta: float, n_rotated: int) -> Tensor:
     Dimension i and i + n_rotated/2 of position t turn by the angle t theta^(-2 i / n_rotated).
     """
     half = n_rotated // 2
-    frequencies = theta ** (-torch.arange(half, device=y.device, dtype=torch.float64) / half)
-    angles = torch.arange(y.shape[-2], device=y.device, dtype=torch.float64)[:, None] * frequencies
-    wide = torch.promote_types(y.dtype, torch.float32)
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    cos, sin = _turns(y.shape[-2], theta, half, torch.promote_types(y.dtype, torch.float32), y.device)
     first, second, rest = y.split((half, half, y.shape[-1] - n_rotated), dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
+    turned = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
     return torch.cat((*(part.to(y.dtype) for part in turned), rest), dim=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(n_tokens: int, theta: float, half: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles, (T, half): the same for every layer."""
+    with torch.inference_mode(False):
+        frequencies = theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+        angles = torch.arange(n_tokens, device=device, dtype=torch.float64)[:, None] * frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def allowed_keys(spec: ModelSpec, layer: int, n_tokens: int, device: torch.device) -> Tensor | None:
@@ -99,7 +109,7 @@ def allowed_keys(spec: ModelSpec, layer: int, n_tokens: int, device: torch.devic
     return allowed
 
 
-def draw_kept_keys(q: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
+def draw_kept_keys(q: Tensor, density: float, generator: torch.Generator | Uniform | None) -> Tensor:
     """(*lead, N, T, T) boolean: each key kept with probability `density` for each query and head, its own always.
 
     Raises `ArgumentError` without a generator.
@@ -107,8 +117,12 @@ def draw_kept_keys(q: Tensor, density: float, generator: torch.Generator | None)
     if generator is None:
         raise ArgumentError("generator=None is missing; expected a torch.Generator, which draws the key mask")
     n_tokens = q.shape[-2]
-    uniform = torch.rand((*q.shape[:-1], n_tokens), generator=generator, device=generator.device).to(q.device)
-    return (uniform < density) | torch.eye(n_tokens, dtype=torch.bool, device=q.device)
+    shape = (*q.shape[:-1], n_tokens)
+    if isinstance(generator, torch.Generator):
+        uniform = torch.rand(shape, generator=generator, device=generator.device)
+    else:
+        uniform = generator(shape)
+    return (uniform.to(q.device) < density) | torch.eye(n_tokens, dtype=torch.bool, device=q.device)
 
 
 def attention_probabilities(
@@ -119,7 +133,7 @@ def attention_probabilities(
     allowed: boolean, broadcast to the logits. softcap: cap(z) = softcap tanh(z / softcap). sink: (N) or (*lead, N), one
     more logit in the denominator, which leaves the rows below a sum of one.
     """
-    logits = (q @ k.mT) * scale
+    logits = (q * scale) @ k.mT
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from varprop.nn.attention import attention
+from varprop.nn.attention import Uniform, attention
 from varprop.nn.feed_forward import feed_forward
 from varprop.nn.init import draw_tensors, make_generator
 from varprop.nn.linear import Weights
@@ -30,7 +30,7 @@ def block_forward(
     spec: ModelSpec,
     layer: int,
     record: Record | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Uniform | None = None,
     observe: Observe | None = None,
 ) -> Tensor:
     """The stream (*lead, T, D) after block `layer` (1..n_layers).

@@ -99,7 +99,8 @@ def routed_stack(x: Tensor, gates: Tensor, active: Tensor, experts: Weights, act
     """
     n_networks, _, d_model = x.shape
     load = active.sum(dim=-2)  # (B, E)
-    n_slots = max(1, int(load.max()))
+    # One wait for the device.
+    n_slots, most = torch.stack((load.max(), active.sum(dim=-1).max())).clamp(min=1).tolist()
     # A stable sort of "not active" lists the tokens of each expert first, in order: (B, E, slots).
     token = (~active).mT.to(torch.uint8).argsort(dim=-1, stable=True)[..., :n_slots]
     used = torch.arange(n_slots, device=x.device) < load.unsqueeze(-1)
@@ -107,7 +108,6 @@ def routed_stack(x: Tensor, gates: Tensor, active: Tensor, experts: Weights, act
     y = two_layers(x[row] * used.unsqueeze(-1), experts, "moe.experts", activation)  # (B, E, slots, D)
     # The slot of token t at expert e is the number of earlier tokens there; a token reads the experts that act on it.
     slot = active.cumsum(dim=-2) - 1  # (B, T, E)
-    most = int(active.sum(dim=-1).max())
     expert = gates.masked_fill(~active, -1.0).topk(most, dim=-1).indices  # (B, T, most)
     gate = (gates * active).gather(-1, expert).to(x.dtype)
     place = expert * n_slots + slot.gather(-1, expert).clamp(min=0)

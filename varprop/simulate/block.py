@@ -14,15 +14,17 @@ import numpy as np
 import torch
 
 from varprop.errors import ReducedBatchWarning
+from varprop.nn.attention import Uniform
 from varprop.nn.block import block_forward
 from varprop.nn.init import draw_layer, make_generator
 from varprop.nn.linear import Weights
+from varprop.simulate.backward import backward_statistics
 from varprop.simulate.inputs import Inputs
 from varprop.simulate.recorder import Recorder
 from varprop.spec import ModelSpec, layer_table
 
 MAX_NETWORKS = {"cpu": 8, "accelerator": 256}
-BLOCK_NUMBERS = {"cpu": 2**26, "accelerator": 2**28}
+BLOCK_NUMBERS = {"cpu": 2**26, "accelerator": 2**29}
 """Most float numbers of one layer's weights and activations that a block holds, if it has several networks."""
 TOKEN_STREAM = 0
 """Key of the tokens; a layer's weights have the key of the layer, its key masks (layer, `KEY_MASKS`)."""
@@ -66,6 +68,9 @@ class Run:
     dtype: torch.dtype
     draw_device: str
     draw: Draw = draw_layer
+    backward: bool = False
+    n_probes: int = 0
+    """Probes of the Jacobians on the way back, 0 = exact."""
     advance: Callable[[], None] = lambda: None
     parts: int = field(default=1, init=False)
     """Pieces into which a block is cut, because memory was short before."""
@@ -87,9 +92,19 @@ class Run:
         generator = self.generator(block, layer)
         return self.draw(self.spec, layer, generator, (self.block_size,), self.device, self.dtype, keep)
 
+    def key_numbers(self, block: int, layer: int, keep: slice) -> Uniform:
+        """Draws the key masks of a layer, of the networks `keep` of the block."""
+        generator = self.generator(block, layer, KEY_MASKS)
+
+        def draw(shape: tuple[int, ...]) -> torch.Tensor:
+            whole = (self.block_size, *shape[1:])
+            return torch.rand(whole, generator=generator, device=generator.device)[keep]
+
+        return draw
+
     def tokens(self, block: int, keep: slice) -> torch.Tensor:
-        """The stream at layer 0. Few numbers: always drawn on the CPU."""
-        drawn = self.inputs.draw(self.block_size, make_generator(self.entropy, block, TOKEN_STREAM))
+        """The stream at layer 0."""
+        drawn = self.inputs.draw(self.block_size, self.generator(block, TOKEN_STREAM))
         return drawn[keep].to(self.device, self.dtype)
 
 
@@ -102,8 +117,8 @@ def block_statistics(run: Run, block: int) -> dict[str, np.ndarray]:
         try:
             pieces = [_part(run, block, keep) for keep in _cuts(run.block_size, run.parts)]
             return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if run.parts >= run.block_size:
+        except (RuntimeError, MemoryError) as error:
+            if run.parts >= run.block_size or not _is_short_of_memory(error):
                 raise
             run.parts *= 2
             size = -(-run.block_size // run.parts)
@@ -113,20 +128,34 @@ def block_statistics(run: Run, block: int) -> dict[str, np.ndarray]:
                 torch.cuda.empty_cache()
 
 
+def _is_short_of_memory(error: Exception) -> bool:
+    """On the CPU torch raises a plain RuntimeError, known by the name of the allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def _cuts(size: int, parts: int) -> Iterator[slice]:
     step = -(-size // parts)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-@torch.inference_mode()
 def _part(run: Run, block: int, keep: slice) -> dict[str, np.ndarray]:
-    recorder = Recorder(run.spec, keep.stop - keep.start, run.device)
+    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
+    streams = _forward(run, block, keep, recorder)
+    return recorder.arrays() | (backward_statistics(run, block, keep, streams) if run.backward else {})
+
+
+@torch.inference_mode()
+def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torch.Tensor]:
+    """The stream before every layer and after the last, where the way back will need it."""
     x = run.tokens(block, keep)
     recorder(0, "resid_post", x)
+    streams = [x] if run.backward else []
     for layer in range(1, run.spec.n_layers + 1):
         weights = run.weights(block, layer, keep)
-        keys = run.generator(block, layer, KEY_MASKS)
+        keys = run.key_numbers(block, layer, keep)
         x = block_forward(x, weights, run.spec, layer, recorder, keys, recorder.observe)
         del weights
+        if run.backward:
+            streams.append(x)
         run.advance()
-    return recorder.arrays()
+    return streams

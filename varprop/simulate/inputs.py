@@ -40,15 +40,15 @@ class Inputs:
         scale = self.spec.tensor_table()[0].init_std * self.spec.embedding_scale
 
         def normal(n_rows: int) -> Tensor:
-            return torch.randn(n_networks, n_rows, d_model, generator=generator)
+            return torch.randn(n_networks, n_rows, d_model, generator=generator, device=generator.device)
 
         if self.values is None:
             c = self.token_correlation
             return scale * (c**0.5 * normal(1) + (1 - c) ** 0.5 * normal(self.n_tokens))
         if self.values.dtype.kind == "f":
-            return torch.tensor(self.values).expand(n_networks, -1, -1)
+            return torch.tensor(self.values, device=generator.device).expand(n_networks, -1, -1)
         distinct, row = np.unique(self.values, return_inverse=True)
-        return scale * normal(len(distinct))[:, torch.from_numpy(row)]
+        return scale * normal(len(distinct))[:, torch.from_numpy(row).to(generator.device)]
 
 
 def read_inputs(spec: ModelSpec, n_tokens: int | None, token_correlation: float, inputs: Any) -> Inputs:

@@ -1,9 +1,11 @@
-"""What is recorded of a block of networks: everything stays on the device until the block is done.
+"""What is recorded of a block of networks: sums stay on the device until the block is done.
 
 Legend: B networks, L layers.
 """
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from varprop.measure import (
     PowerSums,
     attention_concentration,
     attention_entropy,
-    branch_correlation,
+    cosine,
     expert_load_concentration,
     gate_second_moment,
 )
@@ -22,6 +24,7 @@ from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
 
 AT_SITES = ("second_moment", "variance", "token_correlation", "fourth_moment")
+SUMS = tuple(field.name for field in fields(PowerSums))[2:]
 OBSERVED = {
     "attention": {"attention_concentration": attention_concentration, "attention_entropy": attention_entropy},
     "gates": {"gate_second_moment": gate_second_moment, "expert_load_concentration": expert_load_concentration},
@@ -34,32 +37,31 @@ class Recorder:
     A layer without a mixture counts as one expert with gate 1.
     """
 
-    def __init__(self, spec: ModelSpec, n_networks: int, device: str | torch.device) -> None:
-        shape, options = (n_networks, spec.n_layers + 1), {"dtype": torch.float64, "device": device}
-        self._sites = torch.full((*shape, len(SITES), len(AT_SITES)), torch.nan, **options)
-        self._branches = torch.full((*shape, len(BRANCHES)), torch.nan, **options)
+    def __init__(self, spec: ModelSpec, n_tokens: int, n_networks: int, device: str | torch.device) -> None:
+        def empty(*shape: int) -> Tensor:
+            return torch.full((n_networks, spec.n_layers + 1, *shape), torch.nan, dtype=torch.float64, device=device)
+
+        self._shape = n_tokens, spec.d_model
+        self._sums, self._products = empty(len(SITES), len(SUMS)), empty(len(BRANCHES))
         present = [spec.attention is not None, spec.moe is not None]
         names = [name for found, kind in zip(present, OBSERVED.values(), strict=True) if found for name in kind]
-        self._observed = {name: torch.full(shape, torch.nan, **options) for name in names}
+        self._observed = {name: empty() for name in names}
         for layer in range(1, spec.n_layers + 1):
             if spec.moe is not None and not spec.is_moe(layer):
                 for name in OBSERVED["gates"]:
                     self._observed[name][:, layer] = 1.0
         self._streams: dict[str, Tensor] = {}
-        self._last: tuple[Tensor | None, Tensor | None] = None, None
 
     def __call__(self, layer: int, site: str, x: Tensor) -> None:
         """Record one site of all networks."""
-        known, values = self._last
-        if x is not known or values is None:  # resid_pre is the resid_post of the layer before
+        if site == "resid_pre":  # the resid_post of the layer before
+            self._sums[:, layer, SITES.index(site)] = self._sums[:, layer - 1, SITES.index("resid_post")]
+        else:
             sums = PowerSums.of(x)
-            values = torch.stack([getattr(sums, name)() for name in AT_SITES], dim=-1)
-        self._sites[:, layer, SITES.index(site)] = values
-        if site == "resid_post":
-            self._last = x, values
+            self._sums[:, layer, SITES.index(site)] = torch.stack([getattr(sums, name) for name in SUMS], dim=-1)
         if site in BRANCH_STREAM:
-            stream = self._streams[BRANCH_STREAM[site]]
-            self._branches[:, layer, list(BRANCH_STREAM).index(site)] = branch_correlation(stream, x)
+            product = (self._streams[BRANCH_STREAM[site]] * x).sum(dim=-1).double().sum(dim=-1)
+            self._products[:, layer, list(BRANCH_STREAM).index(site)] = product
         else:
             self._streams[site] = x
 
@@ -70,7 +72,12 @@ class Recorder:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Name -> (B, L + 1, site), (B, L + 1, branch) or (B, L + 1)."""
-        sites = self._sites.cpu().numpy()
-        found = {name: sites[..., i] for i, name in enumerate(AT_SITES)}
-        found["branch_correlation"] = self._branches.cpu().numpy()
-        return found | {name: values.cpu().numpy() for name, values in self._observed.items()}
+        sums = PowerSums(*self._shape, *self._sums.unbind(dim=-1))
+        found = {name: getattr(sums, name)() for name in AT_SITES}
+        # Layer 0 has only a stream: a comparison would turn its missing sums into numbers.
+        found["token_correlation"][sums.squares.isnan()] = torch.nan
+        pairs = [(SITES.index(stream), SITES.index(branch)) for branch, stream in BRANCH_STREAM.items()]
+        power = torch.stack([sums.squares[..., i] * sums.squares[..., j] for i, j in pairs], dim=-1)
+        found["branch_correlation"] = cosine(self._products, power)
+        found["branch_correlation"][:, 0] = torch.nan
+        return {name: values.cpu().numpy() for name, values in {**found, **self._observed}.items()}

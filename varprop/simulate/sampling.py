@@ -15,13 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from varprop import results
 from varprop.errors import ArgumentError, require
+from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn.init import draw_layer
+from varprop.simulate.backward import MAX_EXACT, N_PROBES
 from varprop.simulate.block import Draw, Run, block_statistics
 from varprop.simulate.inputs import positive_integer, read_inputs
 from varprop.spec import ModelSpec
 
 METHODS: dict[str, Draw] = {"explicit": draw_layer}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+LAST_DIMENSION = {
+    "branch_correlation": "branch",
+    "jacobian_deviation": "definition",
+    "jacobian_deviation_stderr": "definition",
+}
+"""Of the variables with three dimensions; `site` for the others."""
 
 
 def sample(
@@ -37,6 +46,8 @@ def sample(
     draw_device: str | None = None,
     dtype: str = "float32",
     first_network: int = 0,
+    backward: bool = False,
+    n_probes: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
     """Statistics of `n_networks` freshly drawn networks at every layer.
@@ -55,6 +66,13 @@ def sample(
     draw_device: where the weights are drawn, None = `device`. An accelerator draws a thousand times faster than the
     CPU, but other numbers from the same seeds: the same law, other networks. "cpu" gives the same networks, to
     rounding, on every device. progress: a bar on standard error.
+    backward: add `grad_second_moment` (network, layer, site), the second moment of the gradient with respect to the
+    tensor at a site, relative to that of the last stream, where it is Gaussian, independent for each token; and
+    `jacobian_deviation` (network, layer, definition), ||J - I||_F^2 / d of each block in the definitions of
+    `theory.jacobian`. n_probes: random products per network and layer that estimate the latter (unbiased), whose
+    standard error over probes is then `jacobian_deviation_stderr`; None = none, the exact value, up to
+    n_tokens * d_model = 512, 16 beyond. In this mode alone memory grows with depth: each layer's stream is kept,
+    n_tokens * d_model numbers a network; it needs weights, hence method="explicit".
     Exact up to rounding: each network is a real one. Where memory is too short for a block of networks, it is computed
     in pieces of the same random numbers, with a `ReducedBatchWarning`. Raises `ArgumentError` for arguments outside
     their domain.
@@ -71,22 +89,25 @@ def sample(
     n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
     first = positive_integer("first_network", first_network, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
+    probes = _checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
     entropy = (seed, int(spec.spec_id, 16))
-    run = Run(spec, source, entropy, device, DTYPES[dtype], draw_device, METHODS[method])
+    run = Run(
+        spec, source, entropy, device, DTYPES[dtype], draw_device, METHODS[method], backward=backward, n_probes=probes
+    )
     blocks = range(first // run.block_size, -(-(first + n_networks) // run.block_size))
-    with _reproducible(), _bar(len(blocks) * spec.n_layers, progress) as run.advance:
+    with _reproducible(), _bar(len(blocks) * spec.n_layers * (1 + backward), progress) as run.advance:
         pieces = [block_statistics(run, block) for block in blocks]
     start = first - blocks.start * run.block_size
-    dims = {3: ("network", "layer", "site"), 2: ("network", "layer")}
+    shared = ("network", "layer")
     return results.new(
         {
             name: (
-                ("network", "layer", "branch") if name == "branch_correlation" else dims[pieces[0][name].ndim],
+                shared if first_piece.ndim == 2 else (*shared, LAST_DIMENSION.get(name, "site")),
                 np.concatenate([piece[name] for piece in pieces])[start : start + n_networks],
             )
-            for name in pieces[0]
+            for name, first_piece in pieces[0].items()
         },
-        coords={"network": np.arange(first, first + n_networks)},
+        coords={"network": np.arange(first, first + n_networks), "definition": list(DEFINITIONS)},
         source="simulation",
         spec_json=spec.to_json(),
         spec_id=spec.spec_id,
@@ -102,8 +123,21 @@ def sample(
             "inputs": source.label,
             "draw_device": draw_device,
             "torch_version": str(torch.__version__),
+            **({"n_probes": probes} if backward else {}),
         },
     )
+
+
+def _checked_probes(backward: bool, n_probes: int | None, method: str, size: int) -> int:
+    """Number of probes, 0 = exact; size: n_tokens * d_model."""
+    require(isinstance(backward, bool), ArgumentError, "backward", backward, "no truth value", "True or False")
+    wrong = "given without backward=True"
+    require(backward or n_probes is None, ArgumentError, "n_probes", n_probes, wrong, "backward=True, or None")
+    if backward and method != "explicit":
+        raise ArgumentError("backward=True needs weights; expected method='explicit'")
+    if n_probes is not None:
+        return positive_integer("n_probes", n_probes, minimum=2)
+    return N_PROBES if size > MAX_EXACT else 0
 
 
 @contextlib.contextmanager
