@@ -128,6 +128,25 @@ def known_log_mean(mean: ArrayLike, stderr: ArrayLike = 0.0) -> LogMean:
     return LogMean(value, error, error, np.ones(mean.shape), value, error)
 
 
+def expected_log_mean(spread: ArrayLike, n: int) -> LogMean:
+    """`LogMean` of n log-normal replicates of mean 1 and standard deviation `spread`, each part at its expectation.
+
+    >>> round(float(expected_log_mean(0.1, 100).stderr), 6), round(float(expected_log_mean(2.0, 100).stderr), 3)
+    (0.01, 0.2)
+    """
+    spread = np.asarray(spread, dtype=np.float64)
+    variance = np.log1p(spread**2)
+    delta = spread / math.sqrt(n)
+    return LogMean(
+        value=np.zeros(spread.shape),
+        stderr=np.maximum(delta, np.sqrt(variance / n + variance**2 / (2 * (n - 1)))),
+        delta=delta,
+        skewness=np.ones(spread.shape),
+        mean_log=-variance / 2,
+        mean_log_stderr=np.sqrt(variance / n),
+    )
+
+
 def skewness_factor(values: ArrayLike, axis: int = 0) -> Array:
     """c = max(1, 2 (g - 2 e) / (3 s / m) - 1): the skewness g of the sample against that of a log-normal law.
 
@@ -252,7 +271,7 @@ def log_excess(statistic: ArrayLike, low: LogMean, high: LogMean) -> Array:
     lower, upper = np.full(shape, 1e-15), np.full(shape, LARGEST_LOG)
     for _ in range(32):
         middle = np.sqrt(lower * upper)
-        enough = _statistic(middle, low, high) >= statistic
+        enough = _statistic(middle, low, high) >= np.asarray(statistic)
         lower, upper = np.where(enough, lower, middle), np.where(enough, middle, upper)
     return np.where((low.stderr == 0) & (high.delta == 0), 0.0, upper)
 
@@ -324,8 +343,10 @@ def detectable_error(stderr: ArrayLike, band: ArrayLike, dof: int, level: float)
     return np.asarray(band, dtype=np.float64) + detectable_factor(dof, level) * np.asarray(stderr, dtype=np.float64)
 
 
-def log_detectable_error(estimate: LogMean, prediction: LogMean, band: ArrayLike, dof: int, level: float) -> Array:
-    """Smallest |log ratio| that `log_band_p_value` would reject at `level` with probability `POWER`, on either side.
+def log_detectable_error(
+    estimate: LogMean, prediction: LogMean, band: ArrayLike, dof: int, level: float, power: float = POWER
+) -> Array:
+    """Smallest |log ratio| that `log_band_p_value` would reject at `level` with probability `power`, on either side.
 
     band + the larger of the two excesses whose statistic is `detectable_factor`.
 
@@ -333,7 +354,7 @@ def log_detectable_error(estimate: LogMean, prediction: LogMean, band: ArrayLike
     >>> round(float(log_detectable_error(known_log_mean(1.0, 0.01), exactly, 0.05, 63, 0.01)), 4)
     0.0914
     """
-    k = detectable_factor(dof, level)
+    k = detectable_factor(dof, level, power)
     worse = np.maximum(log_excess(k, estimate, prediction), log_excess(k, prediction, estimate))
     return np.asarray(band, dtype=np.float64) + worse
 

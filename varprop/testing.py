@@ -217,7 +217,8 @@ def assert_agrees(
     smallest = seen(band, degrees, level)
     if (smallest > resolution).any():
         raise AssertionError(
-            f"resolution={resolution} is not reached: {len(values)} networks would show an error of {smallest.max():.3g}"
+            f"resolution={resolution} is not reached: "
+            f"{len(values)} networks would show an error of {smallest.max():.3g}"
         )
 
 
