@@ -57,8 +57,8 @@ def required_networks(
     has to be seen, None = all; m counts all. pilot: None takes the spread from `theory.fluctuation`, raised by its
     claimed error (10 % to n_tokens = d_model / 4, else 20 %, also for masks), and where it claims none (other norm
     placements than "pre", block masks, d_model below 64, n_tokens > d_model) from `PILOT` networks; an integer draws
-    that many; a result of `sample` is used as it is. A pilot's spread is raised to the upper end of its 95 % interval (chi^2,
-    cell by cell).
+    that many; a result of `sample` is used as it is. A pilot's spread is raised to the upper end of its 95 % interval
+    (chi^2, cell by cell).
 
     Exactness: the spread is that of replicates between normal and log-normal; power and rate are measured in
     experiments/calibration.py. Raises `ArgumentError`, `SchemaError` for a pilot of another model.
