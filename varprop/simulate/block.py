@@ -104,7 +104,8 @@ class Run:
 
     def tokens(self, block: int, keep: slice) -> torch.Tensor:
         """The stream at layer 0."""
-        drawn = self.inputs.draw(self.block_size, self.generator(block, TOKEN_STREAM))
+        generator = self.generator(block, TOKEN_STREAM)
+        drawn = self.inputs.draw(self.block_size, generator, first=block * self.block_size)
         return drawn[keep].to(self.device, self.dtype)
 
 
