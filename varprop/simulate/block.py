@@ -151,14 +151,14 @@ def _cuts(size: int, parts: int) -> Iterator[slice]:
 
 
 def _part(run: Run, block: int, keep: slice) -> dict[str, np.ndarray]:
-    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
-    streams = _forward(run, block, keep, recorder)
-    return recorder.arrays() | (backward_statistics(run, block, keep, streams) if run.backward else {})
+    found, streams = _forward(run, block, keep)
+    return found | (backward_statistics(run, block, keep, streams) if run.backward else {})
 
 
 @torch.inference_mode()
-def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torch.Tensor]:
-    """The stream before every layer and after the last, where the way back will need it."""
+def _forward(run: Run, block: int, keep: slice) -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
+    """Statistics, and the stream before every layer and after the last where the way back will need it."""
+    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
     x = run.tokens(block, keep)
     recorder(0, "resid_post", x)
     streams = [x] if run.backward else []
@@ -170,4 +170,4 @@ def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torc
         if run.backward:
             streams.append(x)
         run.advance()
-    return streams
+    return recorder.arrays(), streams

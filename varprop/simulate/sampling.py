@@ -99,10 +99,9 @@ def sample(
     n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
     first = positive_integer("first_network", first_network, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
-    probes = _checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
-    entropy, (draw, numbers) = (seed, int(spec.spec_id, 16)), METHODS[method]
-    on = {"device": device, "dtype": DTYPES[dtype], "draw_device": draw_device}
-    run = Run(spec, source, entropy, **on, draw=draw, layer_numbers=numbers, backward=backward, n_probes=probes)
+    probes = checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
+    entropy = (seed, int(spec.spec_id, 16))
+    run = Run(spec, source, entropy, device, DTYPES[dtype], draw_device, *METHODS[method], backward, probes)
     blocks = range(first // run.block_size, -(-(first + n_networks) // run.block_size))
     with _reproducible(), _bar(len(blocks) * spec.n_layers * (1 + backward), progress) as run.advance:
         pieces = [block_statistics(run, block) for block in blocks]
@@ -137,7 +136,7 @@ def sample(
     )
 
 
-def _checked_probes(backward: bool, n_probes: int | None, method: str, size: int) -> int:
+def checked_probes(backward: bool, n_probes: int | None, method: str, size: int) -> int:
     """Number of probes, 0 = exact; size: n_tokens * d_model."""
     require(isinstance(backward, bool), ArgumentError, "backward", backward, "no truth value", "True or False")
     wrong = "given without backward=True"
