@@ -6,6 +6,7 @@ shortest of several rounds, both methods in turn: other work on the machine slow
 
     python -m experiments.benchmarks.gram_speed ratio     # 2 minutes, 2 GiB
     python -m experiments.benchmarks.gram_speed memory    # 1 minute
+    python -m experiments.benchmarks.gram_speed root      # 1 minute: ways to a root of the Gram matrix
     python -m experiments.benchmarks.gram_speed wide      # 15 minutes, 3 GiB: one network of 1.2e14 parameters
     python -m experiments.benchmarks.gram_speed --smoke    # all parts, seconds; nothing written
 
@@ -15,6 +16,7 @@ Writes `gram_speed_<part>.json` in the results folder.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -24,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from experiments.benchmarks.simulate_speed import spec_of
 from varprop.files import write_text
 from varprop.simulate import sample
 from varprop.simulate.block import networks_per_block
-from varprop.simulate.gram import gram_numbers
+from varprop.simulate.gram import gram_numbers, gram_root
 from varprop.spec import ModelSpec, layer_table
 
 
@@ -79,6 +82,38 @@ def memory_table(smoke: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def triangular(x: Tensor) -> Tensor:
+    """R^T of the QR factorisation of x^T: as accurate as `gram_root`, but not continuous where tokens are dependent."""
+    return torch.linalg.qr(x.mT, mode="r").R.mT
+
+
+def cholesky(x: Tensor) -> Tensor:
+    """The lower root of the float64 Gram matrix, with 1e-12 of its diagonal added: equal tokens make it fail else."""
+    gram = x.double() @ x.double().mT
+    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + 1e-12)
+    return torch.linalg.cholesky(gram).to(x.dtype)
+
+
+def root_table(smoke: bool) -> list[dict[str, Any]]:
+    """Milliseconds of one root, 8 networks at a time; beside them the product with the numbers of n outputs."""
+    shapes = [(16, 64)] if smoke else [(t, n) for t in (16, 64, 256) for n in (512, 4096, 16_384)]
+    rows = []
+    for n_tokens, fan_in in shapes:
+        x = torch.randn(8, n_tokens, fan_in)
+        ways = {"gram_root": gram_root, "triangular": triangular, "cholesky": cholesky}
+        ways["image"] = lambda x: torch.ones(8, x.shape[1], x.shape[1]) @ torch.empty_like(x).normal_()
+        actions = {name: functools.partial(way, x) for name, way in ways.items()}
+        best = dict.fromkeys(actions, float("inf"))
+        for _ in range(2 if smoke else 5):
+            for name, action in actions.items():
+                start = time.process_time()
+                action()
+                best[name] = min(best[name], (time.process_time() - start) / len(x))
+        rows.append({"n_tokens": n_tokens, "fan_in": fan_in} | {k: round(1e3 * v, 3) for k, v in best.items()})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def wide_and_deep(smoke: bool) -> list[dict[str, Any]]:
     """One call at a width and depth whose matrices no machine holds."""
     d_model, n_layers, n_tokens = (800, 10, 4) if smoke else (100_000, 1_000, 8)
@@ -93,7 +128,7 @@ def wide_and_deep(smoke: bool) -> list[dict[str, Any]]:
     return [row]
 
 
-PARTS = {"ratio": ratio_table, "memory": memory_table, "wide": wide_and_deep}
+PARTS = {"ratio": ratio_table, "memory": memory_table, "root": root_table, "wide": wide_and_deep}
 
 
 def main(arguments: list[str] | None = None) -> None:
