@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 import torch
 
-from varprop import results
+from varprop import results, simulate
 from varprop.nn.init import make_generator
 from varprop.simulate import gram, sample, sampling
 from varprop.simulate.block import MAX_NETWORKS, Run
@@ -278,3 +278,13 @@ def test_claims_are_attributes(tmp_path) -> None:
     assert masked.attrs["exactness"] == "leading order in 1/(density * fan_in)"
     assert masked.attrs["method_error"] > 0
     assert results.identical(results.load(results.save(masked, tmp_path / "a.nc")), masked)
+
+
+def test_a_grid_of_drawn_networks_is_the_sample(tmp_path) -> None:
+    """Rounds hold whole blocks of this method; claims that the points share are kept."""
+    spec = SPECS["base"].with_fields(d_model=32, n_layers=1)
+    arguments: dict[str, Any] = {"n_networks": 3, "n_tokens": 4, "method": "gram", "progress": False}
+    found = simulate.grid(spec, {"d_ff": [16, 24]}, directory=tmp_path, **arguments)
+    alone = sample(spec.with_fields(d_ff=24), **arguments)
+    assert found.sel(d_ff=24, drop=True).second_moment.equals(alone.second_moment)
+    assert (found.attrs["exactness"], found.attrs["method_error"]) == ("exact in law", 0.0)

@@ -21,7 +21,8 @@ from varprop.simulate.drain import Needs
 from varprop.simulate.plan import Plan, Point, Span, first_gap, missing_rounds
 from varprop.spec.axes import axes_json, dimensions
 
-SHARED = ("method", "inputs", "n_sequences", "token_correlation", "draw_device", "n_probes")
+CLAIMS = ("exactness", "method_error", "method_spread_error")
+SHARED = ("method", *CLAIMS, "inputs", "n_sequences", "token_correlation", "draw_device", "n_probes")
 """Attributes that a grid has where its points agree, else empty."""
 MADE_WITH = ("varprop_version", "torch_version", "device_name")
 
