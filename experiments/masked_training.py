@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 from experiments.common import options, run_all
 from varprop import presets, results, stats, train
+from varprop.corpus import load_corpus
 from varprop.errors import SchemaError
 from varprop.spec import ModelSpec
 
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run every task that has no result yet, reduce, save, draw and print the summary."""
     chosen = options(__doc__, arguments, device="auto")
     todo = tasks(chosen.smoke, chosen.device)
-    train.load_corpus("embedded")  # tokenised once, before the workers start
+    load_corpus("embedded")  # tokenised once, before the workers start
     done = run_all(functools.partial(run, folder=chosen.runs), todo, chosen.n_workers)
     table = reduce([(task.density, run) for task, run in zip(todo, done, strict=True)])
     results.save(table, chosen.out / "masked_training.nc")

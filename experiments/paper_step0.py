@@ -48,12 +48,12 @@ from matplotlib.figure import Figure
 
 from experiments.common import device_work, options, run_all
 from varprop import presets, results
+from varprop.corpus import load_corpus
 from varprop.errors import SchemaError
 from varprop.files import write_text
 from varprop.simulate import sample
 from varprop.spec import ModelSpec
 from varprop.theory import predict
-from varprop.train import load_corpus
 
 Task = dict[str, Any]
 Row = dict[str, Any]

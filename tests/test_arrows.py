@@ -13,7 +13,7 @@ LINES = (
     ("errors", "_version"),
     ("files",),
     ("spec", "stats", "results"),
-    ("presets", "theory", "nn", "measure"),
+    ("presets", "theory", "nn", "measure", "corpus"),
     ("hf", "simulate", "train", "diagnose", "evaluate"),
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),
@@ -31,6 +31,7 @@ THIRD_PARTY = {
     "results": {"numpy", "xarray"},
     "theory": {"numpy", "scipy", "xarray"},
     "presets": set(),
+    "corpus": {"numpy", "tokenizers"},
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from varprop import results
+from varprop import results, simulate
 from varprop.__main__ import main
 
 SMALL = ["--spec", "tiny", "--set", "d_model=32", "--set", "n_layers=2", "--set", "d_ff=48"]
@@ -102,6 +102,16 @@ def test_training_writes_one_result(folder: Path) -> None:
     assert {"variance", "branch_correlation", "train_loss"} <= set(dataset.data_vars)
 
 
+def test_simulation_of_real_text_and_of_given_arrays(folder: Path) -> None:
+    options = ["--n-networks", 4, "--seed", 3]
+    assert run("simulate", *SMALL, *options, "--text", 2, "--n-tokens", 8, "--out", "text.nc") == 0
+    text = results.load("text.nc")
+    assert (text.attrs["n_sequences"], text.attrs["n_tokens"]) == (2, 8)
+    np.save("ids.npy", simulate.text_tokens(8, n_sequences=2, seed=3))
+    assert run("simulate", *SMALL, *options, "--inputs", "ids.npy", "--out", "ids.nc") == 0
+    assert results.identical(text, results.load("ids.nc"))
+
+
 BAD = [
     (["predict", "--spec", "tinny"], "preset='tinny' is unknown; expected 'tiny'?"),
     (["predict", "--spec", "tiny", "--set", "n_head=4"], "n_head is an unknown field; expected 'n_heads'?"),
@@ -128,6 +138,16 @@ BAD = [
     (["predict", "--spec", "tiny", "--out", "."], "is a directory"),
     (["simulate", "--spec", "tiny", "--n-networks", "0"], "n_networks=0"),
     (["simulate", "--spec", "tiny", "--device", "abacus"], "device='abacus'"),
+    (["simulate", "--spec", "tiny", "--text", "0"], "n_sequences=0 is outside the domain"),
+    (["simulate", "--spec", "tiny", "--text", "100000"], "n_sequences=100000 is more than the 19086 windows"),
+    (["simulate", "--spec", "tiny", "--text", "2", "--token-correlation", "0.5"], "given with inputs"),
+    (["simulate", "--spec", "tiny", "--text", "2", "--text-corpus", "dosc"], "corpus='dosc' is unknown"),
+    (["simulate", "--spec", "tiny", "--text", "2", "--inputs", "ids.npy"], "not allowed with"),
+    (["simulate", "--spec", "tiny", "--inputs", "missing.npy"], "inputs='missing.npy' cannot be read"),
+    (["simulate", "--spec", "tiny", "--inputs", "binary.json"], "inputs='binary.json' is no whole array"),
+    (["simulate", "--spec", "tiny", "--inputs", "objects.npy"], "inputs='objects.npy' is no whole array"),
+    (["simulate", "--spec", "tiny", "--inputs", "cut.npy"], "inputs='cut.npy' is no whole array"),
+    (["simulate", "--spec", "tiny", "--inputs", "ids.npy", "--n-tokens", "4"], "n_tokens=4 is given with inputs"),
     (["grid", "--spec", "tiny", "--axis", "n_layers=1,2"], "n_layers"),
     (["grid", "--spec", "tiny", "--axis", "densty=1,0.5"], "densty"),
     (["train", "--spec", "tiny", "--config", "n_step=3"], "config='n_step' is an unknown field"),
@@ -188,6 +208,9 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     correlated = [*SMALL, *tokens, "--n-networks", "8", "--token-correlation", "0.9"]
     assert main(["simulate", *correlated, "--out", str(folder / "correlated.nc")]) == 0
     (folder / "binary.json").write_bytes(bytes(range(128, 256)))
+    np.save(folder / "ids.npy", np.arange(4))
+    np.save(folder / "objects.npy", np.array([None]), allow_pickle=True)
+    (folder / "cut.npy").write_bytes((folder / "ids.npy").read_bytes()[:-8])
     poisoned = results.load(folder / "s.nc")
     poisoned.second_moment[3, 1, 2] = np.nan
     poisoned.to_netcdf(folder / "nan.nc", engine="h5netcdf")

@@ -22,6 +22,9 @@ from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
 from varprop.theory import collapse, growth, mitigation
 
+N_TOKENS = 64
+"""Sequence length where none is given."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Bad arguments are one line, like every other bad input."""
@@ -91,7 +94,7 @@ def _add_spec(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tokens(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n-tokens", type=int, default=64, help="sequence length (default %(default)s)")
+    parser.add_argument("--n-tokens", type=int, default=N_TOKENS, help=f"sequence length (default {N_TOKENS})")
     parser.add_argument(
         "--token-correlation", type=float, default=0.0, help="of the input tokens (default %(default)s)"
     )
@@ -155,14 +158,25 @@ def _simulate(arguments: argparse.Namespace) -> int:
     dataset = simulate.sample(
         _spec(arguments),
         n_networks=arguments.n_networks,
-        n_tokens=arguments.n_tokens,
         token_correlation=arguments.token_correlation,
         seed=arguments.seed,
         device=arguments.device,
+        **_inputs(arguments),
     )
     results.save(dataset, out)
     print(f"{_profile(dataset)}\nwrote {out}")
     return 0
+
+
+def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`inputs` where --inputs or --text gives them, else `n_tokens`."""
+    if arguments.inputs is not None:
+        return {"n_tokens": arguments.n_tokens, "inputs": simulate.load_array(arguments.inputs)}
+    n_tokens = N_TOKENS if arguments.n_tokens is None else arguments.n_tokens
+    if arguments.text is None:
+        return {"n_tokens": n_tokens}
+    text = {"corpus": arguments.text_corpus, "corpus_dir": arguments.corpus, "seed": arguments.seed}
+    return {"inputs": simulate.text_tokens(n_tokens, n_sequences=arguments.text, **text)}
 
 
 def _grid(arguments: argparse.Namespace) -> int:
@@ -354,6 +368,14 @@ def parser() -> argparse.ArgumentParser:
         _add_tokens(one)
         one.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
         one.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    sample.set_defaults(n_tokens=None)
+    source = sample.add_mutually_exclusive_group()
+    source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")
+    source.add_argument("--inputs", metavar="FILE", help="a .npy array of token ids or of embedding outputs")
+    sample.add_argument(
+        "--text-corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file"
+    )
+    sample.add_argument("--corpus", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
     grid.add_argument("--axis", action="append", required=True, metavar="field=a,b,c", help="one axis (repeatable)")
     grid.add_argument("--directory", default="grid", help="folder of the finished tasks (default %(default)s)")
     grid.add_argument("--n-workers", type=int, default=1, help="processes (default %(default)s)")

@@ -12,6 +12,7 @@ import xarray as xr
 from rich.console import Console
 
 from varprop import compare, plot, presets, report, results, simulate, theory, train
+from varprop.corpus import load_corpus
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
 
@@ -81,7 +82,7 @@ def _measure(variants: Mapping[str, ModelSpec], target: Path, n_steps: int, n_ne
     label, spec = next(iter(variants.items()))
     on_text = f"{label}{REAL_TEXT}"
     console.print(f"[bold]{on_text}[/bold]: the same for the first {N_TOKENS} tokens of the embedded text")
-    predicted[on_text] = theory.predict(spec, n_tokens=N_TOKENS, token_correlation=_same_token(text))
+    predicted[on_text] = theory.predict(spec, n_tokens=N_TOKENS, token_correlation=simulate.same_token(text))
     simulated[on_text] = simulate.sample(spec, n_networks=n_networks, inputs=text)
     for label in predicted:
         checks[label] = compare.check(predicted[label], simulated[label], resolution=RESOLUTION)
@@ -100,18 +101,15 @@ def _measure(variants: Mapping[str, ModelSpec], target: Path, n_steps: int, n_ne
 
 def _text_window() -> np.ndarray:
     """Ids of the first tokens of the embedded training text."""
-    return np.asarray(train.load_corpus("embedded").train[:N_TOKENS], dtype=np.int64)
-
-
-def _same_token(ids: np.ndarray) -> np.ndarray:
-    """Correlation of the embeddings of a text: 1 where two positions hold the same token. (..., T) to (..., T, T)."""
-    return (ids[..., :, None] == ids[..., None, :]).astype(float)
+    return np.asarray(load_corpus("embedded").train[:N_TOKENS], dtype=np.int64)
 
 
 def _expected_at_start(spec: ModelSpec, config: train.TrainConfig) -> xr.Dataset:
     """The closed form for the first training batch: its sequences enter through their mean token correlation."""
-    ids = train.batch(train.load_corpus("embedded"), config.seed, 0, config.batch_size, config.n_tokens)[:, :-1]
-    return theory.predict(spec, n_tokens=config.n_tokens, token_correlation=_same_token(ids.numpy()).mean(axis=0))
+    ids = train.batch(load_corpus("embedded"), config.seed, 0, config.batch_size, config.n_tokens)[:, :-1]
+    return theory.predict(
+        spec, n_tokens=config.n_tokens, token_correlation=simulate.same_token(ids.numpy()).mean(axis=0)
+    )
 
 
 def _stream(dataset: xr.Dataset, variable: str = "second_moment") -> np.ndarray:

@@ -22,8 +22,9 @@ import torch
 from torch.nn import functional
 
 from varprop import presets
+from varprop.corpus import load_corpus
 from varprop.spec import ModelSpec
-from varprop.train import TrainConfig, load_corpus
+from varprop.train import TrainConfig
 from varprop.train.data import batch
 from varprop.train.loop import Trainer
 

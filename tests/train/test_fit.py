@@ -13,10 +13,11 @@ import xarray as xr
 from torch.nn import functional
 
 from varprop import results
+from varprop.corpus import load_corpus
 from varprop.errors import ArgumentError
 from varprop.nn import Transformer
 from varprop.spec import AttentionSpec, FeedForwardSpec, InitSpec, ModelSpec, MoESpec
-from varprop.train import TrainConfig, fit, load_corpus, load_model
+from varprop.train import TrainConfig, fit, load_model
 from varprop.train.data import batch, validation_batches
 
 CPU = TrainConfig(device="cpu")

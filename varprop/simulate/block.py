@@ -104,7 +104,8 @@ class Run:
 
     def tokens(self, block: int, keep: slice) -> torch.Tensor:
         """The stream at layer 0."""
-        drawn = self.inputs.draw(self.block_size, self.generator(block, TOKEN_STREAM))
+        generator = self.generator(block, TOKEN_STREAM)
+        drawn = self.inputs.draw(self.block_size, generator, first=block * self.block_size)
         return drawn[keep].to(self.device, self.dtype)
 
 
@@ -117,8 +118,8 @@ def block_statistics(run: Run, block: int) -> dict[str, np.ndarray]:
         try:
             pieces = [_part(run, block, keep) for keep in _cuts(run.block_size, run.parts)]
             return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if run.parts >= run.block_size:
+        except (RuntimeError, MemoryError) as error:
+            if run.parts >= run.block_size or not _is_short_of_memory(error):
                 raise
             run.parts *= 2
             size = -(-run.block_size // run.parts)
@@ -128,20 +129,25 @@ def block_statistics(run: Run, block: int) -> dict[str, np.ndarray]:
                 torch.cuda.empty_cache()
 
 
+def _is_short_of_memory(error: Exception) -> bool:
+    """On the CPU torch raises a plain RuntimeError, known by the name of the allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def _cuts(size: int, parts: int) -> Iterator[slice]:
     step = -(-size // parts)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
 def _part(run: Run, block: int, keep: slice) -> dict[str, np.ndarray]:
-    found, streams = _forward(run, block, keep)
-    return found | (backward_statistics(run, block, keep, streams) if run.backward else {})
+    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
+    streams = _forward(run, block, keep, recorder)
+    return recorder.arrays() | (backward_statistics(run, block, keep, streams) if run.backward else {})
 
 
 @torch.inference_mode()
-def _forward(run: Run, block: int, keep: slice) -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
-    """Statistics, and the stream before every layer and after the last where the way back will need it."""
-    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
+def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torch.Tensor]:
+    """The stream before every layer and after the last, where the way back will need it."""
     x = run.tokens(block, keep)
     recorder(0, "resid_post", x)
     streams = [x] if run.backward else []
@@ -153,4 +159,4 @@ def _forward(run: Run, block: int, keep: slice) -> tuple[dict[str, np.ndarray], 
         if run.backward:
             streams.append(x)
         run.advance()
-    return recorder.arrays(), streams
+    return streams

@@ -38,7 +38,7 @@ def sample(
     *,
     n_networks: int,
     n_tokens: int | None = None,
-    token_correlation: float = 0.0,
+    token_correlation: float | np.ndarray = 0.0,
     inputs: Any = None,
     seed: int = 0,
     method: str = "explicit",
@@ -57,9 +57,11 @@ def sample(
     (network, layer), where the spec has attention, `attention_concentration` and `attention_entropy`, and where it has
     a mixture, `gate_second_moment` and `expert_load_concentration` (1 in layers without one).
 
-    n_tokens: Gaussian tokens with the second moment (embedding std * embedding_scale)^2 and correlation
-    `token_correlation` between tokens, fresh for each network. inputs, instead: an array (n_tokens, d_model) used as
-    the embedding output of every network, or token ids (n_tokens,), of which each network draws its own embedding rows.
+    n_tokens: Gaussian tokens with the second moment (embedding std * embedding_scale)^2, fresh for each network.
+    token_correlation: between them, a number in [0, 1] or a correlation matrix (n_tokens, n_tokens), as of `predict`.
+    inputs, instead: embedding outputs ([n_sequences,] n_tokens, d_model), or token ids ([n_sequences,] n_tokens), of
+    which each network draws its own embedding rows. Network i reads sequence i mod n_sequences: take a multiple of
+    n_sequences; the spread over networks then holds that between the sequences, too.
     seed: network i is bitwise the same for every n_networks, first_network and number of threads, on one device.
     first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix.
     dtype: type of the stream and of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
@@ -119,8 +121,7 @@ def sample(
             "method": method,
             "seed": str(seed),
             "n_networks": n_networks,
-            "token_correlation": source.token_correlation,
-            "inputs": source.label,
+            **source.attributes,
             "draw_device": draw_device,
             "torch_version": str(torch.__version__),
             **({"n_probes": probes} if backward else {}),

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from varprop.corpus import Corpus
 from varprop.errors import ArgumentError
 from varprop.files import replacing, write_text
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
 from varprop.train.config import TrainConfig
-from varprop.train.data import Corpus
 from varprop.train.track import History
 
 FORMAT = 1

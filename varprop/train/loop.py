@@ -17,13 +17,14 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from varprop.corpus import Corpus, load_corpus
 from varprop.errors import ArgumentError, require
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
 from varprop.train import optim
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.config import TrainConfig
-from varprop.train.data import Corpus, batch, load_corpus, validation_batches
+from varprop.train.data import batch, validation_batches
 from varprop.train.loss import chunk_size, chunked_mean_loss, sum_of_losses
 from varprop.train.track import History, Tracker, dataset
 

@@ -13,10 +13,10 @@ import torch
 import xarray as xr
 
 from varprop import results
+from varprop.corpus import Corpus
 from varprop.measure import moments
 from varprop.spec import ModelSpec
 from varprop.train.config import TrainConfig
-from varprop.train.data import Corpus
 from varprop.train.optim import learning_rate
 
 STATISTICS = {

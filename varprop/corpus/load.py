@@ -1,0 +1,184 @@
+"""Token corpora as memory maps. Files are little-endian token ids. Token 0 ends each document."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import lzma
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from varprop.corpus.cache import cached, sha256_of_file
+from varprop.errors import ArgumentError, require
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DOCUMENT_END = "<|endoftext|>"
+HELD_OUT_NOVEL = "Persuasion"
+"""The novel of the embedded text that is held out for validation (9 % of its tokens)."""
+HELD_OUT_FRACTION = 1 / 20
+"""Share of a plain token file, at its end, that is held out for validation."""
+CORPORA = ("docs", "books")
+"""Corpora read from a corpus directory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Training and validation token ids.
+
+    train, validation: read-only token ids (n,). vocab_size: ids are below it. bytes_per_token: bytes of text per
+    validation token, None where the tokeniser is not known. sha256: of the token bytes (of a plain file), or of the
+    two hexadecimal hashes of the training and validation token bytes, joined.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocab_size: int
+    bytes_per_token: float | None
+    name: str
+    sha256: str
+
+
+def load_corpus(name_or_path: str | Path = "embedded", corpus_dir: str | Path | None = None) -> Corpus:
+    """The corpus `embedded`, `docs` or `books`, or a plain token file.
+
+    `embedded` lies in the package: six novels of Jane Austen and Moby Dick, 1.3 million tokens; `Persuasion` is the
+    validation text. `docs` and `books` are read from `corpus_dir`, or the directory named by the environment variable
+    VARPROP_CORPUS: `<name>.train.u16.xz`, `<name>.val.u16.xz` and `manifest.json` with their token counts and hashes.
+    A path ending in `.u16` or `.u32` is a file of token ids; its last twentieth is the validation text.
+
+    Unpacked files are kept in the user's cache directory and checked by hash on every load. Raises `ArgumentError` for
+    an unknown name, a missing directory, and a truncated or damaged file.
+
+    >>> corpus = load_corpus()
+    >>> len(corpus.train), len(corpus.validation), corpus.vocab_size
+    (1221519, 114792, 8192)
+    """
+    name = str(name_or_path)
+    if name == "embedded":
+        return _embedded()
+    if name in CORPORA:
+        return _from_directory(name, corpus_dir or os.environ.get("VARPROP_CORPUS") or None)
+    if name.endswith((".u16", ".u32")):
+        return _from_file(Path(name_or_path))
+    known = ", ".join(("embedded", *CORPORA))
+    raise ArgumentError(f"corpus={name!r} is unknown; expected one of {known}, or a path ending in .u16 or .u32")
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+def _embedded() -> Corpus:
+    builds = {
+        f"embedded.{part}.u16": functools.partial(_embedded_tokens, ASSETS, part) for part in ("train", "validation")
+    }
+    return _tokenised("embedded", ASSETS, builds)
+
+
+def _embedded_tokens(folder: Path, part: str) -> bytes:
+    return _tokenise(folder)[part]
+
+
+@functools.cache
+def _tokenise(folder: Path) -> dict[str, bytes]:
+    """Token bytes of the two parts of the embedded text, documents in file order, each followed by token 0."""
+    tokenizer = _tokenizer()
+    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    for document in _unpack(folder / "embedded.txt.xz").decode().split(DOCUMENT_END):
+        part = "validation" if document.lstrip().startswith(HELD_OUT_NOVEL) else "train"
+        ids = tokenizer.encode(document).ids  # one at a time: a batch starts threads, which warn when a user forks
+        parts[part].append(np.array([*ids, tokenizer.token_to_id(DOCUMENT_END)], dtype="<u2"))
+    return {part: np.concatenate(documents).tobytes() for part, documents in parts.items()}
+
+
+def _from_directory(name: str, corpus_dir: str | Path | None) -> Corpus:
+    if corpus_dir is None:
+        raise ArgumentError(f"corpus={name!r} is not in the package; expected corpus_dir, or VARPROP_CORPUS to be set")
+    folder = Path(corpus_dir)
+    require(folder.is_dir(), ArgumentError, "corpus_dir", str(corpus_dir), "missing", "a directory of token files")
+    files = [f"{name}.{part}.u16.xz" for part in ("train", "val")]
+    return _tokenised(name, folder, {file: functools.partial(_unpack, folder / file) for file in files})
+
+
+def _tokenised(name: str, folder: Path, builds: Mapping[str, Callable[[], bytes]]) -> Corpus:
+    """A corpus of our tokeniser from the builders of its training and its validation file, named as in the manifest."""
+    manifest = _manifest(folder)
+    hashes = [_entry(manifest, file, folder) for file in builds]
+    paths = [
+        cached(file.removesuffix(".xz"), sha256, build)
+        for (file, build), sha256 in zip(builds.items(), hashes, strict=True)
+    ]
+    train, validation = (_memory_map(path, "<u2") for path in paths)
+    lengths = _token_bytes()
+    for tokens in (train, validation):
+        _require_ids_below(len(lengths), tokens, name)
+    bytes_per_token = float(lengths[validation].mean())
+    sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return Corpus(train, validation, len(lengths), bytes_per_token, name, sha256)
+
+
+def _from_file(path: Path) -> Corpus:
+    require(path.is_file(), ArgumentError, "corpus", str(path), "missing", "a file of token ids")
+    tokens = _memory_map(path, "<u2" if path.suffix == ".u16" else "<u4")
+    held_out = int(len(tokens) * HELD_OUT_FRACTION)
+    train, validation = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
+    return Corpus(train, validation, int(tokens.max()) + 1, None, path.name, sha256_of_file(path))
+
+
+def _memory_map(path: Path, dtype: str) -> np.memmap:
+    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    whole = size > 0 and size % width == 0
+    require(whole, ArgumentError, "corpus", str(path), f"truncated ({size} bytes)", f"whole tokens of {width} bytes")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _require_ids_below(vocab_size: int, tokens: np.ndarray, name: str) -> None:
+    largest = int(tokens.max())
+    wrong = f"wrong (token id {largest} is beyond the vocabulary)"
+    require(largest < vocab_size, ArgumentError, "corpus", name, wrong, f"ids below {vocab_size}")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise ArgumentError(f"corpus manifest={str(path)!r} is missing or broken; expected a JSON object") from None
+
+
+def _entry(manifest: Mapping[str, Any], file: str, folder: Path) -> str:
+    """The hash of the unpacked bytes of `file` in a manifest."""
+    try:
+        return str(manifest[file]["sha256_of_u16"])
+    except (KeyError, TypeError):
+        raise ArgumentError(
+            f"corpus manifest={str(folder / 'manifest.json')!r} has no hash of {file}; expected 'sha256_of_u16' there"
+        ) from None
+
+
+def _unpack(path: Path) -> bytes:
+    try:
+        return lzma.decompress(path.read_bytes())
+    except (OSError, EOFError, lzma.LZMAError):
+        raise ArgumentError(f"corpus file={str(path)!r} is missing or truncated; expected a whole xz file") from None
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(ASSETS / "bpe8192.json"))
+
+
+@functools.cache
+def _token_bytes() -> np.ndarray:
+    """Bytes of text that each token stands for; none for the special tokens."""
+    tokenizer = _tokenizer()
+    special = tokenizer.get_added_tokens_decoder()
+    # A byte-level token is written with one printable character per byte.
+    words = (tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size()))
+    return np.array([0 if i in special else len(word) for i, word in enumerate(words)])
