@@ -18,6 +18,7 @@ LINES = (
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),
     ("demo",),
+    ("cli_grid",),
     ("cli",),
     ("__main__",),
 )

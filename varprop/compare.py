@@ -281,6 +281,7 @@ def check(
 
 def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_other_spec: bool) -> xr.Dataset:
     """`measured` in the layer order of `predicted`; raises where the two cannot be compared."""
+    measured = results.present(measured)
     for where, dataset in (("predicted", predicted), ("measured", measured)):
         results.validate(dataset, where=where)
         if variable not in dataset:
