@@ -13,7 +13,7 @@ LINES = (
     ("errors", "_version"),
     ("files",),
     ("spec", "stats", "results"),
-    ("presets", "theory", "nn", "measure", "corpus"),
+    ("presets", "theory", "nn", "measure", "corpus", "summary"),
     ("hf", "simulate", "train", "diagnose", "evaluate"),
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),

@@ -5,6 +5,7 @@ from varprop.simulate.grid import grid, help_with, run_plan
 from varprop.simulate.grid_file import read_grid
 from varprop.simulate.inputs import load_array
 from varprop.simulate.plan import Plan, make_plan
+from varprop.simulate.required import required_networks
 from varprop.simulate.sampling import sample
 from varprop.simulate.stop import StopRule
 from varprop.simulate.text import repetition, same_token, text_tokens
@@ -20,6 +21,7 @@ __all__ = [
     "make_plan",
     "read_grid",
     "repetition",
+    "required_networks",
     "run_plan",
     "same_token",
     "sample",
