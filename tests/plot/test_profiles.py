@@ -1,64 +1,15 @@
-"""plot: every figure draws, shows the numbers of its Dataset, and refuses what it cannot draw."""
+"""Profiles and training curves show the numbers of their Datasets, and refuse what they cannot draw."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import xarray as xr
 from matplotlib.figure import Figure
 
-from varprop import plot, results
-from varprop.compare import check
+from varprop import plot, stats
 from varprop.errors import ArgumentError
 
-N_LAYERS = 4
-ABOUT = {"spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
-STEPS = [0, 100, 1000]
-
-
-def cells(growth: float = 1.0) -> np.ndarray:
-    array = (growth ** np.arange(N_LAYERS + 1.0))[:, None] * np.ones(5)
-    array[0, :4] = np.nan
-    return array
-
-
-def theory(growth: float = 1.2, **about) -> xr.Dataset:
-    names = ("second_moment", "variance", "token_correlation")
-    variables: dict[str, Any] = {name: (("layer", "site"), cells(growth)) for name in names}
-    variables["theory_error"] = (("layer", "site"), 0.1 * cells())
-    return results.new(variables, source="theory", **{**ABOUT, **about})
-
-
-def simulation(growth: float = 1.2, n: int = 8, **about) -> xr.Dataset:
-    values = cells(growth) * np.exp(0.05 * np.random.default_rng(0).standard_normal((n, N_LAYERS + 1, 5)))
-    variables = {name: (("network", "layer", "site"), values) for name in ("second_moment", "token_correlation")}
-    return results.new(variables, source="simulation", **{**ABOUT, **about})
-
-
-def training(n_seeds: int = 3, growth: float = 1.5, loss: bool = True, **about) -> xr.Dataset:
-    rng = np.random.default_rng(1)
-    values = np.stack([cells(growth ** (1 + i / 2)) for i in range(len(STEPS))])
-    values = values * np.exp(0.05 * rng.standard_normal((n_seeds, 1, 1, 1)))
-    variables: dict[str, Any] = {n: (("seed", "step", "layer", "site"), values) for n in ("second_moment", "variance")}
-    correlation = np.full((n_seeds, len(STEPS), N_LAYERS + 1, 2), 0.1)
-    correlation[:, :, 0] = np.nan
-    variables["branch_correlation"] = (("seed", "step", "layer", "branch"), correlation)
-    if loss:
-        for name in ("train_loss", "validation_loss"):
-            variables[name] = (("seed", "step"), 3 + rng.random((n_seeds, len(STEPS))))
-    return results.new(variables, source="training", coords={"step": STEPS}, **{**ABOUT, **about})
-
-
-def drawn(figure: Figure) -> bytes:
-    """The figure as PNG: laying it out is part of what is tested."""
-    assert plt.get_fignums() == []  # no state of pyplot is touched
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=40)
-    return buffer.getvalue()
+from .datasets import N_LAYERS, drawn, simulation, theory, training
 
 
 def labels(figure: Figure) -> list[str]:
@@ -107,32 +58,6 @@ def test_unknown_names_are_refused(arguments):
         plot.plot_profiles({"theory": theory()}, **arguments)
 
 
-def test_ratio_takes_a_check_or_its_dataset():
-    outcome = check(theory(), simulation())
-    assert drawn(plot.plot_ratio(outcome)) == drawn(plot.plot_ratio(outcome.dataset))
-    assert [axes.get_title() for axes in plot.plot_ratio(outcome).axes] == list(plot_sites())
-
-
-def plot_sites() -> tuple[str, ...]:
-    return tuple(site for site in results.SITES if site != "resid_pre")
-
-
-def test_ratio_shows_the_ratios_in_the_colour_of_their_verdict():
-    outcome = check(theory(1.5), simulation(1.2, n=64))
-    axes = plot.plot_ratio(outcome, sites=["resid_post"]).axes[0]
-    cells = outcome.dataset.sel(site="resid_post")
-    for container in axes.containers:
-        points = container[0]  # type: ignore[index]
-        verdict = next(n for n, (colour, _) in plot.VERDICT_STYLE.items() if colour == points.get_color())
-        np.testing.assert_allclose(points.get_ydata(), cells.ratio.values[cells.verdict.values == verdict])
-    assert len(axes.containers) == len(set(cells.verdict.values)) > 1
-
-
-def test_ratio_of_a_difference():
-    outcome = check(theory(), simulation(), variable="token_correlation")
-    assert plot.plot_ratio(outcome).axes[0].get_ylabel() == "measured − predicted"
-
-
 @pytest.mark.parametrize("n_seeds, loss, panels", [(1, True, 2), (3, True, 2), (2, False, 1)])
 def test_training(n_seeds, loss, panels):
     figure = plot.plot_training(training(n_seeds, loss=loss))
@@ -153,3 +78,45 @@ def test_growth_shows_first_and_last_step():
     first, last = (axes.get_lines()[0].get_ydata()[-1] for axes in figure.axes)  # type: ignore[index]
     expected = training().variance.sel(site="resid_post", layer=N_LAYERS).mean("seed").values
     assert (first, last) == pytest.approx((expected[0], expected[-1]))
+
+
+def band_of(figure: Figure) -> np.ndarray:
+    """The corners of the only band."""
+    (band,) = figure.axes[0].collections
+    return band.get_paths()[0].vertices
+
+
+@pytest.mark.parametrize("band", ["interval", "quantiles"])
+def test_networks_as_a_line_with_a_band(band: str):
+    dataset = simulation(n=20)
+    values = dataset.second_moment.sel(site="resid_post").values
+    ends = stats.t_interval(values) if band == "interval" else np.quantile(values, [0.05, 0.95], axis=0)
+    figure = plot.plot_profiles({"simulated": dataset}, band=band)
+    assert len(drawn(figure)) > 1000
+    np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_ydata(), values.mean(axis=0))
+    corners = band_of(figure)
+    for layer in range(N_LAYERS + 1):
+        found = corners[corners[:, 0] == layer, 1]
+        np.testing.assert_allclose([found.min(), found.max()], [ends[0][layer], ends[1][layer]])
+    assert labels(figure)[0].startswith("simulated (")
+
+
+def test_networks_and_layers_that_a_grid_point_lacks_are_left_out():
+    dataset = simulation(n=8)
+    padded = dataset.copy(deep=True)
+    padded.second_moment[5:] = np.nan
+    padded.second_moment[:, 4:] = np.nan
+    line, expected = (
+        plot.plot_profiles({"simulated": d}).axes[0].get_lines()[0]
+        for d in (padded, dataset.isel(network=slice(5), layer=slice(4)))
+    )
+    np.testing.assert_array_equal(line.get_xdata(), np.arange(4))
+    np.testing.assert_array_equal(line.get_ydata(), expected.get_ydata())
+    padded.second_moment[:] = np.nan
+    with pytest.raises(ArgumentError, match="second_moment is nowhere a number"):
+        plot.plot_profiles({"simulated": padded})
+
+
+def test_an_unknown_band_is_refused():
+    with pytest.raises(ArgumentError, match="band='stderr' is unknown; expected None, interval or quantiles"):
+        plot.plot_profiles({"simulated": simulation()}, band="stderr")

@@ -10,7 +10,7 @@ import xarray as xr
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogFormatter
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from varprop import stats
 from varprop.errors import ArgumentError, require
-from varprop.plot.reading import INTERVAL, REPLICATES, at_place
+from varprop.plot.reading import INTERVAL, REPLICATES, at_place, place_of
 from varprop.plot.style import label, new_figure
 
 ABSENT = "0.85"
@@ -46,43 +46,46 @@ def plot_heat_map(
 ) -> Figure:
     """Mean over networks of `variable` at one layer and site over the grid axes `x` and `y`, one cell per point.
 
-    dataset: a result over grid axes; every other axis has to be selected first (`.sel(density=1.0)`). layer: None =
-    the last one of each point. site: or a branch. Networks and layers that a point lacks (NaN) are left out; a point
-    without any is grey. theory: a prediction with the same two axes; then the ratio of the mean to it is drawn (the
-    difference for a correlation), with colours that part at 1 (0). Hatched: underpowered, the 95 % interval over
-    networks reaches further than `resolution` from the estimate, as a log ratio (an absolute difference), or there is
-    one network only. No verdict: that is `compare.check`, point by point.
+    dataset: a result over grid axes, of a variable with layers; every other axis has to be selected first, as with
+    `.sel(density=1.0)`. layer: None = the last one that a point has. site: or a branch. Networks and layers that a
+    point lacks (NaN) are left out; a point without any is grey. theory: a prediction with the same two axes; then the
+    ratio of the mean to it at the same layer is drawn (the difference for a correlation), with colours that part at 1
+    (0). Hatched: underpowered, the 95 % interval over networks reaches further than `resolution` from the estimate, as
+    a log ratio (an absolute difference), or there is one network only. No verdict: that is `compare.check`, point by
+    point. Source: intervals of `stats`. Checked by: tests/plot/test_heat_map.py.
     Raises `ArgumentError` for unknown names, other axes left, and a prediction over another grid.
     """
     require(resolution > 0, ArgumentError, "resolution", resolution, "outside the domain", "a number > 0")
     absolute = variable.endswith("_correlation")
-    measured = _replicates(dataset, variable, x, y, layer, site)
+    measured, layers = _replicates(dataset, variable, x, y, site, layer)
     if theory is None:
         cells = Cells(_means(measured), np.zeros(measured.shape, dtype=bool))
     else:
         _require_same_grid(dataset, theory, x, y)
-        predicted = _means(_replicates(theory, variable, x, y, layer, site))
-        cells = _compared(measured, predicted, absolute=absolute, resolution=resolution)
+        predicted, _ = _replicates(theory, variable, x, y, site, layers)
+        cells = _compared(measured, _means(predicted), absolute=absolute, resolution=resolution)
     if np.isnan(cells.values).all():
         raise ArgumentError(f"layer={layer!r}, site={site!r} hold no number; expected a layer and a site that exist")
     figure, (axes,) = new_figure(1)
     n_rows, n_columns = cells.values.shape
-    figure.set_size_inches(max(4.2, 2.4 + 0.75 * n_columns), max(2.6, 1.3 + 0.42 * n_rows))
-    what = label(variable)
-    if theory is not None:
-        what = "measured − predicted " + what if absolute else "measured / predicted " + what.split(" (")[0]
-    norm, colours, ticks = _colours(cells.values, compared=theory is not None, absolute=absolute)
+    figure.set_size_inches(max(4.6, 2.4 + 0.75 * n_columns), max(2.6, 1.3 + 0.42 * n_rows))
+    compared = theory is not None
+    norm, colours, form = _colours(cells.values, compared=compared, absolute=absolute, resolution=resolution)
     axes.imshow(np.ma.masked_invalid(cells.values), norm=norm, cmap=colours, aspect="auto")
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=what, pad=0.02, format=ticks)
-    bar.ax.yaxis.label.set_fontsize(9)
+    what = label(variable) if not compared else "measured − predicted" if absolute else "measured / predicted"
+    ends = norm.inverse(np.linspace(0, 1, 5)) if compared else None
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=what, pad=0.02, ticks=ends, format=form)
+    bar.minorticks_off()
     _write(axes, cells, norm, colours)
     for name, axis in ((x, axes.xaxis), (y, axes.yaxis)):
         labels = [_text(value) for value in dataset[name].values]
         axis.set_ticks(range(len(labels)), labels=labels)
-        axis.set_label_text(name.replace("_", " "))
-    axes.set_title(f"{'last layer' if layer is None else f'layer {layer}'}, {site}", fontsize=10)
+        axis.set_label_text(name)
+    words = variable.replace("_", " "), "last layer" if layer is None else f"layer {layer}"
+    axes.set_title(", ".join(filter(None, (*words, place_of(dataset, variable, site)))), fontsize=9)
     if cells.underpowered.any():
-        key = Patch(facecolor="none", edgecolor="0.3", hatch=HATCH, lw=0, label=f"underpowered for {resolution:g}")
+        text = f"underpowered (interval beyond ±{resolution:g})"
+        key = Patch(facecolor="none", edgecolor="0.3", hatch=HATCH, lw=0, label=text)
         figure.legend(handles=[key], loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
@@ -90,8 +93,14 @@ def plot_heat_map(
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def _replicates(dataset: xr.Dataset, variable: str, x: str, y: str, layer: int | None, site: str) -> NDArray[Any]:
-    """The finite replicates of every cell: an object array (y, x) of float arrays, empty where there are none."""
+def _replicates(
+    dataset: xr.Dataset, variable: str, x: str, y: str, site: str, layers: NDArray[Any] | int | None
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The finite replicates of every cell and the layer that they are of, (y, x) both.
+
+    The first is an object array of float arrays, empty where there is no number. layers: one for all, one for each, or
+    None for the last one that has numbers.
+    """
     values = at_place(dataset, variable, site)
     axes = [str(dim) for dim in values.dims if dim not in (*REPLICATES, "layer")]
     for name in (x, y):
@@ -101,19 +110,22 @@ def _replicates(dataset: xr.Dataset, variable: str, x: str, y: str, layer: int |
     if rest:
         raise ArgumentError(f"axes={rest} are left; expected two: select one value first, .isel({rest[0]}=0)")
     if "layer" not in values.dims:
-        values = values.expand_dims(layer=[0 if layer is None else layer])
-    if layer is not None:
-        known = values.layer.values.tolist()
-        require(layer in known, ArgumentError, "layer", layer, "unknown", f"one of {known}")
-        values = values.sel(layer=[layer])
+        raise ArgumentError(f"variable={variable!r} has no layers; expected one that has")
+    known = values.layer.values.tolist()
+    for one in () if layers is None else np.unique(layers):
+        require(one in known, ArgumentError, "layer", int(one), "unknown", f"one of {known}")
     array = values.transpose(y, x, "layer", ...).values.astype(np.float64)
     array = array.reshape(*array.shape[:3], -1)
-    cells = np.empty(array.shape[:2], dtype=object)
+    cells, chosen = np.empty(array.shape[:2], dtype=object), np.empty(array.shape[:2], dtype=np.int64)
     for index in np.ndindex(cells.shape):
         exists = np.isfinite(array[index])
-        last = np.flatnonzero(exists.any(axis=1))
-        cells[index] = array[index][last[-1], exists[last[-1]]] if last.size else np.empty(0)
-    return cells
+        if layers is None:
+            position = max(np.flatnonzero(exists.any(axis=1)), default=0)
+        else:
+            position = known.index(np.broadcast_to(layers, cells.shape)[index])
+        cells[index] = array[index][position, exists[position]]
+        chosen[index] = known[position]
+    return cells, chosen
 
 
 def _means(cells: NDArray[Any]) -> NDArray[np.float64]:
@@ -152,32 +164,42 @@ def _compared(measured: NDArray[Any], predicted: NDArray[np.float64], *, absolut
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
-def _colours(values: NDArray[np.float64], *, compared: bool, absolute: bool) -> tuple[Normalize, Colormap, Any]:
-    """Norm, colours and tick format: cividis for values, purple and orange about 1 or 0 for comparisons."""
+def _colours(
+    values: NDArray[np.float64], *, compared: bool, absolute: bool, resolution: float
+) -> tuple[Normalize, Colormap, Any]:
+    """Norm, colours and tick format: cividis for values, purple and orange about 1 or 0 for comparisons.
+
+    Comparisons reach `resolution` at least, so that what agrees is pale.
+    """
     found = values[np.isfinite(values)]
     if not compared:
         wide = bool(found.min() > 0 and found.max() > 10 * found.min())
         norm = LogNorm(found.min(), found.max()) if wide else Normalize(found.min(), found.max())
         return norm, colormaps["cividis"].with_extremes(bad=ABSENT), LogFormatter() if wide else None
-    if absolute:
-        reach = max(float(np.abs(found).max()), 1e-12)
-        return Normalize(-reach, reach), colormaps["PuOr"].with_extremes(bad=ABSENT), None
-    reach = max(float(np.abs(np.log(found)).max()), 1e-6)
-    norm = LogNorm(np.exp(-reach), np.exp(reach))
-    return norm, colormaps["PuOr"].with_extremes(bad=ABSENT), FuncFormatter(lambda ratio, _: f"{ratio:.3g}")
+    reach = max(float(np.abs(found if absolute else np.log(found)).max()), resolution)
+    norm = Normalize(-reach, reach) if absolute else LogNorm(np.exp(-reach), np.exp(reach))
+    return norm, colormaps["PuOr"].with_extremes(bad=ABSENT), FuncFormatter(lambda value, _: f"{value:.3g}")
 
 
 def _write(axes: Axes, cells: Cells, norm: Normalize, colours: Colormap) -> None:
+    """Numbers in the cells, on a plain ground where they are hatched."""
     for (row, column), value in np.ndenumerate(cells.values):
-        light = True
-        if np.isfinite(value):
-            red, green, blue, _ = colours(norm(value))
-            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+        red, green, blue, _ = ground = colours(norm(value)) if np.isfinite(value) else to_rgba(ABSENT)
+        ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+        plain = None
         if cells.underpowered[row, column]:
-            box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch=HATCH, edgecolor="0.3", lw=0)
+            box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch=HATCH, edgecolor="0.4", lw=0)
             axes.add_patch(box)
-        text = f"{value:.3g}" if np.isfinite(value) else "–"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if light else "white")
+            plain = {"facecolor": ground, "edgecolor": "none", "pad": 1.5}
+        text = _number(value)
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink, bbox=plain)
+
+
+def _number(value: float) -> str:
+    """Three digits, zeros at the end too."""
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e5 else f"{value:.2g}"
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from varprop.errors import ArgumentError, require
-from varprop.plot.reading import INTERVAL, QUANTILES, at_place, curve
+from varprop.plot.reading import INTERVAL, QUANTILES, at_place, curve, place_of
 from varprop.plot.style import (
     COLOURS,
     decorate,
@@ -29,8 +29,8 @@ from varprop.plot.style import (
 
 BANDS = {
     None: "",
-    "interval": f" ({INTERVAL:.0%} interval of the mean)",
-    "quantiles": f" ({QUANTILES[0]:.0%} to {QUANTILES[1]:.0%} of the networks)",
+    "interval": f" ({100 * INTERVAL:g} % interval of the mean)",
+    "quantiles": f" ({100 * QUANTILES[0]:g} to {100 * QUANTILES[1]:g} % of the networks)",
 }
 """What a band shows, as the legend says it."""
 
@@ -68,7 +68,8 @@ def plot_profiles(
             draw_points(axes, curve(values, "layer"), colour, name)
         else:
             draw_line(axes, curve(values, "layer", band), colour, name + BANDS[band])
-    finish(axes, "layer (0 = embedding)", f"{label(variable)}\nat {site}")
+    place = next((place_of(dataset, variable, site) for dataset in datasets.values()), "")
+    finish(axes, "layer (0 = embedding)", label(variable) + (f"\nat {place}" if place else ""))
     return figure
 
 

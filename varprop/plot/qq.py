@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,10 @@ def plot_qq(
     The i-th of n uniform values has the law Beta(i, n + 1 - i), which gives the band; other laws by their quantile
     function. Exact for independent values: cells of one check share their networks, hence one cell of each. A check
     tests whether the deviation lies within the claimed error, and its p-values are then 1 more often than uniform
-    ones; they have to stay below the band's upper edge, not inside it. Values beyond the band are filled and counted
-    in the legend. Raises `ArgumentError` for numbers outside the law's domain. Checked by: tests/plot/test_qq.py.
+    ones; they have to stay below the band's upper edge, not inside it, and its deviations follow the t law where the
+    prediction is exact. Values beyond the band are filled. Neighbours move together, and many of them can leave the
+    band at once: the Kolmogorov-Smirnov p-value in the legend is for all of them (of p-values: that they are too
+    small). Raises `ArgumentError` for numbers outside the law's domain. Checked by: tests/plot/test_qq.py.
     """
     require(law in LAWS, ArgumentError, "law", law, "unknown", "one of " + ", ".join(LAWS))
     named = values if isinstance(values, Mapping) and not isinstance(values, xr.Dataset) else {"values": values}
@@ -48,15 +50,16 @@ def plot_qq(
         require(good, ArgumentError, "dof", freedom, "missing or too small", "an integer >= 1 for the t law")
         expected, low, high = expected_quantiles(len(numbers), law, freedom)
         outside = (numbers < low) | (numbers > high)
+        p_value = _kolmogorov_smirnov(numbers, law, freedom)
         x, y, low, high = (_drawn(array, law) for array in (expected, numbers, low, high))
         colour = COLOURS[index % len(COLOURS)]
         if len(numbers) > largest:  # the band of the longest series, drawn below the points
             largest, band = len(numbers), (x, low, high)
-        text = f"{name}: {len(numbers)}, {int(outside.sum())} beyond the band"
+        text = f"{name}: n = {len(numbers)}, Kolmogorov–Smirnov p = {p_value:.2g}"
         axes.plot(x, y, "o", color=colour, ms=4, mfc="none", mew=1, label=text)
         axes.plot(x[outside], y[outside], "o", color=colour, ms=4, label="_beyond")
     x, low, high = band
-    axes.fill_between(x, low, high, color="0.5", alpha=0.25, lw=0, zorder=0, label=f"{BAND:.0%} band (pointwise)")
+    axes.fill_between(x, low, high, color="0.5", alpha=0.25, lw=0, zorder=0, label=f"{100 * BAND:g} % band (pointwise)")
     axes.plot([x.min(), x.max()], [x.min(), x.max()], color="0.3", lw=0.8, zorder=1)
     what = "−log10 p-value" if law == "uniform" else "standardised deviation (standard errors)"
     decorate(axes, f"{what}, expected of the {law} law", f"{what}, observed")
@@ -86,9 +89,9 @@ def expected_quantiles(n: int, law: str = "uniform", dof: int | None = None) -> 
 
 def _numbers(given: Any, law: str, layer: int | None, site: str) -> tuple[NDArray[np.float64], int | None]:
     """Sorted numbers, and the degrees of freedom that the checks have."""
-    items = list(given) if isinstance(given, (list, tuple)) else given
+    items = list(given) if isinstance(given, Iterable) and not isinstance(given, xr.Dataset) else [given]
     dof = None
-    if isinstance(items, list) and items and not np.isscalar(items[0]):
+    if items and not isinstance(items[0], (int, float, np.number)):
         cells = [_cell(one, law, layer, site) for one in items]
         items, freedom = [value for value, _ in cells], {found for _, found in cells}
         if len(freedom) > 1 and law == "t":
@@ -100,6 +103,13 @@ def _numbers(given: Any, law: str, layer: int | None, site: str) -> tuple[NDArra
     domain = "p-values in [0, 1]" if law == "uniform" else "finite numbers"
     require(bool(good), ArgumentError, "values", f"{array.size} numbers", "outside the domain", domain)
     return np.sort(array), dof
+
+
+def _kolmogorov_smirnov(numbers: NDArray[np.float64], law: str, dof: int | None) -> float:
+    """p-value against the law; against smaller values alone where they are p-values, which may be conservative."""
+    cumulative = {"uniform": distributions.uniform, "normal": distributions.norm, "t": distributions.t(dof or 1)}[law]
+    side = "greater" if law == "uniform" else "two-sided"
+    return float(distributions.kstest(numbers, cumulative.cdf, alternative=side).pvalue)
 
 
 def _cell(comparison: Any, law: str, layer: int | None, site: str) -> tuple[float, int]:

@@ -33,6 +33,8 @@ def plot_ratio(comparison: Any, sites: Sequence[str] | None = None) -> Figure:
     `ArgumentError` where nothing is compared.
     """
     points = dict(_points(comparison))
+    if not points:
+        raise ArgumentError("comparison is empty; expected at least one outcome of check")
     single = list(points) == [""]
     wanted = sites if sites is not None else SITES if single else ("resid_post",)
     shown = []

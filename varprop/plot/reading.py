@@ -32,6 +32,11 @@ def at_place(dataset: xr.Dataset, variable: str, place: str) -> xr.DataArray:
     return values.sel({dim: place})
 
 
+def place_of(dataset: xr.Dataset, variable: str, place: str) -> str:
+    """`place` where the variable has sites or branches, else nothing."""
+    return place if {"site", "branch"} & set(dataset[variable].dims) else ""
+
+
 def curve(values: xr.DataArray, along: str, band: str | None = "interval") -> Curve:
     """x, mean over the replicates, and the ends of its 95 % t interval or of the quantiles of the replicates.
 
