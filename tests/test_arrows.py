@@ -13,11 +13,12 @@ LINES = (
     ("errors", "_version"),
     ("files",),
     ("spec", "stats", "results"),
-    ("presets", "theory", "nn", "measure", "corpus"),
+    ("presets", "theory", "nn", "measure", "corpus", "summary"),
     ("hf", "simulate", "train", "diagnose", "evaluate"),
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),
     ("demo",),
+    ("cli_grid",),
     ("cli",),
     ("__main__",),
 )

@@ -70,29 +70,6 @@ def test_presets_are_listed_and_described(capsys: pytest.CaptureFixture[str]) ->
     assert "1,279,854,592" in capsys.readouterr().out
 
 
-def test_grid_resumes(folder: Path) -> None:
-    command = [
-        "grid",
-        *SMALL,
-        "--axis",
-        "density=1,0.5",
-        "--axis",
-        "n_kv_heads=1,4",
-        "--n-tokens",
-        8,
-        "--n-networks",
-        8,
-    ]
-    assert run(*command, "--out", "g.nc") == 0
-    first = {p.name: p.stat().st_mtime_ns for p in Path("grid").glob("*.nc")}
-    assert len(first) == 4
-    assert run(*command, "--out", "h.nc") == 0
-    assert {p.name: p.stat().st_mtime_ns for p in Path("grid").glob("*.nc")} == first
-    a, b = results.load("g.nc"), results.load("h.nc")
-    assert dict(a.sizes)["density"] == 2
-    assert results.identical(a, b)
-
-
 def test_training_writes_one_result(folder: Path) -> None:
     options = ["n_steps=2", "batch_size=2", "n_tokens=16", "log_every=1", "n_validation_batches=1", "warmup_steps=1"]
     arguments = [text for option in options for text in ("--config", option)]
@@ -148,8 +125,6 @@ BAD = [
     (["simulate", "--spec", "tiny", "--inputs", "objects.npy"], "inputs='objects.npy' is no whole array"),
     (["simulate", "--spec", "tiny", "--inputs", "cut.npy"], "inputs='cut.npy' is no whole array"),
     (["simulate", "--spec", "tiny", "--inputs", "ids.npy", "--n-tokens", "4"], "n_tokens=4 is given with inputs"),
-    (["grid", "--spec", "tiny", "--axis", "n_layers=1,2"], "n_layers"),
-    (["grid", "--spec", "tiny", "--axis", "densty=1,0.5"], "densty"),
     (["train", "--spec", "tiny", "--config", "n_step=3"], "config='n_step' is an unknown field"),
     (["train", "--spec", "tiny", "--config", "n_steps=0"], "n_steps=0"),
     (["train", "--spec", "tiny", "--config", "learning_rate=-1"], "learning_rate=-1"),
@@ -162,7 +137,7 @@ BAD = [
     (["compare", "p.nc", "s.nc", "s.nc"], "hold one seed twice; expected independent replicates"),
     (["compare", "p.nc", "correlated.nc"], "measured token_correlation=0.9 is another; expected 0.0"),
     (["compare", "p.nc", "s.nc", "--step", "3"], "step=3 is given for a result without steps"),
-    (["grid", "--spec", "tiny", "--axis", "density=1", "--axis", "density=0.5"], "is given twice"),
+    (["predict", "--spec", "tiny", "--axis", "density=1", "--axis", "density=0.5"], "is given twice"),
     (["predict", "--spec", "twice.json"], "d_model is given twice in the spec JSON"),
     (["predict", "--spec", "tiny", "--seed", "-1"], "seed=-1 is outside the domain"),
     (["predict", "--spec", "tiny", "--set", "attention=3", "--set", "n_heads=4"], "attention=3 is no part"),

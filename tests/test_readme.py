@@ -22,7 +22,7 @@ NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 
 def test_the_readme_has_the_blocks_it_promises() -> None:
     kinds = {kind for kind, _ in BLOCKS}
-    assert {"console", "bash", "python", "bibtex"} <= kinds
+    assert {"console", "bash", "toml", "python", "bibtex"} <= kinds
 
 
 def test_set_up_commands_are_the_targets_of_the_makefile() -> None:
@@ -37,6 +37,7 @@ def test_set_up_commands_are_the_targets_of_the_makefile() -> None:
 def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One folder and one Python session for the whole tour, as a reader would have."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.toml").write_text(next(body for kind, body in BLOCKS if kind == "toml"))
     session: dict[str, object] = {}
     for kind, body in BLOCKS:
         if kind == "bash":

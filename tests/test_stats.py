@@ -27,11 +27,11 @@ def test_mean_and_stderr_follow_the_axis():
 
 def test_equal_replicates_have_exactly_no_spread():
     assert stats.mean_and_stderr(np.full(7, 0.1))[1] == 0
-    log_mean, stderr = stats.log_mean_and_stderr(np.full(7, 0.1))
-    assert (log_mean, stderr) == (np.log(0.1), 0)
+    found = stats.log_mean(np.full(7, 0.1))
+    assert (found.value, found.stderr, found.delta) == (np.log(0.1), 0, 0)
 
 
-@pytest.mark.parametrize("function", [stats.mean_and_stderr, stats.log_mean_and_stderr, stats.t_interval])
+@pytest.mark.parametrize("function", [stats.mean_and_stderr, stats.log_mean, stats.t_interval, stats.skewness_factor])
 def test_one_replicate_is_too_few(function):
     with pytest.raises(ArgumentError, match=r"n=1 is too few replicates; expected at least 2"):
         function([1.0])
@@ -43,57 +43,110 @@ def test_t_interval_is_that_of_scipy():
     assert stats.t_interval(values, level=0.9) == pytest.approx(expected, rel=ROUNDING)
 
 
+EXACTLY = stats.known_log_mean(1.0)
+
+
 def test_log_mean_of_zeros_is_minus_infinity_without_error():
-    log_mean, stderr = stats.log_mean_and_stderr(np.zeros((3, 2)))
-    assert log_mean.tolist() == [-np.inf, -np.inf]
-    assert stderr.tolist() == [0, 0]
+    found = stats.log_mean(np.zeros((3, 2)))
+    assert found.value.tolist() == [-np.inf, -np.inf]
+    assert found.stderr.tolist() == [0, 0]
 
 
 def test_log_mean_with_some_zeros_uses_the_delta_method():
-    log_mean, stderr = stats.log_mean_and_stderr([0.0, 1.0, 2.0])
-    assert log_mean == 0
-    assert float(stderr) == pytest.approx(1 / np.sqrt(3), rel=ROUNDING)
+    found = stats.log_mean([0.0, 1.0, 2.0])
+    assert found.value == found.mean_log == 0
+    assert float(found.stderr) == float(found.mean_log_stderr) == pytest.approx(1 / np.sqrt(3), rel=ROUNDING)
 
 
 def test_log_mean_refuses_negative_values():
     with pytest.raises(ArgumentError, match=r"values=-1.0 is negative"):
-        stats.log_mean_and_stderr([1.0, -1.0])
+        stats.log_mean([1.0, -1.0])
 
 
 @given(POSITIVE, st.floats(1e-3, 1e3))
 def test_log_mean_shifts_with_the_unit_and_its_error_does_not(values, unit):
-    log_mean, stderr = stats.log_mean_and_stderr(values)
-    shifted, same = stats.log_mean_and_stderr(values * unit)
-    assert shifted == pytest.approx(log_mean + np.log(unit), abs=1e-10)
-    assert same == pytest.approx(stderr, abs=1e-7)  # differences of nearly equal logarithms
+    found, shifted = stats.log_mean(values), stats.log_mean(values * unit)
+    for name in ("value", "mean_log"):
+        assert getattr(shifted, name) == pytest.approx(getattr(found, name) + np.log(unit), abs=1e-10)
+    for name in ("stderr", "delta", "mean_log_stderr"):  # differences of nearly equal logarithms
+        assert getattr(shifted, name) == pytest.approx(getattr(found, name), abs=1e-7)
+    assert shifted.skewness == pytest.approx(found.skewness, rel=1e-6)
 
 
 @given(POSITIVE)
 def test_log_error_is_at_least_the_delta_method(values):
     mean, stderr = stats.mean_and_stderr(values)
-    assert stats.log_mean_and_stderr(values)[1] >= stderr / mean * (1 - ROUNDING)
+    found = stats.log_mean(values)
+    assert found.delta == pytest.approx(stderr / mean, rel=1e-9)
+    assert found.stderr >= found.delta
 
 
-@given(st.floats(-2, 2), st.floats(0.01, 1), st.floats(0, 1), st.integers(1, 50), st.booleans())
-def test_band_p_value_is_one_inside_and_at_least_the_interval_outside(deviation, stderr, band, dof, log_scale):
-    p = float(stats.band_p_value(deviation, stderr, band, dof, log_scale=log_scale))
+def test_skewness_is_that_of_scipy_beyond_two_errors_and_that_of_a_log_normal_law():
+    values = 1 + 0.01 * np.random.default_rng(3).pareto(4, 200)
+    error = np.sqrt(6 * 200 * 199 / (198 * 201 * 203))
+    excess = distributions.skew(values, bias=False) - 2 * error
+    expected = 2 * excess * values.mean() / (3 * values.std(ddof=1)) - 1
+    assert expected > 10
+    assert float(stats.skewness_factor(values)) == pytest.approx(expected, rel=1e-9)
+    assert stats.skewness_factor(np.full(9, 0.3)) == stats.skewness_factor([0.1, 0.9]) == 1
+
+
+@given(st.floats(-2, 2), st.floats(0.01, 1), st.floats(0, 1), st.integers(1, 50))
+def test_band_p_values_are_one_inside_and_students_outside(deviation, stderr, band, dof):
+    p = float(stats.band_p_value(deviation, stderr, band, dof))
     plain = 2 * distributions.t.sf((abs(deviation) - band) / stderr, dof)
-    assert 0 <= p <= 1
-    assert p >= min(1, plain) - ROUNDING
+    assert p == pytest.approx(min(1, plain), abs=ROUNDING)
+    on_log_scale = float(stats.log_band_p_value(known(deviation, stderr), EXACTLY, band, dof))
+    assert 0 <= on_log_scale <= 1
     if abs(deviation) <= band:
-        assert p == 1
+        assert min(p, on_log_scale) >= 1 - ROUNDING  # exp and log may lift it over the edge
+    elif deviation < 0:
+        assert on_log_scale >= plain - ROUNDING
 
 
-def test_without_a_band_the_plain_test_is_students():
-    p = stats.band_p_value(0.3, 0.1, 0.0, 9, log_scale=False)
-    assert float(p) == pytest.approx(2 * distributions.t.sf(3, 9), rel=ROUNDING)
+def known(deviation: float, stderr: float) -> stats.LogMean:
+    """A mean exp(deviation) whose logarithm has this standard error."""
+    return stats.known_log_mean(np.exp(deviation), stderr * np.exp(deviation))
 
 
-def test_the_log_scale_is_careful_below_and_plain_above():
-    above = float(stats.band_p_value(0.5, 0.1, 0.1, 9, log_scale=True))
-    below = float(stats.band_p_value(-0.5, 0.1, 0.1, 9, log_scale=True))
-    assert above == pytest.approx(2 * distributions.t.sf(4, 9), rel=ROUNDING)
-    assert below == pytest.approx(2 * distributions.t.sf(4 / np.sqrt(1.4), 9), rel=ROUNDING)
+def test_the_log_scale_is_careful_below():
+    below = float(stats.log_band_p_value(known(-0.5, 0.1), EXACTLY, 0.1, 9))
+    assert below == pytest.approx(2 * distributions.t.sf(4 / np.sqrt(1.4), 9), rel=1e-9)
+
+
+def test_above_students_test_of_the_values_or_of_their_logarithms_decides():
+    """The smaller p-value of the two: of the values where they are nearly equal, of the logs for a gross error."""
+    rng = np.random.default_rng(8)
+    near, gross = rng.normal(1.1, 0.1, 20), rng.lognormal(9.0, 1.0, 20)
+    for values, test in (
+        (near, distributions.ttest_1samp(near, 1)),
+        (gross, distributions.ttest_1samp(np.log(gross), 0)),
+    ):
+        p = float(stats.log_band_p_value(stats.log_mean(values), EXACTLY, 0.0, 19))
+        assert p == pytest.approx(test.pvalue, rel=1e-9)  # type: ignore[attr-defined]
+    assert distributions.ttest_1samp(gross, 1).pvalue > 1e-4  # type: ignore[attr-defined]
+
+
+@given(hnp.arrays(float, st.integers(3, 64), elements=st.floats(0.999, 1.001)), st.floats(2, 300))
+def test_one_huge_replicate_cannot_reject(values, exponent):
+    """Student's statistic of one huge value among equals is 1 at most, on both scales."""
+    values[0] = np.exp(exponent)
+    p = float(stats.log_band_p_value(stats.log_mean(values), EXACTLY, 0.0, len(values) - 1))
+    assert p > 2 * distributions.t.sf(1.05, len(values) - 1)
+
+
+def test_two_ensembles_are_compared_the_same_both_ways():
+    rng = np.random.default_rng(4)
+    a, b = stats.log_mean(rng.lognormal(0, 0.5, 30)), stats.log_mean(rng.lognormal(1, 0.3, 30))
+    assert stats.log_band_p_value(a, b, 0.1, 29) == stats.log_band_p_value(b, a, 0.1, 29) < 1e-3
+    assert stats.log_deviation(a, b) == -stats.log_deviation(b, a)
+
+
+def test_a_mean_of_zero_is_decided_exactly():
+    nothing = stats.log_mean(np.zeros(3))
+    assert stats.log_band_p_value(nothing, nothing, 0.0, 2) == 1
+    assert stats.log_band_p_value(nothing, EXACTLY, 0.5, 2) == stats.log_band_p_value(EXACTLY, nothing, 0.5, 2) == 0
+    assert stats.log_deviation(nothing, EXACTLY) == -stats.LARGEST_LOG
 
 
 def test_the_factor_below_is_the_second_order_of_the_log_normal_likelihood_ratio():
@@ -115,14 +168,37 @@ def test_widened_below_inverts_the_widening(half):
     assert excess / np.sqrt(1 + excess) == pytest.approx(half, rel=1e-9, abs=ROUNDING)
 
 
-def test_log_ratio_interval_holds_what_the_test_keeps():
-    values = np.array([0.8, 1.0, 1.3, 1.1, 0.9])
-    low, high = stats.log_ratio_interval(values, 1.0, level=0.99)
-    log_mean, stderr = stats.log_mean_and_stderr(values)
+@given(st.floats(0.01, 30), st.floats(0.001, 2), st.floats(0.001, 2))
+def test_log_excess_inverts_the_statistic(statistic, low, high):
+    sides = stats.known_log_mean(1.0, low), stats.known_log_mean(1.0, high)
+    excess = float(stats.log_excess(statistic, *sides))
+    p = stats.log_band_p_value(known(-excess, low), stats.known_log_mean(1.0, high), 0.0, 9)
+    if excess < 600:
+        assert float(p) == pytest.approx(min(1, 2 * distributions.t.sf(statistic, 9)), rel=1e-6)
+
+
+@settings(max_examples=50)
+@given(hnp.arrays(float, st.integers(3, 12), elements=st.floats(0.5, 2.0), unique=True), st.floats(0.5, 0.999))
+def test_log_ratio_interval_holds_what_the_test_keeps(values, level):
+    low, high = stats.log_ratio_interval(values, 1.0, level=level)
+    found = stats.log_mean(values)
+    assert low < found.value < high
     for end in (low, high):
-        p = stats.band_p_value(log_mean - end, stderr, 0.0, 4, log_scale=True)
-        assert float(p) == pytest.approx(0.01, rel=1e-9)
-    assert high - log_mean > log_mean - low
+        if abs(end) < 600:
+            p = stats.log_band_p_value(found, stats.known_log_mean(np.exp(end)), 0.0, len(values) - 1)
+            assert float(p) == pytest.approx(1 - level, rel=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+def test_log_ratio_interval_covers_a_log_normal_mean(spread):
+    """40,000 samples of 12: coverage at least 0.95, by 4 standard errors (0.0044; fails wrongly with probability 3e-5).
+
+    Student's interval of the values covers 0.938 and 0.86.
+    """
+    variance = np.log1p(spread**2)
+    values = np.exp(np.sqrt(variance) * np.random.default_rng(6).standard_normal((12, 40_000)) - variance / 2)
+    low, high = stats.log_ratio_interval(values)
+    assert np.mean((low <= 0) & (high >= 0)) >= 0.95 - 0.0044
 
 
 def test_detectable_factor_tends_to_the_normal_sum():
@@ -143,7 +219,15 @@ def test_detectable_factor_against_monte_carlo(dof, level):
 
 
 def test_detectable_error_known_without_error_is_the_band():
-    assert stats.detectable_error(0.0, 0.03, 5, 0.01, log_scale=True) == 0.03
+    assert stats.detectable_error(0.0, 0.03, 5, 0.01) == 0.03
+    assert stats.log_detectable_error(EXACTLY, EXACTLY, 0.03, 5, 0.01) == 0.03
+
+
+def test_detectable_error_on_the_log_scale_is_that_of_the_worse_side():
+    found = stats.log_mean(np.random.default_rng(2).lognormal(0, 0.5, 20))
+    k = stats.detectable_factor(19, 0.01)
+    sides = stats.log_excess(k, found, EXACTLY), stats.log_excess(k, EXACTLY, found)
+    assert float(stats.log_detectable_error(found, EXACTLY, 0.02, 19, 0.01)) == pytest.approx(0.02 + max(sides))
 
 
 @pytest.mark.parametrize("arguments", [(0, 0.1, 0.9), (3, 0.0, 0.9), (3, 1.0, 0.9), (3, 0.1, 1.0)])

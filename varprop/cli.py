@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varprop import compare, demo, files, presets, report, results, simulate, theory
+from varprop import cli_grid, compare, demo, files, presets, report, results, simulate, theory
 from varprop._version import __version__
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
@@ -58,32 +57,7 @@ def _assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
 
 def _spec(arguments: argparse.Namespace) -> ModelSpec:
     """The spec that --spec names (a JSON file or a preset) with the --set changes applied."""
-    path = Path(arguments.spec)
-    if path.suffix == ".json" or arguments.spec.replace("-", "_").lower() not in presets.names():
-        if path.suffix != ".json" and not os.path.isfile(path):
-            presets.get(arguments.spec)  # says which preset comes nearest
-        try:
-            spec = ModelSpec.from_json(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise ArgumentError(f"spec={arguments.spec!r} cannot be read ({reason}); expected a JSON file") from None
-    else:
-        spec = presets.get(arguments.spec)
-    return spec.with_fields(_assignments(arguments.set, "--set"))
-
-
-def _writable(path: str) -> Path:
-    """The output path, checked before any work is done."""
-    target = Path(path)
-    try:
-        if target.exists() and not target.is_file():
-            raise ArgumentError(f"out={path!r} is a directory or a device; expected a file")
-        writable = target.parent.is_dir() and os.access(target.parent, os.W_OK)
-    except OSError as error:
-        raise ArgumentError(f"out={path[:80]!r} cannot be written ({error.strerror}); expected a file name") from None
-    if not writable:
-        raise ArgumentError(f"out={path!r} cannot be written; expected a path in a writable folder")
-    return target
+    return presets.load(arguments.spec).with_fields(_assignments(arguments.set, "--set"))
 
 
 def _add_spec(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +90,7 @@ def _profile(dataset: xr.Dataset, variable: str = "second_moment") -> str:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    out = _writable(arguments.out)
+    out = files.writable(arguments.out)
     with _layer_bar() as progress:
         dataset = theory.predict(
             _spec(arguments),
@@ -154,7 +128,7 @@ def _axes(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    out = _writable(arguments.out)
+    out = files.writable(arguments.out)
     dataset = simulate.sample(
         _spec(arguments),
         n_networks=arguments.n_networks,
@@ -179,28 +153,10 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"inputs": simulate.text_tokens(n_tokens, n_sequences=arguments.text, **text)}
 
 
-def _grid(arguments: argparse.Namespace) -> int:
-    out = _writable(arguments.out)
-    dataset = simulate.grid(
-        _spec(arguments),
-        _axes(arguments.axis),
-        directory=arguments.directory,
-        n_networks=arguments.n_networks,
-        n_tokens=arguments.n_tokens,
-        token_correlation=arguments.token_correlation,
-        seed=arguments.seed,
-        n_workers=arguments.n_workers,
-        device=arguments.device,
-    )
-    results.save(dataset, out)
-    print(f"grid {dict(dataset.sizes)}\nwrote {out}")
-    return 0
-
-
 def _train(arguments: argparse.Namespace) -> int:
     from varprop import train  # brings the tokenizer library in
 
-    out = _writable(arguments.out)
+    out = files.writable(arguments.out)
     options = _assignments(arguments.config, "--config")
     known = [f.name for f in dataclasses.fields(train.TrainConfig)]
     for name in options:
@@ -229,7 +185,7 @@ def _at_step(dataset: xr.Dataset, step: int | None) -> xr.Dataset:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    out = _writable(arguments.out)
+    out = files.writable(arguments.out)
     predicted = results.load(arguments.predicted)
     parts = [_at_step(results.load(path), arguments.step) for path in arguments.measured]
     seeds = [(part.attrs["source"], part.attrs["spec_id"], part.attrs["seed_entropy"]) for part in parts]
@@ -250,7 +206,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    out = _writable(arguments.out)
+    out = files.writable(arguments.out)
     stems = [Path(path).stem for path in arguments.files]
     names = stems if len(set(stems)) == len(stems) else arguments.files
     if len(set(names)) < len(names):
@@ -317,7 +273,7 @@ def _presets(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         print(spec.describe())
     else:
-        files.write_text(_writable(arguments.out), json.dumps(spec.to_dict(), indent=2, sort_keys=True) + "\n")
+        files.write_text(files.writable(arguments.out), json.dumps(spec.to_dict(), indent=2, sort_keys=True) + "\n")
         print(f"wrote {arguments.out}")
     return 0
 
@@ -362,12 +318,10 @@ def parser() -> argparse.ArgumentParser:
     formulas.add_argument("name", nargs="?", help="a formula")
 
     sample = command("simulate", _simulate, "Random networks of a spec, one entry per network.", "simulation.nc")
-    grid = command("grid", _grid, "Simulate every combination of field values; resumes after a kill.", "grid.nc")
-    for one in (sample, grid):
-        _add_spec(one)
-        _add_tokens(one)
-        one.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
-        one.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    _add_spec(sample)
+    _add_tokens(sample)
+    sample.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
+    sample.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
     sample.set_defaults(n_tokens=None)
     source = sample.add_mutually_exclusive_group()
     source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")
@@ -376,9 +330,8 @@ def parser() -> argparse.ArgumentParser:
         "--text-corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file"
     )
     sample.add_argument("--corpus", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
-    grid.add_argument("--axis", action="append", required=True, metavar="field=a,b,c", help="one axis (repeatable)")
-    grid.add_argument("--directory", default="grid", help="folder of the finished tasks (default %(default)s)")
-    grid.add_argument("--n-workers", type=int, default=1, help="processes (default %(default)s)")
+
+    cli_grid.add(command("grid", cli_grid.run, "Simulate a whole grid: what a kill ended goes on.", None))
 
     train = command("train", _train, "Train a model of a spec and record every layer.", "training.nc")
     _add_spec(train)

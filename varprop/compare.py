@@ -20,8 +20,6 @@ ABSOLUTE = ("token_correlation",)
 """Variables compared by their difference: they lie in [-1, 1] and may be 0."""
 REPLICATES = ("network", "seed")
 VERDICTS = ("disagrees", "underpowered", "agrees", "absent")
-LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
-"""Stands for an infinite log ratio (one side exactly 0), since a result holds finite numbers only."""
 SHOWN_ROWS = 12
 
 
@@ -121,9 +119,8 @@ class Side:
     """One side of a comparison over its cells, which are NaN where they do not exist; build it with `side_of`."""
 
     mean: NDArray[np.float64]
-    centre: NDArray[np.float64]  # the mean on the scale of the comparison: its logarithm, or itself
     stderr: NDArray[np.float64]  # of the mean
-    centre_stderr: NDArray[np.float64]
+    log: stats.LogMean | None  # on the log scale alone
     replicates: int  # 0 = a closed form
 
 
@@ -133,15 +130,11 @@ def side_of(values: NDArray[np.float64], *, log_scale: bool, stderr: ArrayLike =
     filled = np.where(present, values, 0.0)
     if replicated and len(values) > 1:
         mean, mean_stderr = stats.mean_and_stderr(filled)
-        centre, centre_stderr = stats.log_mean_and_stderr(filled) if log_scale else (mean, mean_stderr)
+        log = stats.log_mean(filled) if log_scale else None
     else:
-        mean = filled[0] if replicated else filled
-        centre = mean
-        centre_stderr = mean_stderr = np.where(present, stderr, 0.0)
-        if log_scale:
-            centre = np.log(mean, out=np.full(mean.shape, -np.inf), where=mean > 0)
-            centre_stderr = np.divide(mean_stderr, mean, out=np.zeros_like(mean), where=mean > 0)
-    return Side(np.where(present, mean, np.nan), centre, mean_stderr, centre_stderr, len(values) if replicated else 0)
+        mean, mean_stderr = filled[0] if replicated else filled, np.where(present, stderr, 0.0)
+        log = stats.known_log_mean(mean, mean_stderr) if log_scale else None
+    return Side(np.where(present, mean, np.nan), mean_stderr, log, len(values) if replicated else 0)
 
 
 def judge(
@@ -152,24 +145,28 @@ def judge(
     rounding: float,
     false_fail_rate: float,
     resolution: float,
-    log_scale: bool,
 ) -> dict[str, NDArray[Any]]:
     """The arithmetic of `check` on arrays over cells: every variable of its Dataset by name."""
     absent = np.isnan(estimate.mean) | np.isnan(prediction.mean)
-    both_zero = (estimate.mean == 0) & (prediction.mean == 0)
-    with np.errstate(invalid="ignore"):
-        deviation = np.where(both_zero | absent, 0.0, estimate.centre - prediction.centre)
-    deviation = np.clip(deviation, -LARGEST_LOG, LARGEST_LOG)
-    stderr = np.hypot(estimate.centre_stderr, prediction.centre_stderr)
-    stderr = np.where(np.abs(deviation) < LARGEST_LOG, stderr, 0.0)
-    dof = _degrees_of_freedom(prediction, estimate)
-    band = claimed + rounding
-    p_value = stats.band_p_value(deviation, stderr, band, dof, log_scale=log_scale)
+    dof, band = _degrees_of_freedom(prediction, estimate), claimed + rounding
+    if estimate.log is None or prediction.log is None:
+        deviation = np.where(absent, 0.0, estimate.mean - prediction.mean)
+        stderr = np.hypot(estimate.stderr, prediction.stderr)
+        p_value = stats.band_p_value(deviation, stderr, band, dof)
+    else:
+        deviation = np.where(absent, 0.0, stats.log_deviation(estimate.log, prediction.log))
+        stderr = np.hypot(estimate.log.stderr, prediction.log.stderr)
+        stderr = np.where(np.abs(deviation) < stats.LARGEST_LOG, stderr, 0.0)
+        p_value = stats.log_band_p_value(estimate.log, prediction.log, band, dof)
     tested = ~absent & (stderr > 0)
     rejected, adjusted = p_value == 0, p_value.copy()  # known without error: p is 0 or 1
     rejected[tested], adjusted[tested] = stats.holm(p_value[tested], false_fail_rate)
     level = false_fail_rate / max(1, int(tested.sum()))
-    detectable = stats.detectable_error(stderr, band, dof, level, log_scale=log_scale)
+    if estimate.log is None or prediction.log is None:
+        detectable = stats.detectable_error(stderr, band, dof, level)
+    else:
+        detectable = stats.log_detectable_error(estimate.log, prediction.log, band, dof, level)
+        detectable = np.where(tested, detectable, band)
     powerless = detectable > claimed + resolution
     verdict = np.select([absent, rejected, powerless], ["absent", "disagrees", "underpowered"], "agrees")
     cells: dict[str, NDArray[Any]] = {
@@ -183,7 +180,8 @@ def judge(
         "p_adjusted": adjusted,
         "detectable": detectable,
     }
-    if log_scale:
+    if estimate.log is not None:
+        both_zero = (estimate.mean == 0) & (prediction.mean == 0)
         cells["ratio"] = np.where((estimate.mean == 0) & ~both_zero, 0.0, np.exp(deviation))
     return {**{name: np.where(absent, np.nan, values) for name, values in cells.items()}, "verdict": verdict}
 
@@ -249,7 +247,6 @@ def check(
         rounding=_rounding(measured),
         false_fail_rate=false_fail_rate,
         resolution=resolution,
-        log_scale=log_scale,
     )
     verdict = cells["verdict"]
     attributes = {
@@ -281,6 +278,7 @@ def check(
 
 def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_other_spec: bool) -> xr.Dataset:
     """`measured` in the layer order of `predicted`; raises where the two cannot be compared."""
+    measured = results.present(measured)
     for where, dataset in (("predicted", predicted), ("measured", measured)):
         results.validate(dataset, where=where)
         if variable not in dataset:

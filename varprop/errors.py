@@ -28,6 +28,10 @@ class ReducedBatchWarning(UserWarning):
     """Memory was short: fewer networks are computed at a time. The numbers are the same."""
 
 
+class DamagedShardWarning(UserWarning):
+    """A file of a grid was truncated or changed; it was removed and is computed again."""
+
+
 class SchemaError(VarpropError):
     """A result file or Dataset does not follow the results schema."""
 

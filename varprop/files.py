@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,42 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """As `replacing`, of a folder: an older folder at `path` is removed when the new one is whole."""
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"output={str(path)!r} cannot be written (a file); expected a folder or a new name")
+    workplace: Path | None = None
+    try:
+        target = target.resolve()
+        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        yield workplace / "new"
+        if target.exists():
+            target.rename(workplace / "old")
+        (workplace / "new").rename(target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArgumentError(f"output={str(path)!r} cannot be written ({reason}); expected a writable path") from None
+    finally:
+        if workplace is not None:
+            shutil.rmtree(workplace, ignore_errors=True)
+
+
+def writable(path: str) -> Path:
+    """An output path of the command line, checked before any work is done; `ArgumentError` otherwise."""
+    target = Path(path)
+    try:
+        if target.exists() and not (target.is_file() or (target.is_dir() and target.suffix == ".zarr")):
+            raise ArgumentError(f"out={path!r} is a directory or a device; expected a file")
+        good = target.parent.is_dir() and os.access(target.parent, os.W_OK)
+    except OSError as error:
+        raise ArgumentError(f"out={path[:80]!r} cannot be written ({error.strerror}); expected a file name") from None
+    if not good:
+        raise ArgumentError(f"out={path!r} cannot be written; expected a path in a writable folder")
+    return target
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -8,7 +8,9 @@ fused one), embeddings of 50,304 rows, every matrix N(0, 0.02^2), no tying, RoPE
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from varprop.errors import ArgumentError
@@ -44,6 +46,18 @@ def get(name: str) -> ModelSpec:
         hint = f"{close[0]!r}?" if close else "one of " + ", ".join(_PRESETS)
         raise ArgumentError(f"preset={name!r} is unknown; expected {hint}")
     return _PRESETS[key]()
+
+
+def load(text: str) -> ModelSpec:
+    """The preset of that name, or the spec in that JSON file; `ArgumentError` or `SpecError`, one line, otherwise."""
+    path = Path(text)
+    if path.suffix != ".json" and (text.replace("-", "_").lower() in _PRESETS or not os.path.isfile(path)):
+        return get(text)  # or says which preset comes nearest
+    try:
+        return ModelSpec.from_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ArgumentError(f"spec={text!r} cannot be read ({reason}); expected a JSON file") from None
 
 
 # The small ladder -----------------------------------------------------------------------------------------------------

@@ -1,13 +1,21 @@
 """The one kind of result: a labelled `xarray.Dataset`. Build, validate, save, load, merge.
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
-where only the site `resid_post` exists: variables are NaN there at the other sites, and nowhere else.
+where only the site `resid_post` exists: variables are NaN there at the other sites.
+
+A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
+networks (labels below `n_networks`) and layers a point has: floating-point variables are NaN at the others. A variable
+that a point does not have, such as gates without a mixture, is NaN all over it. NaN stands nowhere else.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
+import importlib.util
+import io
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,8 +26,8 @@ import numpy as np
 import xarray as xr
 
 from varprop._version import __version__
-from varprop.errors import SchemaError
-from varprop.files import replacing
+from varprop.errors import ArgumentError, SchemaError, require
+from varprop.files import replacing, replacing_folder
 
 SCHEMA_VERSION = 1
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -37,6 +45,8 @@ ATTRIBUTES = (
 )
 MOMENTS = ("second_moment", "variance", "token_correlation")
 """Variables that every reader gives, floating point over layer and site."""
+EXTENT = {"network": ("n_networks", 0), "layer": ("last_layer", 1)}
+"""Dimension -> the variable that says how far it goes at each point of a grid, and the label of its first entry."""
 VOLATILE_ATTRIBUTES = ("created_at", "command", "git_commit", "git_dirty", "end_condition")
 """Attributes that two runs of the same thing may differ in."""
 
@@ -126,20 +136,36 @@ def validate(dataset: xr.Dataset, where: str = "result") -> None:
     for name in MOMENTS:
         if name in dataset and (dataset[name].dtype.kind != "f" or "layer" not in dataset.coords):
             raise SchemaError(f"{where}: {name} is no floating-point array over layers; expected a varprop result")
+    for name, _ in EXTENT.values():
+        if name in dataset and dataset[name].dtype.kind not in "iu":
+            raise SchemaError(f"{where}: {name} is no array of integers; expected counts over the axes of a grid")
     for name, values in dataset.data_vars.items():
         if values.dtype.kind == "f":
-            _check_finite(values, f"{where}: {name}")
+            _check_finite(dataset, str(name), f"{where}: {name}")
 
 
-def _check_finite(values: xr.DataArray, where: str) -> None:
+def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
+    values = dataset[name]
     array = values.to_numpy()
+    missing = np.isnan(array)
     absent = np.zeros((1,) * array.ndim, dtype=bool)
     if "layer" in values.dims and "site" in values.dims:
         absent = _along(values, "layer", values.layer == 0) & _along(values, "site", values.site != "resid_post")
-        if not (np.isnan(array) | ~absent).all():
+        if not (missing | ~absent).all():
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
+    for dim, (extent, first) in EXTENT.items():
+        if dim in values.dims and extent in dataset:
+            beyond = dataset[dim] >= dataset[extent] + first
+            beyond = beyond.all([other for other in beyond.dims if other not in values.dims])
+            beyond = beyond.broadcast_like(values).transpose(*values.dims).to_numpy()
+            if not (missing | ~beyond).all():
+                raise SchemaError(f"{where} has values beyond {extent}; expected NaN there")
+            absent = absent | beyond
+    if "axes" in dataset.attrs and name not in MOMENTS:
+        within = tuple(i for i, dim in enumerate(values.dims) if dim in DIMENSIONS)
+        absent = absent | missing.all(axis=within, keepdims=True)
     bad = ~np.isfinite(array) & ~absent
     if bad.any():
         index = np.argwhere(bad)[0]
@@ -147,34 +173,98 @@ def _check_finite(values: xr.DataArray, where: str) -> None:
         raise SchemaError(f"{where} is {array[tuple(index)]} at {labels}; expected a finite number")
 
 
+def present(dataset: xr.Dataset) -> xr.Dataset:
+    """One point of a grid without the networks, layers and variables that it does not have; others as they are.
+
+    >>> values = np.array([[1.0, 2.0, np.nan], [3.0, 4.0, 5.0]])
+    >>> about = {"source": "simulation", "spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
+    >>> variables = {"loss": (("density", "network"), values), "n_networks": (("density",), [2, 3])}
+    >>> grid = new(variables, **about, coords={"density": [1.0, 0.5]})
+    >>> present(grid.sel(density=1.0)).loss.values
+    array([1., 2.])
+    """
+    for dim, (extent, first) in EXTENT.items():
+        if extent in dataset and dim in dataset.dims and set(dataset[extent].dims) <= {dim}:
+            found = (dataset[dim] < dataset[extent] + first).to_numpy()
+            dataset = dataset.isel({dim: found}).drop_vars(extent)
+    if "axes" not in dataset.attrs:
+        return dataset
+    floating = [name for name, values in dataset.data_vars.items() if values.dtype.kind == "f" and name not in MOMENTS]
+    return dataset.drop_vars([name for name in floating if bool(dataset[name].isnull().all())])
+
+
 def _along(values: xr.DataArray, dim: str, mask: xr.DataArray) -> np.ndarray:
     """A mask over one dimension in a shape that broadcasts against `values`."""
     return mask.to_numpy().reshape([-1 if name == dim else 1 for name in values.dims])
 
 
+def checksum(dataset: xr.Dataset) -> str:
+    """SHA-256 over variables, coordinates and lasting attributes, in an order and in bytes of their own.
+
+    Equal for results that are `identical`.
+    """
+    digest = hashlib.sha256()
+    lasting = {str(k): v for k, v in dataset.attrs.items() if k not in (*VOLATILE_ATTRIBUTES, "checksum")}
+    digest.update(json.dumps(lasting, sort_keys=True, default=lambda number: number.item()).encode())
+    for name in sorted(map(str, dataset.variables)):
+        values = dataset.variables[name]
+        array, kind = values.to_numpy(), values.dtype.kind
+        if kind == "f":  # one bit pattern of NaN
+            array = np.where(np.isnan(array), np.array(np.nan, array.dtype), array)
+        text = json.dumps(array.astype(str).tolist()) if kind not in "fiub" else ""
+        digest.update(json.dumps([name, values.dims, array.shape, text or array.dtype.name]).encode())
+        digest.update(text.encode() or array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def save(dataset: xr.Dataset, path: str | Path) -> Path:
-    """Validate and write as netCDF-4 under a temporary name, then rename; `ArgumentError` if it cannot be written."""
+    """Validate and write with a checksum under a temporary name, then rename; netCDF-4, or zarr where `path` ends so.
+
+    Raises `ArgumentError` if it cannot be written (missing folder, full disk, no zarr installed).
+    """
     validate(dataset)
-    with replacing(path) as temporary:
-        dataset.to_netcdf(temporary, engine="h5netcdf")
+    stamped = dataset.assign_attrs(checksum=checksum(dataset))
+    if Path(path).suffix == ".zarr":
+        _require_zarr(path)
+        with replacing_folder(path) as temporary:
+            stamped.to_zarr(temporary, consolidated=False)
+    else:
+        with replacing(path) as temporary:
+            buffer = io.BytesIO()  # in memory first: the HDF5 library crashes the program when a disk is full
+            stamped.to_netcdf(buffer, engine="h5netcdf")
+            temporary.write_bytes(buffer.getbuffer())
     return Path(path)
 
 
 def load(path: str | Path) -> xr.Dataset:
-    """The result in a file, in memory and validated; `SchemaError` if it is missing, truncated or of another kind."""
+    """The result in a file, in memory, validated and its checksum verified (files of early versions have none).
+
+    Raises `SchemaError` if it is missing, truncated, changed or of another kind.
+    """
     source = Path(path)
-    if not source.is_file():
+    zarr = source.suffix == ".zarr"
+    if not (source.is_dir() if zarr else source.is_file()):
         raise SchemaError(f"file={str(path)!r} is missing; expected a result file (netCDF)")
+    if zarr:
+        _require_zarr(path)
+    options: dict[str, Any] = {"engine": "zarr", "consolidated": False} if zarr else {"engine": "h5netcdf"}
     try:
-        with xr.open_dataset(source, engine="h5netcdf") as opened:
+        with xr.open_dataset(source, **options) as opened:
             dataset = opened.load()
     except Exception as error:  # every fault of a damaged HDF5 file has its own exception type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SchemaError(
-            f"file={str(path)!r} is truncated or no netCDF-4 file ({reason}); expected a result file"
-        ) from None
+        kind = "zarr store" if zarr else "netCDF-4 file"
+        raise SchemaError(f"file={str(path)!r} is truncated or no {kind} ({reason}); expected a result file") from None
     validate(dataset, where=str(path))
+    recorded = dataset.attrs.pop("checksum", None)
+    if recorded is not None and recorded != checksum(dataset):
+        raise SchemaError(f"file={str(path)!r} is damaged (its content has another checksum); expected {recorded}")
     return dataset
+
+
+def _require_zarr(path: str | Path) -> None:
+    found = importlib.util.find_spec("zarr") is not None
+    require(found, ArgumentError, "file", str(path), "a zarr store, and zarr is not installed", "a .nc file, or zarr")
 
 
 def merge(datasets: Sequence[xr.Dataset], dim: str) -> xr.Dataset:

@@ -17,6 +17,7 @@ strategies need hypothesis (`pip install hypothesis`); the assertions do not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -192,12 +193,15 @@ def assert_agrees(
     predicted, values, band = _checked(prediction, networks, claimed_error, log_scale)
     degrees = len(values) - 1
     if log_scale:
-        mean, stderr = stats.log_mean_and_stderr(values)
-        deviation, band = mean - np.log(predicted), np.log1p(band)
+        found, exactly, band = stats.log_mean(values), stats.known_log_mean(predicted), np.log1p(band)
+        deviation, stderr = stats.log_deviation(found, exactly), found.stderr
+        p_values = stats.log_band_p_value(found, exactly, band, degrees)
+        seen = functools.partial(stats.log_detectable_error, found, exactly)
     else:
         mean, stderr = stats.mean_and_stderr(values)
         deviation = mean - predicted
-    p_values = stats.band_p_value(deviation, stderr, band, degrees, log_scale=log_scale)
+        p_values = stats.band_p_value(deviation, stderr, band, degrees)
+        seen = functools.partial(stats.detectable_error, stderr)
     rejected, adjusted = stats.holm(p_values, false_fail_rate)
     if rejected.any():
         at = np.unravel_index(np.argmin(np.where(rejected, adjusted, 2.0)), adjusted.shape)
@@ -210,10 +214,11 @@ def assert_agrees(
     if resolution is None:
         return
     level = false_fail_rate / max(1, predicted.size)
-    found = stats.detectable_error(stderr, band, degrees, level, log_scale=log_scale)
-    if (found > resolution).any():
+    smallest = seen(band, degrees, level)
+    if (smallest > resolution).any():
         raise AssertionError(
-            f"resolution={resolution} is not reached: {len(values)} networks would show an error of {found.max():.3g}"
+            f"resolution={resolution} is not reached: "
+            f"{len(values)} networks would show an error of {smallest.max():.3g}"
         )
 
 

@@ -83,7 +83,7 @@ def as_result(values: np.ndarray, source: str, theory_error: float = 0.0) -> xr.
     return results.new(variables, source=source, spec_json="{}", spec_id="0" * 12, n_tokens=1)
 
 
-def outcome(prediction: np.ndarray, values: np.ndarray, edge: float) -> dict[str, np.ndarray]:
+def outcome(prediction: np.ndarray, values: np.ndarray, edge: float, resolution: float = 0.05) -> dict[str, np.ndarray]:
     """What `check` computes, on arrays: reading and writing Datasets would take twenty times as long."""
     return judge(
         side_of(prediction, log_scale=True, replicated=False),
@@ -91,8 +91,7 @@ def outcome(prediction: np.ndarray, values: np.ndarray, edge: float) -> dict[str
         np.full(prediction.shape, edge),
         rounding=0.0,
         false_fail_rate=FALSE_FAIL_RATE,
-        resolution=0.05,
-        log_scale=True,
+        resolution=resolution,
     )
 
 

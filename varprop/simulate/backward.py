@@ -30,8 +30,8 @@ PROBES, COTANGENT = 2, 3
 MAX_EXACT = 512
 """Largest n_tokens * d_model for which the whole Jacobian is computed unless a number of probes is given."""
 N_PROBES = 16
-"""Probes beyond it. Their relative error is of the order 1 / sqrt(N_PROBES d_model), well below the spread between
-networks for the stream's own width."""
+"""Probes beyond it. The relative error of `token_mean` is about 2 / sqrt(n_probes d_model), that of the other two less:
+6 %, 4 % and 3 % with 8 probes at d_model 128 and 8 tokens, where networks differ by 12 %."""
 
 
 def backward_statistics(run: Run, block: int, keep: slice, streams: Sequence[Tensor]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ so that a network is bitwise the same in every run that has it, and the weights 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,15 +33,24 @@ KEY_MASKS = 1
 
 Draw = Callable[..., Weights]
 """`draw(spec, layer, generator, lead, device, dtype, keep)`: the weights of a layer, of the networks `keep` alone."""
+LayerNumbers = Callable[[ModelSpec, int, int], int]
+"""`layer_numbers(spec, layer, n_tokens)`: most random numbers of a layer that are held at a time."""
 
 
-def networks_per_block(spec: ModelSpec, n_tokens: int, draw_device: str = "cpu") -> int:
+def layer_parameters(spec: ModelSpec, layer: int, n_tokens: int) -> int:
+    """Numbers that `draw_layer` holds: all parameters of the layer."""
+    return sum(row.n_parameters for row in layer_table(spec, layer).values())
+
+
+def networks_per_block(
+    spec: ModelSpec, n_tokens: int, draw_device: str = "cpu", layer_numbers: LayerNumbers = layer_parameters
+) -> int:
     """Networks that are computed together: at most 8 (256 drawn on an accelerator), fewer where layers are large.
 
     A function of the task alone.
     """
     kind = _kind(draw_device)
-    weights = max(sum(row.n_parameters for row in layer_table(spec, n + 1).values()) for n in range(spec.n_layers))
+    weights = max(layer_numbers(spec, layer, n_tokens) for layer in range(1, spec.n_layers + 1))
     attention = 2 * spec.attention.n_heads * n_tokens if spec.attention else 0
     inner = max(spec.feed_forward.d_ff if spec.feed_forward else 0, _slots(spec) if spec.moe else 0)
     numbers = weights + n_tokens * (attention + 4 * spec.d_model + 3 * inner)
@@ -68,6 +78,7 @@ class Run:
     dtype: torch.dtype
     draw_device: str
     draw: Draw = draw_layer
+    layer_numbers: LayerNumbers = layer_parameters
     backward: bool = False
     n_probes: int = 0
     """Probes of the Jacobians on the way back, 0 = exact."""
@@ -75,10 +86,10 @@ class Run:
     parts: int = field(default=1, init=False)
     """Pieces into which a block is cut, because memory was short before."""
 
-    @property
+    @functools.cached_property
     def block_size(self) -> int:
         """Networks of a block."""
-        return networks_per_block(self.spec, self.inputs.n_tokens, self.draw_device)
+        return networks_per_block(self.spec, self.inputs.n_tokens, self.draw_device, self.layer_numbers)
 
     def generator(self, *key: int) -> torch.Generator:
         """The generator of a key: its seed is that of the CPU, its numbers are those of `draw_device`."""
@@ -140,14 +151,14 @@ def _cuts(size: int, parts: int) -> Iterator[slice]:
 
 
 def _part(run: Run, block: int, keep: slice) -> dict[str, np.ndarray]:
-    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
-    streams = _forward(run, block, keep, recorder)
-    return recorder.arrays() | (backward_statistics(run, block, keep, streams) if run.backward else {})
+    found, streams = _forward(run, block, keep)
+    return found | (backward_statistics(run, block, keep, streams) if run.backward else {})
 
 
 @torch.inference_mode()
-def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torch.Tensor]:
-    """The stream before every layer and after the last, where the way back will need it."""
+def _forward(run: Run, block: int, keep: slice) -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
+    """Statistics, and the stream before every layer and after the last where the way back will need it."""
+    recorder = Recorder(run.spec, run.inputs.n_tokens, keep.stop - keep.start, run.device)
     x = run.tokens(block, keep)
     recorder(0, "resid_post", x)
     streams = [x] if run.backward else []
@@ -159,4 +170,4 @@ def _forward(run: Run, block: int, keep: slice, recorder: Recorder) -> list[torc
         if run.backward:
             streams.append(x)
         run.advance()
-    return streams
+    return recorder.arrays(), streams

@@ -18,11 +18,16 @@ from varprop.errors import ArgumentError, require
 from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn.init import draw_layer
 from varprop.simulate.backward import MAX_EXACT, N_PROBES
-from varprop.simulate.block import Draw, Run, block_statistics
+from varprop.simulate.block import Draw, LayerNumbers, Run, block_statistics, layer_parameters
+from varprop.simulate.gram import gram_layer, gram_numbers
+from varprop.simulate.gram_error import EXACT, gram_claims
 from varprop.simulate.inputs import positive_integer, read_inputs
 from varprop.spec import ModelSpec
 
-METHODS: dict[str, Draw] = {"explicit": draw_layer}
+METHODS: dict[str, tuple[Draw, LayerNumbers]] = {
+    "explicit": (draw_layer, layer_parameters),
+    "gram": (gram_layer, gram_numbers),
+}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 LAST_DIMENSION = {
@@ -63,7 +68,10 @@ def sample(
     which each network draws its own embedding rows. Network i reads sequence i mod n_sequences: take a multiple of
     n_sequences; the spread over networks then holds that between the sequences, too.
     seed: network i is bitwise the same for every n_networks, first_network and number of threads, on one device.
-    first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix.
+    first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix;
+    `gram` (varprop.simulate.gram) draws what they make of the tokens, exact in law at a cost of T^2 in place of T d per
+    unit, and treats a weight mask to leading order in 1/(density fan_in). Attributes `exactness`, `method_error` and
+    `method_spread_error` say what this neglects, in means and in variances over networks (`gram_claims`; 0 if exact).
     dtype: type of the stream and of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
     draw_device: where the weights are drawn, None = `device`. An accelerator draws a thousand times faster than the
     CPU, but other numbers from the same seeds: the same law, other networks. "cpu" gives the same networks, to
@@ -75,9 +83,9 @@ def sample(
     standard error over probes is then `jacobian_deviation_stderr`; None = none, the exact value, up to
     n_tokens * d_model = 512, 16 beyond. In this mode alone memory grows with depth: each layer's stream is kept,
     n_tokens * d_model numbers a network; it needs weights, hence method="explicit".
-    Exact up to rounding: each network is a real one. Where memory is too short for a block of networks, it is computed
-    in pieces of the same random numbers, with a `ReducedBatchWarning`. Raises `ArgumentError` for arguments outside
-    their domain.
+    `explicit` is exact up to rounding: each network is a real one. Where memory is too short for a block of networks,
+    it is computed in pieces of the same random numbers, with a `ReducedBatchWarning`. Raises `ArgumentError` for
+    arguments outside their domain.
 
     >>> from varprop import presets
     >>> dataset = sample(presets.tiny(), n_networks=2, n_tokens=4)
@@ -91,11 +99,9 @@ def sample(
     n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
     first = positive_integer("first_network", first_network, minimum=0)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
-    probes = _checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
+    probes = checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
     entropy = (seed, int(spec.spec_id, 16))
-    run = Run(
-        spec, source, entropy, device, DTYPES[dtype], draw_device, METHODS[method], backward=backward, n_probes=probes
-    )
+    run = Run(spec, source, entropy, device, DTYPES[dtype], draw_device, *METHODS[method], backward, probes)
     blocks = range(first // run.block_size, -(-(first + n_networks) // run.block_size))
     with _reproducible(), _bar(len(blocks) * spec.n_layers * (1 + backward), progress) as run.advance:
         pieces = [block_statistics(run, block) for block in blocks]
@@ -119,6 +125,7 @@ def sample(
         device=device,
         attributes={
             "method": method,
+            **(gram_claims(spec, source.n_tokens) if method == "gram" else EXACT),
             "seed": str(seed),
             "n_networks": n_networks,
             **source.attributes,
@@ -129,7 +136,7 @@ def sample(
     )
 
 
-def _checked_probes(backward: bool, n_probes: int | None, method: str, size: int) -> int:
+def checked_probes(backward: bool, n_probes: int | None, method: str, size: int) -> int:
     """Number of probes, 0 = exact; size: n_tokens * d_model."""
     require(isinstance(backward, bool), ArgumentError, "backward", backward, "no truth value", "True or False")
     wrong = "given without backward=True"

@@ -1,39 +1,67 @@
-"""Axes of a grid: field names and their values, checked, combined and labelled alike by theory and simulation."""
+"""Axes of a grid: field names and their values, checked, combined and labelled alike by theory and simulation.
+
+An axis is a field name with a sequence of values, or a name of its own with named sets of changes,
+`model = {"dense": {}, "moe": {"feed_forward": None, "n_experts": 8, "top_k": 2}}`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from varprop.errors import ArgumentError, require
 
+Axis = Sequence[Any] | Mapping[str, Mapping[str, Any]]
+Axes = Mapping[str, Axis]
 RENAMED = {"token_correlation": "input_token_correlation"}
 """Dimension of an axis whose own name is that of a variable."""
+DOMAIN = "at least one value, all distinct"
 
 
-def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination as field name -> plain value, the last axis fastest; `ArgumentError` for an unfit axis."""
-    domain, wrong = "at least one value, all distinct", "not an axis, as profiles differ in length"
-    for name, values in axes.items():
-        require(isinstance(name, str), ArgumentError, "axes", name, "not a field name", "a string")
-        require(name != "n_layers", ArgumentError, "axes", name, wrong, "one grid per n_layers")
-        sequence = isinstance(values, Sequence) or hasattr(values, "tolist")
-        good = sequence and not isinstance(values, str)
-        require(good, ArgumentError, f"axes.{name}", values, "not a sequence", domain)
-        try:
-            texts = {json.dumps(plain(value)) for value in values}
-        except (TypeError, ValueError):  # arrays, objects
-            raise ArgumentError(
-                f"axes.{name}={type(values).__name__} has a value that is no field's; {domain}"
-            ) from None
-        distinct = 0 < len(texts) == len(values)
-        require(distinct, ArgumentError, f"axes.{name}", list(values), "empty or repeats a value", domain)
+def combinations(axes: Axes, *, depths: bool = False) -> list[dict[str, Any]]:
+    """Every combination as field name -> plain value, the last axis fastest; `ArgumentError` for an unfit axis.
+
+    depths: whether the number of layers may differ.
+    """
+    choices = [_choices(name, values) for name, values in axes.items()]
+    wrong = "not an axis, as profiles differ in length"
+    for name, sets in zip(axes, choices, strict=True):
+        good = depths or not any("n_layers" in changes for changes in sets)
+        require(good, ArgumentError, "axes", name, wrong, "one grid per n_layers")
+    fields = [field for sets in choices for field in {field: None for changes in sets for field in changes}]
+    twice = next((field for field in fields if fields.count(field) > 1), None)
+    require(twice is None, ArgumentError, "axes", twice, "changed by two axes", "one axis for each field")
     return [
-        {name: plain(value) for name, value in zip(axes, combination, strict=True)}
-        for combination in itertools.product(*axes.values())
+        {field: value for changes in combination for field, value in changes.items()}
+        for combination in itertools.product(*choices)
     ]
+
+
+def _choices(name: Any, values: Any) -> list[dict[str, Any]]:
+    """The changes that each value of an axis stands for."""
+    require(isinstance(name, str), ArgumentError, "axes", name, "not a field name", "a string")
+    if isinstance(values, Mapping):
+        require(len(values) > 0, ArgumentError, f"axes.{name}", {}, "empty", "at least one named set of changes")
+        for label, changes in values.items():
+            good = isinstance(label, str) and isinstance(changes, Mapping)
+            require(good, ArgumentError, f"axes.{name}.{label}", changes, "no set of changes", "field: value")
+        _json_texts(name, values.values())
+        return [{field: plain(value) for field, value in changes.items()} for changes in values.values()]
+    sequence = isinstance(values, Sequence) or hasattr(values, "tolist")
+    good = sequence and not isinstance(values, str)
+    require(good, ArgumentError, f"axes.{name}", values, "not a sequence", DOMAIN)
+    distinct = 0 < len(set(_json_texts(name, values))) == len(values)
+    require(distinct, ArgumentError, f"axes.{name}", list(values), "empty or repeats a value", DOMAIN)
+    return [{name: plain(value)} for value in values]
+
+
+def _json_texts(name: str, values: Iterable[Any]) -> list[str]:
+    try:
+        return [json.dumps(value, default=plain) for value in values]
+    except (TypeError, ValueError):  # arrays, objects
+        raise ArgumentError(f"axes.{name} has a value that is no field's; expected {DOMAIN}") from None
 
 
 def plain(value: Any) -> Any:
@@ -41,7 +69,12 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def dimensions(axes: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+def axes_json(axes: Axes) -> str:
+    """The axes as JSON, as results keep them."""
+    return json.dumps({name: dict(v) if isinstance(v, Mapping) else list(v) for name, v in axes.items()}, default=plain)
+
+
+def dimensions(axes: Axes) -> dict[str, list[Any]]:
     """Dimension name -> labels; values that are not all numbers or all text are labelled by their JSON."""
     return {RENAMED.get(name, name): _labels([plain(value) for value in values]) for name, values in axes.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import xarray as xr
 from varprop import results
 from varprop.errors import AccuracyWarning, AssumptionError, require
 from varprop.spec import ModelSpec
-from varprop.spec.axes import combinations, dimensions, plain
+from varprop.spec.axes import axes_json, combinations, dimensions
 from varprop.theory.backward import gradient_second_moment, jacobian_profile
 from varprop.theory.causal import has_closure
 from varprop.theory.error import claims
@@ -264,7 +263,7 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
         seed_entropy=str(seed),
         attributes={
             "token_correlation": (float(given) if np.ndim(given) == 0 else "matrix") if same else "",
-            **({"axes": json.dumps({n: list(map(plain, v)) for n, v in axes.items()})} if axes else {}),
+            **({"axes": axes_json(axes)} if axes else {}),
         },
     )
     if "n_tokens" in axes:

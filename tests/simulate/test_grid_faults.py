@@ -1,0 +1,127 @@
+"""Grids under faults: kills, damaged files, full disks, short memory, several processes at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xarray as xr
+
+from varprop import presets, results
+from varprop.errors import ArgumentError, DamagedShardWarning
+from varprop.simulate import StopRule, grid
+from varprop.simulate.collect import status
+from varprop.simulate.plan import make_plan
+
+SPEC = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
+AXES: dict[str, Any] = {"density": [1.0, 0.5], "token_correlation": [0.0, 0.5]}
+OPTIONS: dict[str, Any] = {"n_networks": 24, "n_tokens": 5, "round_networks": 8}
+PROCESSES = multiprocessing.get_context("forkserver")  # imports once: a process starts in no time
+PROCESSES.set_forkserver_preload(["varprop.simulate.grid"])
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.nc"))
+
+
+def program(folder: Path, n_workers: int = 1) -> xr.Dataset:
+    axes: dict[str, Any] = {"density": [1.0, 0.5], "model": {"dense": {}, "gqa": {"n_kv_heads": 1}}}
+    stop = StopRule(stderr=0.02, min_networks=8)
+    return grid(
+        SPEC, axes, directory=folder, n_networks=48, n_tokens=4, stop=stop, round_networks=8, n_workers=n_workers
+    )
+
+
+def session(folder: Path, n_workers: int) -> None:
+    os.setsid()
+    program(folder, n_workers)
+
+
+def start(folder: Path, n_workers: int = 1) -> Any:
+    """A process with a session of its own, so that it can be killed with its workers."""
+    process = PROCESSES.Process(target=session, args=(folder, n_workers))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    dataset = program(tmp_path_factory.mktemp("undisturbed"))
+    assert dataset.n_networks.min() < dataset.n_networks.max()  # the rule decides
+    return dataset
+
+
+@pytest.mark.parametrize(
+    "n_kills, n_workers",
+    [(4, 1), pytest.param(25, 1, marks=pytest.mark.long), pytest.param(25, 2, marks=pytest.mark.long)],
+)
+def test_kills_at_random_moments_leave_the_same_dataset(
+    n_kills: int, n_workers: int, tmp_path: Path, undisturbed: xr.Dataset
+) -> None:
+    rng, landed = random.Random(n_kills), 0
+    n_files = int(undisturbed.n_networks.sum()) // 8
+    while landed < n_kills:
+        if len(files(tmp_path)) >= n_files // 2:  # go on from a random part
+            for path in rng.sample(files(tmp_path), n_files // 2 - 1):
+                path.unlink()
+        process, goal = start(tmp_path, n_workers), len(files(tmp_path)) + rng.randrange(3)
+        while process.is_alive() and len(files(tmp_path)) < goal:
+            time.sleep(0.002)
+        process.join(rng.random() * 0.2)
+        if process.is_alive() and os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+            landed += 1
+        process.join()
+    assert results.identical(program(tmp_path), undisturbed)
+    assert len(files(tmp_path)) == n_files
+
+
+def test_two_processes_share_the_work(tmp_path: Path, undisturbed: xr.Dataset) -> None:
+    processes = [start(tmp_path) for _ in range(2)]
+    seen: dict[Path, int] = {}
+    while any(process.is_alive() for process in processes):
+        for path in files(tmp_path):
+            stamp = path.stat().st_mtime_ns
+            assert seen.setdefault(path, stamp) == stamp  # never written again
+        time.sleep(0.02)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(files(tmp_path)) == int(undisturbed.n_networks.sum()) // 8
+    assert len({results.load(path).attrs["process"] for path in files(tmp_path)}) == 2
+    assert results.identical(program(tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "other point", "empty"])
+def test_damaged_rounds_are_computed_again(damage: str, tmp_path: Path) -> None:
+    first = grid(SPEC, AXES, directory=tmp_path, **OPTIONS)
+    shards = files(tmp_path)
+    stamps = {path: path.stat().st_mtime_ns for path in shards}
+    whole = shards[0].read_bytes()
+    flipped = bytearray(whole)
+    value = results.load(shards[0]).second_moment.values[0, -1, -1].tobytes()
+    flipped[whole.index(value) + 2] ^= 1
+    content = {
+        "truncated": whole[: len(whole) // 2],
+        "flipped": bytes(flipped),
+        "other point": shards[3].read_bytes(),
+        "empty": b"",
+    }
+    shards[0].write_bytes(content[damage])
+    plan = make_plan(SPEC, AXES, n_networks=24, n_tokens=5, round_networks=8)
+    assert status(plan, tmp_path).damaged == (str(shards[0]),)
+    with pytest.warns(DamagedShardWarning, match="computed again") as caught:
+        again = grid(SPEC, AXES, directory=tmp_path, **OPTIONS)
+    assert len(caught) == 1
+    assert results.identical(first, again)
+    assert [path for path in shards if path.stat().st_mtime_ns != stamps[path]] == shards[:1]
+
+
+def test_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ArgumentError, match="cannot be written"):
+        grid(SPEC, AXES, directory=tmp_path / "taken", **OPTIONS)

@@ -1,0 +1,139 @@
+"""Rounds of networks on disk: `directory/<point id>/<first>-<stop>.nc`, each with a lock while it is computed.
+
+The lock is one of the operating system on `<first>-<stop>.lock`: it ends with the process that holds it, however that
+ends. A round is claimed, then looked for once more, then computed, so that no two processes compute it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from filelock import FileLock, Timeout
+
+from varprop import results
+from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError
+from varprop.simulate.plan import Point, Span
+from varprop.simulate.sampling import sample
+
+NAME = re.compile(r"(\d+)-(\d+)\.nc")
+Directories = Sequence[Path]
+
+
+def spans(directories: Directories, point: Point) -> dict[Span, Path]:
+    """The rounds of a point that have a file."""
+    found = {}
+    for directory in directories:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for entry in os.scandir(directory / point.id):
+                if match := NAME.fullmatch(entry.name):
+                    found[int(match[1]), int(match[2])] = Path(entry.path)
+    return found
+
+
+def read(path: Path, point: Point, span: Span) -> xr.Dataset:
+    """The networks of a round; `SchemaError` unless the file is whole and of this point and round."""
+    dataset = results.load(path)
+    first, stop = span
+    labels = dataset.network.values.tolist() if "network" in dataset.coords else []
+    if dataset.attrs.get("task_id") != point.id or labels != list(range(first, stop)):
+        raise SchemaError(f"file={str(path)!r} is of another point or round; expected {point.id} {first}-{stop}")
+    return dataset
+
+
+def read_or_discard(path: Path, point: Point, span: Span) -> xr.Dataset | None:
+    """As `read`, but a damaged file is removed, with a warning, and None."""
+    try:
+        return read(path, point, span)
+    except SchemaError:
+        with claim(path) as mine:
+            if not mine:  # another process has seen it too and computes it
+                return None
+            try:
+                return read(path, point, span)
+            except SchemaError as error:
+                reason = str(error).partition("; expected")[0]
+                with writing(path):
+                    path.unlink(missing_ok=True)
+    warnings.warn(f"{reason}; this round is computed again", DamagedShardWarning, stacklevel=2)
+    return None
+
+
+def compute(directory: Path, point: Point, span: Span, device: str) -> bool:
+    """Sample a round and save it, unless another process has it or is at it; whether it was done here."""
+    first, stop = span
+    path = directory / point.id / f"{first}-{stop}.nc"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with claim(path) as mine:
+        if not mine or path.exists():
+            return False
+        began = time.monotonic()
+        draws_there = point.arguments["draw_device"] == torch.device(device).type
+        placed: dict[str, Any] = {"device": device, "draw_device": device if draws_there else "cpu"}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dataset = sample(
+                point.spec, **(point.arguments | placed), n_networks=stop - first, first_network=first, progress=False
+            )
+        dataset.attrs |= {
+            "device": point.arguments["device"],
+            "draw_device": point.arguments["draw_device"],
+            "device_name": device_name(device),
+            "process": f"{platform.node()}:{os.getpid()}",
+            "task_id": point.id,
+            "seconds": time.monotonic() - began,
+            "notes": json.dumps([f"{warning.category.__name__}: {warning.message}" for warning in caught]),
+        }
+        results.save(dataset, path)
+    return True
+
+
+def device_name(device: str) -> str:
+    """Model of an accelerator, or the processor's architecture."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(torch.device(device))
+    return platform.machine()
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a round; never waits."""
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            try:
+                stack.enter_context(FileLock(path.with_suffix(".lock"), blocking=False))
+                mine = True
+            except Timeout:
+                mine = False
+        yield mine
+
+
+def is_claimed(directory: Path, point: Point) -> bool:
+    """Whether a process computes a round of the point now, on a machine that shares the locks of this one."""
+    for lock in (directory / point.id).glob("*.lock"):
+        with claim(lock.with_suffix(".nc")) as mine:
+            if not mine:
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Faults of the file system as one line."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"directory={str(path.parent)!r} cannot be written ({reason}); expected a writable directory"
+        raise ArgumentError(message) from None
