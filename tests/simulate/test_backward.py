@@ -18,6 +18,8 @@ from varprop.simulate import sample
 from varprop.simulate.backward import COTANGENT
 from varprop.simulate.block import KEY_MASKS, Run, networks_per_block
 from varprop.spec import ModelSpec
+from varprop.testing import assert_agrees
+from varprop.theory import predict
 from varprop.theory.jacobian import DEFINITIONS
 
 from ..reference.forward import block
