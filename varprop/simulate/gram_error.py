@@ -40,8 +40,8 @@ def method_error(spec: ModelSpec) -> float:
 
     Real networks have fourth moments of a branch that are larger by the share Var V of its last matrix, and second
     moments that differ by at most Var V of the matrix before the activation (by exactly that for an ungated relu2, by
-    nothing for relu). Inputs: kurtosis 3, behind an activation that of its output at tokens of second moment 1. An
-    upper bound for n_of_m masks, whose entries balance each other.
+    nothing for relu). Inputs: kurtosis 3, behind an activation that of its output at tokens of second moment 1. Too
+    large for n_of_m masks, whose entries balance each other. An order of magnitude, and no bound, where it is near 1.
     Source: derived in proofs/prove_gram.py. Checked by: tests/simulate/test_gram_masked.py.
 
     >>> from varprop import presets
