@@ -18,6 +18,8 @@ from varprop.simulate import sample
 from varprop.simulate.backward import COTANGENT
 from varprop.simulate.block import KEY_MASKS, Run, networks_per_block
 from varprop.spec import ModelSpec
+from varprop.testing import assert_agrees
+from varprop.theory import predict
 from varprop.theory.jacobian import DEFINITIONS
 
 from ..reference.forward import block
@@ -195,6 +197,7 @@ def test_half_precision_differs_by_its_rounding() -> None:
         ({"n_probes": 4}, "n_probes=4 is given without backward=True; expected backward=True, or None"),
         ({"backward": True, "n_probes": 1}, "n_probes=1 is outside the domain; expected an integer >= 2"),
         ({"backward": True, "n_probes": 2.0}, "n_probes=2.0 is outside the domain"),
+        ({"backward": True, "method": "gram"}, "backward=True needs weights; expected method='explicit'"),
         ({"backward": 1}, "backward=1 is no truth value; expected True or False"),
     ],
 )
