@@ -68,7 +68,7 @@ def status(plan: Plan, directory: str | Path) -> Status:
     folder = Path(directory)
     counts = {"finished": 0, "running": 0, "networks": 0, "networks_missing": 0, "rounds": 0, "reduced": 0}
     damaged, seconds = [], 0.0
-    needs = Needs(plan, [folder])
+    needs = Needs(plan, [folder], shards.read)
     for point in plan.distinct:
         good: dict[Span, Path] = {}
         for span, path in shards.spans([folder], point).items():
