@@ -256,3 +256,28 @@ def test_text_fits_a_screen_and_shows_the_worst():
 
 def test_absent_cells_are_marked():
     assert check(theory(), networks()).dataset.verdict.sel(layer=0).values.tolist() == ["absent"] * 4 + ["agrees"]
+
+
+def test_a_point_of_a_padded_grid_is_compared_as_the_sample_that_it_is() -> None:
+    rng = np.random.default_rng(4)
+    values = np.exp(0.1 * rng.standard_normal((2, 32, 3, 5)))
+    values[:, :, 0, :4] = np.nan
+    values[0, 20:] = np.nan
+    values[0, :, 2] = np.nan
+    variables = {
+        "second_moment": (("density", "network", "layer", "site"), values),
+        "n_networks": (("density",), [20, 32]),
+        "last_layer": (("density",), [1, 2]),
+    }
+    coords = {"density": [1.0, 0.5]}
+    grid = results.new(variables, source="simulation", coords=coords, attributes={"axes": "{}"}, **ABOUT)
+    dims = ("network", "layer", "site")
+    alone = results.new({"second_moment": (dims, values[0, :20, :2])}, source="simulation", **ABOUT)
+    ones = np.ones((2, 5))
+    ones[0, :4] = np.nan
+    predicted = results.new({"second_moment": (("layer", "site"), ones)}, source="theory", **ABOUT)
+    checked = check(predicted, grid.sel(density=1.0))
+    assert checked.n_networks == 20
+    assert checked.dataset.equals(check(predicted, alone).dataset)
+    reference = check(grid.sel(density=1.0), alone)
+    assert reference.verdict != "disagrees"

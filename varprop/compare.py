@@ -239,6 +239,7 @@ def check(
     require(0 < false_fail_rate < 1, ArgumentError, "false_fail_rate", false_fail_rate, "outside the domain", rate)
     require(resolution > 0, ArgumentError, "resolution", resolution, "outside the domain", "a number > 0")
     log_scale = variable not in ABSOLUTE
+    predicted, measured = results.present(predicted), results.present(measured)
     measured = _matched(predicted, measured, variable, allow_other_spec)
     prediction = _side(predicted, variable, log_scale, "predicted")
     estimate = _side(measured, variable, log_scale, "measured")
@@ -283,7 +284,6 @@ def check(
 
 def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_other_spec: bool) -> xr.Dataset:
     """`measured` in the layer order of `predicted`; raises where the two cannot be compared."""
-    measured = results.present(measured)
     for where, dataset in (("predicted", predicted), ("measured", measured)):
         results.validate(dataset, where=where)
         if variable not in dataset:

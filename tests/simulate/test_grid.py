@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from varprop import presets, results
 from varprop.errors import ArgumentError, SpecError
-from varprop.simulate import grid, sample
+from varprop.simulate import grid, sample, text_tokens
 
 SPEC = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
 AXES: dict[str, Any] = {"density": [1.0, 0.5], "token_correlation": [0.0, 0.5]}
@@ -76,6 +77,37 @@ def test_models_and_depths_side_by_side(tmp_path: Path) -> None:
             point = results.present(dataset.sel(model=label, n_layers=n_layers))
             assert point.drop_vars(["model", "n_layers"]).equals(alone)
     assert results.identical(results.load(results.save(dataset, tmp_path / "grid.nc")), dataset)
+
+
+@pytest.mark.parametrize("options", [{"backward": True}, {"method": "gram"}, {"text": 3}], ids=str)
+def test_points_of_other_kinds_are_those_of_sample(options: dict[str, Any], tmp_path: Path) -> None:
+    axes = {"n_tokens": [4, 40], "density": [1.0, 0.5]}
+    dataset = grid(SPEC, axes, directory=tmp_path, n_networks=3, round_networks=2, seed=1, **options)
+    given = {name: value for name, value in options.items() if name != "text"}
+    for n_tokens in axes["n_tokens"]:
+        read: dict[str, Any] = {"n_tokens": n_tokens}
+        if "text" in options:
+            read = {"inputs": text_tokens(n_tokens, n_sequences=3, seed=1)}
+        alone = sample(SPEC.with_fields(density=0.5), n_networks=3, seed=1, **read, **given)
+        point = results.present(dataset.sel(n_tokens=n_tokens, density=0.5)).drop_vars(["n_tokens", "density"])
+        claims = [name for name in ("method_error", "method_spread_error") if name in point]
+        assert point.drop_vars(claims).equals(alone)
+        assert all(float(point[name]) == alone.attrs[name] for name in claims)
+        assert len(claims) == (2 if "method" in options else 0)
+    again = results.load(results.save(dataset, tmp_path / "grid.nc"))
+    assert results.identical(again, dataset)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_process_a_gpu(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"n_networks": 600, "n_tokens": 5, "device": "cuda"}
+    dataset = grid(SPEC, {"density": [1.0, 0.5]}, directory=tmp_path, n_workers=2, **options)
+    alone = sample(SPEC.with_fields(density=0.5), **options)
+    assert results.present(dataset.sel(density=0.5)).drop_vars("density").equals(alone)
+    assert dataset.attrs["device"] == "cuda"
+    assert torch.cuda.get_device_name() in dataset.attrs["made_with"]
+    assert len({results.load(path).attrs["process"] for path in files(tmp_path)}) == 2
 
 
 def test_axes_of_run_arguments_widths_and_equal_specs(tmp_path: Path) -> None:

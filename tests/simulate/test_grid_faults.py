@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import xarray as xr
+from joblib.externals.loky import get_reusable_executor
 
 from varprop import presets, results
 from varprop.errors import ArgumentError, DamagedShardWarning, ReducedBatchWarning
@@ -42,6 +43,8 @@ def program(folder: Path, n_workers: int = 1) -> xr.Dataset:
 def session(folder: Path, n_workers: int) -> None:
     os.setsid()
     program(folder, n_workers)
+    if n_workers > 1:
+        get_reusable_executor().shutdown()  # at its end a child of multiprocessing waits for its own children
 
 
 def start(folder: Path, n_workers: int = 1) -> Any:
@@ -60,7 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
 
 @pytest.mark.parametrize(
     "n_kills, n_workers",
-    [(4, 1), pytest.param(25, 1, marks=pytest.mark.long), pytest.param(25, 2, marks=pytest.mark.long)],
+    [(4, 1), pytest.param(35, 1, marks=pytest.mark.long), pytest.param(15, 2, marks=pytest.mark.long)],
 )
 def test_kills_at_random_moments_leave_the_same_dataset(
     n_kills: int, n_workers: int, tmp_path: Path, undisturbed: xr.Dataset
@@ -81,7 +84,7 @@ def test_kills_at_random_moments_leave_the_same_dataset(
         process.join()
     assert results.identical(program(tmp_path), undisturbed)
     assert len(files(tmp_path)) == n_files
-    assert not list(tmp_path.glob("*/*.lock"))
+    assert {path.suffix for path in tmp_path.glob("*/*")} == {".nc"}  # no locks, nothing half written
 
 
 def test_two_processes_share_the_work(tmp_path: Path, undisturbed: xr.Dataset) -> None:

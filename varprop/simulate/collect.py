@@ -21,8 +21,8 @@ from varprop.simulate.drain import Needs
 from varprop.simulate.plan import Plan, Point, Span, first_gap, missing_rounds
 from varprop.spec.axes import axes_json, dimensions
 
-CLAIMS = ("exactness", "method_error", "method_spread_error")
-SHARED = ("method", *CLAIMS, "inputs", "n_sequences", "token_correlation", "draw_device", "n_probes")
+CLAIMS = ("method_error", "method_spread_error")
+SHARED = ("method", "exactness", *CLAIMS, "inputs", "n_sequences", "token_correlation", "draw_device", "n_probes")
 """Attributes that a grid has where its points agree, else empty."""
 MADE_WITH = ("varprop_version", "torch_version", "device_name")
 
@@ -68,7 +68,7 @@ def status(plan: Plan, directory: str | Path) -> Status:
     folder = Path(directory)
     counts = {"finished": 0, "running": 0, "networks": 0, "networks_missing": 0, "rounds": 0, "reduced": 0}
     damaged, seconds = [], 0.0
-    needs = Needs(plan, [folder])
+    needs = Needs(plan, [folder], shards.read)
     for point in plan.distinct:
         good: dict[Span, Path] = {}
         for span, path in shards.spans([folder], point).items():
@@ -166,6 +166,9 @@ def _dataset(
     if plan.stop is not None:
         variables["stop_error"] = (tuple(labels), np.array([errors[i] for i in ids]).reshape(shape))
     first = next(iter(points.values())).attrs
+    for name in CLAIMS if first["method"] == "gram" else ():
+        claims = [points[i].attrs[name] if i in points else np.nan for i in ids]
+        variables[name] = (tuple(labels), np.array(claims).reshape(shape))
     same = {k: v for k, v in first.items() if all(point.attrs[k] == v for point in points.values())}
     dataset = results.new(
         variables,

@@ -62,7 +62,8 @@ def grid(
     windows of `n_tokens` tokens of `corpus`, as of `text_tokens` with this seed. Other arguments: as of `sample`.
 
     Variables: those of `sample`, NaN at networks and layers that a point does not have (`results.present` drops them);
-    `n_networks` over the axes; `last_layer` where depths differ; `stop_error`, what the rule measured at the end.
+    `n_networks` over the axes; `last_layer` where depths differ; `stop_error`, what the rule measured at the end; with
+    method="gram" its claims `method_error` and `method_spread_error`.
     A point is bitwise the same in any grid, on any number of workers of one kind of device, and from `sample` alone.
     end_condition: `complete`; with `stop` also `n_networks` (a point ended there before its target) or `budget`.
 
@@ -71,8 +72,12 @@ def grid(
     are computed again, with a `DamagedShardWarning`. Any number of processes, on any machines that share the directory
     and its file locks, may run the same grid at once: each round is computed by one of them, and a kill loses at most
     the round of each process killed.
-    n_workers: processes here, through joblib, so that `joblib.parallel_config(backend="dask")` makes them tasks of a
-    Dask cluster. devices: process i computes on devices[i mod their number]; by default all of those of the kind
+    n_workers: processes here, through joblib, so that they are tasks of a Dask cluster in
+
+        with dask.distributed.Client(address), joblib.parallel_config(backend="dask"):
+            grid(..., directory="/a folder that all nodes share", n_workers=64)
+
+    devices: process i computes on devices[i mod their number]; by default all of those of the kind
     `device`. Raises `ArgumentError` or `SpecError` before anything runs.
     """
     plan = make_plan(

@@ -147,7 +147,8 @@ def _point(
         "n_probes": n_probes,
     }
     if size is None:
-        block = networks_per_block(changed, checked.n_tokens, run["draw_device"], METHODS[run["method"]][1])
+        _, layer_numbers = METHODS[run["method"]]
+        block = networks_per_block(changed, checked.n_tokens, run["draw_device"], layer_numbers)
         size = ROUND_BLOCKS.get(run["draw_device"], 1) * block
     return Point(changed, arguments | run, json.dumps(described, sort_keys=True, separators=(",", ":")), size)
 

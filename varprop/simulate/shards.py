@@ -78,6 +78,8 @@ def compute(directory: Path, point: Point, span: Span, device: str) -> bool:
     with claim(path) as mine:
         if not mine or path.exists():
             return False
+        for abandoned in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed as it wrote
+            abandoned.unlink()
         began = time.monotonic()
         draws_there = point.arguments["draw_device"] == torch.device(device).type
         placed: dict[str, Any] = {"device": device, "draw_device": device if draws_there else "cpu"}
