@@ -60,7 +60,8 @@ def test_many_calls_at_once_are_the_single_ones():
         found = calibration.outcome(mean[call], values[:, call], 0.02)
         assert ((found["verdict"] == "disagrees") == rejected[call]).all()
         np.testing.assert_allclose(found["detectable"], detectable[call], rtol=1e-10)
-    assert rejected.any() and not rejected[0].any()
+    assert rejected.any()
+    assert not rejected[0].any()
 
 
 def test_check_computes_what_is_calibrated():
