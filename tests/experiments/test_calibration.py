@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,9 +67,8 @@ def test_the_exact_means_hold_for_networks(case):
 def test_sharing_a_reference_hardly_correlates_the_verdicts():
     """The formula of the docstring against the bivariate normal law, at r = 1/51 and two-sided p = 0.01."""
     r, z = 1 / 51, float(distributions.norm.isf(0.005))
-    law = distributions.multivariate_normal(
-        mean=np.zeros(2), cov=np.array([[1, r], [r, 1]]), abseps=1e-12, releps=1e-12
-    )  # type: ignore[arg-type]
+    covariance: Any = np.array([[1, r], [r, 1]])
+    law = distributions.multivariate_normal(mean=np.zeros(2), cov=covariance, abseps=1e-12, releps=1e-12)
     # both beyond z on either side: all but the four strips
     both = 2 * law.cdf([-z, -z]) + 2 * (distributions.norm.sf(z) - law.cdf([-z, -z]) - inside(law, z))
     correlation = (both - 0.01**2) / (0.01 * 0.99)
