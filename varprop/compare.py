@@ -218,11 +218,11 @@ def check(
     allow_other_spec: compare results of different spec or number of tokens.
 
     Exactness: for chi-square, log-normal and inverse Gaussian replicates with spreads up to twice the mean and 4 to 64
-    networks, the false-fail rate measured is 0.003 on the average and at most 0.01 for 0.01; one huge network makes no
-    verdict. The power is 0.9 (0.89 to 0.99) for spreads up to 0.3 of the mean, and at least 0.88 at wider ones up to
+    networks, the false-fail rate measured is 0.0035 on the average and at most 0.0103 for 0.01; one huge network makes
+    no verdict. The power is 0.9 (0.89 to 0.99) for spreads up to 0.3 of the mean, and at least 0.88 at wider ones up to
     the mean where less than a factor e is called detectable. A rare large value that most samples miss is beyond any
-    test of a mean (Bahadur and Savage 1956): one network in fifty that is five times as large as the others makes 10
-    to 90 % of the calls on 16 networks fail.
+    test of a mean (Bahadur and Savage 1956): one network in fifty that is five times as large as the others makes 9
+    to 89 % of the calls on 16 networks fail.
     Raises `ArgumentError` for results that cannot be compared, `SchemaError` for damaged ones (NaN included).
     Checked by: tests/statistical/test_check_calibration.py, experiments/benchmarks/calibration_small.py, on real
     networks experiments/calibration.py.

@@ -165,7 +165,8 @@ def skewness_factor(values: ArrayLike, axis: int = 0) -> Array:
     if n <= 2:
         return np.ones(mean.shape)
     scale = np.where(spread > 0, spread, 1.0)
-    skewness = (((array - mean) / scale) ** 3).sum(axis=0) * n / ((n - 1) * (n - 2))
+    standard = (array - mean) / scale
+    skewness = (standard * standard * standard).sum(axis=0) * n / ((n - 1) * (n - 2))
     error = math.sqrt(6 * n * (n - 1) / ((n - 2) * (n + 1) * (n + 3)))
     return np.maximum(1.0, 2 * (skewness - 2 * error) * mean / (3 * scale) - 1)
 

@@ -18,7 +18,7 @@ def test_experiment(name: str, tmp_path: Path) -> None:
     produced = {p.suffix for p in out.iterdir()}
     assert ".png" in produced
     assert produced & {".nc", ".json"}
-    finished = {p: p.stat().st_mtime_ns for p in runs.rglob("*.nc")}
+    finished = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.suffix in (".nc", ".json")}
     assert finished
     assert module.main(["--smoke", "--runs", str(runs), "--out", str(out)]) == 0
-    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.nc")} == finished
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.suffix in (".nc", ".json")} == finished
