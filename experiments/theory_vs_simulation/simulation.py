@@ -113,13 +113,13 @@ def required_networks(networks: xr.Dataset, goal: str, n_points: int) -> int:
     present = q.mean(axis=0) > 0
     share = np.divide(q, q.mean(axis=0), out=np.ones_like(q), where=present)
     ratio = share * (c - (share * c).mean(axis=0))
-    worst = 0.0
-    for stderr, log_scale in (
-        (stats.log_mean_and_stderr(np.where(present, q, 1.0))[1], True),
-        (ratio.std(axis=0, ddof=1) / count**0.5, False),
-    ):
-        seen = stats.detectable_error(stderr, 0.0, count - 1, level, log_scale=log_scale)
-        worst = max(worst, float(np.max(seen)))
+    logs, exactly = stats.log_mean(np.where(present, q, 1.0)), stats.known_log_mean(1.0)
+    spread = ratio.std(axis=0, ddof=1) / count**0.5
+    seen = (
+        stats.log_detectable_error(logs, exactly, 0.0, count - 1, level),
+        stats.detectable_error(spread, 0.0, count - 1, level),
+    )
+    worst = max(float(np.max(errors)) for errors in seen)
     return count if worst <= RESOLUTION else math.ceil(MARGIN * count * (worst / RESOLUTION) ** 2)
 
 
