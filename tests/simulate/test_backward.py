@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_a_network_does_not_depend_on_how_many_there_are(name: str) -> None:
         assert len(np.unique(many[name].sel(layer=1).isel({many[name].dims[-1]: 0}))) == size + 2
     forward = sample(spec, n_networks=size + 2, n_tokens=N_TOKENS, seed=1)
     assert forward.equals(many[list(forward.data_vars)])
+
+
+def test_weights_live_for_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices of a layer are gone when those of the next are drawn, on both ways."""
+    draw, drawn, alive = Run.weights, [], []
+
+    def weights(run: Run, number: int, layer: int, keep: slice) -> Any:
+        alive.append(sum(reference() is not None for reference in drawn))
+        found = draw(run, number, layer, keep)
+        drawn.extend(weakref.ref(value) for value in found.values())
+        return found
+
+    monkeypatch.setattr(Run, "weights", weights)
+    sample(SPECS["mask_moe"], n_networks=1, n_tokens=N_TOKENS, backward=True, n_probes=2)
+    assert alive == [0] * 6  # 3 layers, there and back
 
 
 def test_number_of_threads_does_not_matter() -> None:

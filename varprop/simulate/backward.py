@@ -47,11 +47,8 @@ def backward_statistics(run: Run, block: int, keep: slice, streams: Sequence[Ten
     gradient = _cotangent(run, block, keep, streams[-1])
     unit = second_moment(gradient)
     for layer in range(n_layers, 0, -1):
-        x = streams[layer - 1].clone().requires_grad_()  # a copy: the forward pass leaves inference tensors
-        y, sites = _computed_again(run, block, layer, keep, x)
-        at_sites = torch.autograd.grad(y, sites, gradient, retain_graph=True)
+        at_sites, deviations[:, :, layer] = _layer(run, block, layer, keep, streams[layer - 1], gradient)
         gradients[:, layer] = torch.stack([second_moment(g) for g in at_sites], dim=-1)
-        deviations[:, :, layer] = _deviation(run, block, layer, keep, y, x)
         gradient = at_sites[0]
         run.advance()
     gradients[:, 0, SITES.index("resid_post")] = second_moment(gradient)
@@ -64,6 +61,15 @@ def _cotangent(run: Run, block: int, keep: slice, last: Tensor) -> Tensor:
     generator = run.generator(block, run.spec.n_layers, COTANGENT)
     shape = (run.block_size, *last.shape[1:])
     return torch.randn(shape, generator=generator, device=generator.device)[keep].to(last)
+
+
+def _layer(
+    run: Run, block: int, layer: int, keep: slice, stream: Tensor, gradient: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Gradients at `SITES` and `_deviation` of a layer; its graph and weights end here."""
+    x = stream.clone().requires_grad_()  # a copy: the forward pass leaves inference tensors
+    y, sites = _computed_again(run, block, layer, keep, x)
+    return torch.autograd.grad(y, sites, gradient, retain_graph=True), _deviation(run, block, layer, keep, y, x)
 
 
 def _computed_again(run: Run, block: int, layer: int, keep: slice, x: Tensor) -> tuple[Tensor, list[Tensor]]:
