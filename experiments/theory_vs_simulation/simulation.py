@@ -19,7 +19,8 @@ from joblib import Parallel, delayed
 
 from experiments.common import device_work
 from experiments.theory_vs_simulation.points import Point, label, layers_read, make_spec, point_id, run_arguments
-from varprop import results, stats
+from varprop import results
+from varprop.compare import check
 from varprop.errors import SchemaError
 from varprop.simulate import sample
 from varprop.simulate.block import networks_per_block
@@ -28,8 +29,6 @@ FALSE_FAIL_RATE = 0.01
 """Of the whole experiment: every call of `check` gets its share, two a point."""
 RESOLUTION = 0.05
 """Error beyond the claimed one that a cell has to resolve, relative (token correlation: absolute)."""
-CELLS = 25
-"""At most 5 layers and 5 sites a call."""
 ROUNDS = ("first", "stream", "branches")
 SITES = {"stream": ("resid_mid", "resid_post"), "branches": ("attn_out", "mlp_out", "resid_mid", "resid_post")}
 MARGIN = 1.15
@@ -101,25 +100,15 @@ def _draw(point: Point, first: int, n_networks: int, folder: Path, device: str) 
 def required_networks(networks: xr.Dataset, goal: str, n_points: int) -> int:
     """Networks with which every cell of the goal resolves RESOLUTION beyond its claimed error, with power 0.9.
 
-    0 for the first round. `check` calls an error of k stderr detectable (`stats.detectable_error`); the stderr falls
-    as one over the root of the networks.
+    0 for the first round. What the networks there are would detect is asked of `check`, with their own means as the
+    prediction: it depends on the spread alone and falls as one over the root of the networks.
     """
     if goal not in SITES:
         return 0
-    count = networks.sizes["network"]
-    chosen = networks.sel(site=list(SITES[goal]))
-    q, c = (chosen[name].values.astype(float) for name in VARIABLES)
-    level = FALSE_FAIL_RATE / (2 * n_points * CELLS)
-    present = q.mean(axis=0) > 0
-    share = np.divide(q, q.mean(axis=0), out=np.ones_like(q), where=present)
-    ratio = share * (c - (share * c).mean(axis=0))
-    worst = 0.0
-    for stderr, log_scale in (
-        (stats.log_mean_and_stderr(np.where(present, q, 1.0))[1], True),
-        (ratio.std(axis=0, ddof=1) / count**0.5, False),
-    ):
-        seen = stats.detectable_error(stderr, 0.0, count - 1, level, log_scale=log_scale)
-        worst = max(worst, float(np.max(seen)))
+    rate, count = FALSE_FAIL_RATE / (2 * n_points), networks.sizes["network"]
+    means = networks.mean("network", keep_attrs=True)
+    seen = [check(means, networks, variable=name, false_fail_rate=rate).dataset.detectable for name in VARIABLES]
+    worst = max(float(values.sel(site=list(SITES[goal])).max()) for values in seen)
     return count if worst <= RESOLUTION else math.ceil(MARGIN * count * (worst / RESOLUTION) ** 2)
 
 
