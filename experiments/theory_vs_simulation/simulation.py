@@ -69,20 +69,23 @@ def grow(
 ) -> int:
     """Add the networks that a goal needs, if the deadline is not over; how many there are then.
 
-    A point gets most_seconds of an accelerator at most, as `device_work` estimates them, and at least one block.
+    A point gets most_seconds of an accelerator at most, as `device_work` estimates them, and at least one block. They
+    are drawn a second at a time, so that a deadline is kept to some seconds a worker.
     """
-    if time.time() > deadline:
-        return _count(point, folder)
     networks = load_networks(point, folder)
     count = 0 if networks is None else networks.sizes["network"]
+    if time.time() > deadline:
+        return count
     wanted = 1 if networks is None else required_networks(networks, goal, n_points)
     drawn_on = "cpu" if device == "cpu" else "cuda"
     block = networks_per_block(make_spec(point), point["n_tokens"], drawn_on)
     each = device_work(make_spec(point), point["n_tokens"], block)["seconds"] / block
     total = math.ceil(min(wanted, max(most_seconds / each, block)) / block) * block
-    if total > count:
-        _draw(point, count, total - count, folder, device)
-    return max(count, total)
+    size = max(1, int(1 / each / block)) * block
+    while count < total and time.time() < deadline:
+        _draw(point, count, min(size, total - count), folder, device)
+        count += min(size, total - count)
+    return count
 
 
 def _draw(point: Point, first: int, n_networks: int, folder: Path, device: str) -> None:
@@ -129,11 +132,6 @@ def load_networks(point: Point, folder: Path) -> xr.Dataset | None:
 def shards(point: Point, folder: Path) -> list[Path]:
     """Files of a point, in the order of their networks."""
     return sorted(folder.glob(f"{point_id(point)}-[0-9]*.nc"))
-
-
-def _count(point: Point, folder: Path) -> int:
-    networks = load_networks(point, folder)
-    return 0 if networks is None else networks.sizes["network"]
 
 
 def print_work(points: Sequence[Point], n_devices: int) -> None:
