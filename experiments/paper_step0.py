@@ -51,7 +51,7 @@ from varprop import presets, results
 from varprop.corpus import load_corpus
 from varprop.errors import SchemaError
 from varprop.files import write_text
-from varprop.simulate import sample
+from varprop.simulate import same_token, sample
 from varprop.spec import ModelSpec
 from varprop.theory import predict
 
@@ -101,19 +101,10 @@ def text(n_tokens: int) -> np.ndarray:
     return np.asarray(load_corpus("embedded").train[:n_tokens], dtype=np.int64)
 
 
-def embedding_correlation(ids: np.ndarray) -> np.ndarray:
-    """Correlation of the embeddings of a text, (T, T): 1 where two positions hold the same token, else 0.
-
-    >>> embedding_correlation(np.array([3, 5, 3]))[0].tolist()
-    [1.0, 0.0, 1.0]
-    """
-    return (ids[:, None] == ids).astype(float)
-
-
 def expected(task: Task) -> xr.Dataset:
     """The prediction for a task's model, inputs and length."""
     n_tokens = task["n_tokens"]
-    correlation = embedding_correlation(text(n_tokens)) if task["inputs"] == "text" else 0.0
+    correlation = same_token(text(n_tokens)) if task["inputs"] == "text" else 0.0
     spec = make_spec(task["model"], task["smoke"])
     return predict(spec, n_tokens=n_tokens, token_correlation=correlation)
 

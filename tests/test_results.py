@@ -226,3 +226,129 @@ def test_identical_sees_an_attribute_of_either_side():
     one, other = result(), result()
     other.attrs["note"] = "only here"
     assert results.identical(one, other) == results.identical(other, one)
+
+
+GRID = {"axes": "{}"}
+
+
+def padded():
+    """Two points: two networks and three, one layer and two; the second has gates."""
+    moment, gates = np.full((2, 3, 3, 5), np.nan), np.full((2, 3, 3), np.nan)
+    for point, (networks, layers) in enumerate([(2, 1), (3, 2)]):
+        moment[point, :networks, : layers + 1, 4] = 1.0
+        moment[point, :networks, 1 : layers + 1] = 2.0
+    gates[1, :, 1:] = 0.5
+    return {
+        "second_moment": (("density", *DIMS), moment),
+        "gate_second_moment": (("density", "network", "layer"), gates),
+        "n_networks": (("density",), [2, 3]),
+        "last_layer": (("density",), [1, 2]),
+    }
+
+
+def grid_of(variables, attributes=GRID):
+    return results.new(variables, source="simulation", coords={"density": [1.0, 0.5]}, attributes=attributes, **ABOUT)
+
+
+def test_points_of_different_extent_are_nan_exactly_beyond_it(tmp_path):
+    dataset = grid_of(padded())
+    assert results.identical(results.load(results.save(dataset, tmp_path / "grid.nc")), dataset)
+    first, second = (results.present(dataset.sel(density=density)) for density in (1.0, 0.5))
+    assert dict(first.sizes) == {"network": 2, "layer": 2, "site": 5}
+    assert list(first.data_vars) == ["second_moment"]
+    assert dict(second.sizes) == {"network": 3, "layer": 3, "site": 5}
+    assert list(second.data_vars) == ["second_moment", "gate_second_moment"]
+    for point in (first, second):
+        results.validate(point)
+    assert results.present(dataset) is not None
+    assert dict(results.present(dataset).sizes) == dict(dataset.sizes)
+
+
+@pytest.mark.parametrize(
+    "name, index, value, message",
+    [
+        ("second_moment", (0, 2, 1, 4), 1.0, "second_moment has values beyond n_networks"),
+        ("second_moment", (0, 1, 2, 4), 1.0, "second_moment has values beyond last_layer"),
+        ("second_moment", (0, 1, 1, 3), np.nan, "nan at density=1.0, network=1, layer=1, site=mlp_out"),
+        ("second_moment", (1, 2, 2, 4), np.nan, "nan at density=0.5, network=2, layer=2, site=resid_post"),
+        ("gate_second_moment", (1, 0, 1), np.nan, "gate_second_moment is nan at density=0.5"),
+        ("gate_second_moment", (0, 0, 1), 0.5, "gate_second_moment is nan at density=1.0"),
+    ],
+)
+def test_nan_elsewhere_and_values_beyond_are_seen(name, index, value, message):
+    variables = padded()
+    variables[name][1][index] = value
+    with pytest.raises(SchemaError, match=message):
+        grid_of(variables)
+
+
+def test_without_extents_or_axes_nothing_may_be_absent():
+    variables = padded()
+    del variables["n_networks"], variables["last_layer"]
+    with pytest.raises(SchemaError, match="second_moment is nan"):
+        grid_of(variables)
+    with pytest.raises(SchemaError, match="gate_second_moment is nan"):
+        grid_of(padded(), attributes={})
+    with pytest.raises(SchemaError, match="n_networks is no array of integers"):
+        grid_of({**padded(), "n_networks": (("density",), [2.0, 3.0])})
+
+
+def test_merge_of_grids_keeps_what_is_absent():
+    joined = results.merge([grid_of(padded()), grid_of(padded())], "network")
+    first = results.present(joined.sel(density=1.0))
+    assert first.network.values.tolist() == [0, 1, 0, 1]
+    assert results.present(joined.sel(density=0.5)).sizes["network"] == 6
+
+
+def test_a_flipped_bit_of_a_value_or_an_attribute_is_seen(tmp_path):
+    path = results.save(result(seed_entropy="a seed to find"), tmp_path / "result.nc")
+    whole = path.read_bytes()
+    for found in (values()[1, 1, 2].tobytes(), b"a seed to find", b"resid_mid"):
+        changed = bytearray(whole)
+        changed[whole.index(found)] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(SchemaError, match=r"damaged|wrong|truncated"):
+            results.load(path)
+    path.write_bytes(whole)
+    results.load(path)
+
+
+def test_checksums_are_those_of_identical_results():
+    dataset = result()
+    same = dataset.assign_attrs(created_at="later", command="another")
+    assert results.checksum(dataset) == results.checksum(same)
+    seen = {results.checksum(dataset)}
+    changed = dataset.copy(deep=True)
+    changed.second_moment[0, 1, 1] = np.nextafter(changed.second_moment[0, 1, 1], 2)
+    for other in (changed, dataset.assign_attrs(device="cuda"), dataset.assign_coords(network=[0, 1, 3])):
+        seen.add(results.checksum(other))
+    seen.add(results.checksum(dataset.rename(second_moment="variance")))
+    seen.add(results.checksum(dataset.transpose("layer", "network", "site")))
+    assert len(seen) == 6
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path):
+    dataset = result()
+    dataset.to_netcdf(tmp_path / "old.nc", engine="h5netcdf")
+    assert results.identical(results.load(tmp_path / "old.nc"), dataset)
+
+
+def test_zarr_round_trip_replaces_whole_stores(tmp_path):
+    pytest.importorskip("zarr", reason="zarr is not installed")
+    path = tmp_path / "grid.zarr"
+    for dataset in (result(), grid_of(padded())):
+        results.save(dataset, path)
+        assert results.identical(results.load(path), dataset)
+        assert [p.name for p in tmp_path.iterdir()] == ["grid.zarr"]
+    chunk = max((p for p in path.glob("second_moment/*") if p.is_file()), key=lambda p: p.stat().st_size, default=None)
+    chunk = chunk or max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(SchemaError, match=r"truncated or no zarr store|damaged|is nan"):
+        results.load(path)
+
+
+def test_zarr_where_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match=r"zarr is not installed; expected a .nc file, or zarr"):
+        results.save(result(), tmp_path / "result.zarr")
+    assert not list(tmp_path.iterdir())

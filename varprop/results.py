@@ -10,6 +10,7 @@ that a point does not have, such as gates without a mixture, is NaN all over it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -227,13 +228,20 @@ def save(dataset: xr.Dataset, path: str | Path) -> Path:
     if Path(path).suffix == ".zarr":
         _require_zarr(path)
         with replacing_folder(path) as temporary:
-            stamped.to_zarr(temporary, consolidated=False)
+            stamped.to_zarr(temporary, consolidated=False, zarr_format=2)  # 3 has no stable text type
     else:
         with replacing(path) as temporary:
             buffer = io.BytesIO()  # in memory first: the HDF5 library crashes the program when a disk is full
-            stamped.to_netcdf(buffer, engine="h5netcdf")
+            with _without_cluster():
+                stamped.to_netcdf(buffer, engine="h5netcdf")
             temporary.write_bytes(buffer.getbuffer())
     return Path(path)
+
+
+def _without_cluster() -> contextlib.AbstractContextManager[object]:
+    """In a task of a Dask cluster xarray would ask the scheduler for a lock on the file, here one in memory."""
+    dask = sys.modules.get("dask")
+    return contextlib.nullcontext() if dask is None else dask.config.set(scheduler="synchronous")
 
 
 def load(path: str | Path) -> xr.Dataset:

@@ -9,6 +9,7 @@ import xarray as xr
 from experiments import paper_step0 as experiment
 from varprop import presets
 from varprop.results import SITES
+from varprop.simulate import same_token
 
 
 def profile() -> xr.DataArray:
@@ -46,7 +47,7 @@ def test_small_models_keep_the_gains(model: str) -> None:
 
 
 def test_same_tokens_have_the_same_embedding() -> None:
-    matrix = experiment.embedding_correlation(experiment.text(200))
+    matrix = same_token(experiment.text(200))
     assert np.linalg.eigvalsh(matrix)[0] > -1e-9
     assert np.diagonal(matrix).min() == 1
     assert 0.005 < (matrix.sum() - 200) / (200 * 199) < 0.05  # function words and full stops

@@ -197,6 +197,7 @@ def test_half_precision_differs_by_its_rounding() -> None:
         ({"n_probes": 4}, "n_probes=4 is given without backward=True; expected backward=True, or None"),
         ({"backward": True, "n_probes": 1}, "n_probes=1 is outside the domain; expected an integer >= 2"),
         ({"backward": True, "n_probes": 2.0}, "n_probes=2.0 is outside the domain"),
+        ({"backward": True, "method": "gram"}, "backward=True needs weights; expected method='explicit'"),
         ({"backward": 1}, "backward=1 is no truth value; expected True or False"),
     ],
 )

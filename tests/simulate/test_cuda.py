@@ -20,7 +20,7 @@ def test_cuda_draws_the_networks_of_the_cpu(name: str) -> None:
     """
     spec = presets.get(name)
     runs = [
-        simulate.sample(spec, n_networks=8, n_tokens=64, seed=3, device=device, progress=False)
+        simulate.sample(spec, n_networks=8, n_tokens=64, seed=3, device=device, draw_device="cpu", progress=False)
         for device in ("cpu", "cuda")
     ]
     tolerance = 1e-3 if spec.moe is not None else 1e-5
@@ -40,9 +40,9 @@ def test_weights_drawn_on_cuda_have_the_same_law(name: str) -> None:
     """
     spec = presets.get(name)
     arguments = {"n_tokens": 32, "seed": 3, "device": "cuda", "progress": False}
-    cpu = simulate.sample(spec, n_networks=256, **arguments)
-    cuda = simulate.sample(spec, n_networks=256, draw_device="cuda", **arguments)
-    few = simulate.sample(spec, n_networks=3, draw_device="cuda", **arguments)
+    cpu = simulate.sample(spec, n_networks=256, draw_device="cpu", **arguments)
+    cuda = simulate.sample(spec, n_networks=256, **arguments)
+    few = simulate.sample(spec, n_networks=3, **arguments)
     assert few.equals(cuda.isel(network=slice(0, 3)))
     assert cuda.attrs["draw_device"] == "cuda"
     assert not cuda.equals(cpu)
@@ -50,3 +50,20 @@ def test_weights_drawn_on_cuda_have_the_same_law(name: str) -> None:
         a, b = (run[variable].fillna(0.0) for run in (cpu, cuda))
         stderr = np.hypot(a.std("network", ddof=1), b.std("network", ddof=1)) / 16
         assert (abs(a.mean("network") - b.mean("network")) <= 5 * stderr + 1e-12).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["tiny_masked", "tiny_moe"])
+def test_gram_and_backward_on_cuda_are_those_of_the_cpu(name: str) -> None:
+    """The same random numbers on both devices: rounding of about 1e-6, one flipped route below 1e-3 as above."""
+    spec = presets.get(name).with_fields(n_layers=3)
+    for method, backward in (("gram", False), ("explicit", True)):
+        options = {"n_networks": 3, "n_tokens": 8, "seed": 3, "method": method, "backward": backward}
+        cpu, cuda = (
+            simulate.sample(spec, device=device, draw_device="cpu", progress=False, **options)
+            for device in ("cpu", "cuda")
+        )
+        for variable, values in cpu.data_vars.items():
+            scale = max(1.0, float(abs(values.fillna(0.0)).max()))
+            assert float(abs(values - cuda[variable]).max()) < 1e-3 * scale, (variable, method)

@@ -18,6 +18,8 @@ from varprop.simulate import sample
 from varprop.simulate.gram import gram_layer
 from varprop.simulate.gram_error import method_error, method_spread_error
 from varprop.spec import FeedForwardSpec, MaskSpec, ModelSpec, MoESpec
+from varprop.testing import ACTIVATIONS
+from varprop.theory.activation import kurtosis_sensitivity
 
 from ..reference.specs import BASE
 
@@ -103,7 +105,7 @@ def test_neglected_mean_of_a_nonlinear_branch(activation: str, shift: float) -> 
     ratio, stderr = log_ratio(explicit, drawn)
     assert abs(ratio - np.log1p(shift * 27 / 34)) < 5 * stderr
     assert stderr < 0.04
-    assert method_error(spec) == pytest.approx(27 / 32)
+    assert method_error(spec) == pytest.approx(27 / 34)
 
 
 CASES = {
@@ -141,14 +143,21 @@ def test_neglected_fourth_moment_of_a_branch(name: str) -> None:
 
 
 def test_the_error_falls_with_width_and_density() -> None:
-    """Leading order in 1/(density fan_in): a factor 2 in either, up to the 1 - density of the mask."""
+    """Leading order in 1/(density fan_in), blocks counting as one entry."""
     narrow = masked(DENSE.with_fields(feed_forward=None), "bernoulli", 0.1)
-    wide = narrow.with_fields(d_model=64)
-    assert method_error(narrow) == 2 * method_error(wide) == pytest.approx(9 * 3 / 32)
-    assert method_error(masked(narrow, "bernoulli", 0.2)) == pytest.approx(4 * 3 / 32)
-    assert method_error(masked(narrow, "block", 0.1, block_size=16)) == pytest.approx(9 * 18 / 32)
+    assert method_error(narrow) == pytest.approx(9 * 3 / 34)
+    assert method_error(narrow.with_fields(d_model=320)) == pytest.approx(9 * 3 / 322)
+    assert method_error(masked(narrow, "bernoulli", 0.2)) == pytest.approx(4 * 3 / 34)
+    assert method_error(masked(narrow, "block", 0.1, block_size=16)) == pytest.approx(9 * 18 / 34)
     full = masked(narrow, "bernoulli", 1.0)
     assert method_error(full) == method_spread_error(full, 4) == 0.0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_activation_responds_more_than_claimed(activation: str) -> None:
+    """Relative change of E phi^2 per excess kurtosis: at most 1/3, which 3 Var V of it turns into Var V."""
+    responses = [kurtosis_sensitivity(activation, variance) for variance in np.logspace(-4, 4, 33)]
+    assert max(responses) <= 1 / 3 + 1e-12
 
 
 def test_one_masked_layer_kind_is_enough_for_a_claim() -> None:
@@ -156,5 +165,5 @@ def test_one_masked_layer_kind_is_enough_for_a_claim() -> None:
     both_kinds = DENSE.with_fields({"moe": MIXTURE["moe"], "moe_pattern": (False, False, True)})
     only_router = both_kinds.with_fields({"masks.router": MaskSpec(density=0.5)})
     assert method_error(both_kinds) == 0.0
-    assert method_error(only_router) == pytest.approx(3 / 32)
+    assert method_error(only_router) == pytest.approx(3 / 34)
     assert method_error(DENSE.with_fields({"masks.router": MaskSpec(density=0.5)})) == 0.0

@@ -6,18 +6,19 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import xarray as xr
 
 from varprop import presets, results
-from varprop.errors import ArgumentError, DamagedShardWarning
-from varprop.simulate import StopRule, grid
-from varprop.simulate.collect import status
-from varprop.simulate.plan import make_plan
+from varprop.errors import ArgumentError, DamagedShardWarning, ReducedBatchWarning
+from varprop.simulate import StopRule, block, grid, help_with, make_plan, shards, status
 
 SPEC = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
 AXES: dict[str, Any] = {"density": [1.0, 0.5], "token_correlation": [0.0, 0.5]}
@@ -80,6 +81,7 @@ def test_kills_at_random_moments_leave_the_same_dataset(
         process.join()
     assert results.identical(program(tmp_path), undisturbed)
     assert len(files(tmp_path)) == n_files
+    assert not list(tmp_path.glob("*/*.lock"))
 
 
 def test_two_processes_share_the_work(tmp_path: Path, undisturbed: xr.Dataset) -> None:
@@ -119,6 +121,93 @@ def test_damaged_rounds_are_computed_again(damage: str, tmp_path: Path) -> None:
     assert len(caught) == 1
     assert results.identical(first, again)
     assert [path for path in shards if path.stat().st_mtime_ns != stamps[path]] == shards[:1]
+
+
+def hold(path: Path, ready: Any) -> None:
+    with shards.claim(path) as mine:
+        assert mine
+        ready.set()
+        time.sleep(600)
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    plan = make_plan(SPEC, {"density": [1.0]}, n_networks=4, n_tokens=5, round_networks=4)
+    path = tmp_path / plan.points[0].id / "0-4.nc"
+    path.parent.mkdir()
+    ready = PROCESSES.Event()
+    process = PROCESSES.Process(target=hold, args=(path, ready))
+    process.start()
+    assert ready.wait(60)
+    assert status(plan, tmp_path).running == 1
+    assert help_with(plan, tmp_path) == 0  # the other process has the only round
+    process.kill()
+    process.join()
+    assert status(plan, tmp_path).running == 0
+    assert help_with(plan, tmp_path) == 1
+    assert status(plan, tmp_path).finished == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_whole_rounds_and_the_run_goes_on(small_disk: Path, tmp_path: Path) -> None:
+    undisturbed = grid(SPEC, AXES, directory=tmp_path / "undisturbed", **OPTIONS)
+    with pytest.raises(ArgumentError, match=r"^[^\n]* cannot be written \(No space left on device\)[^\n]*$"):
+        grid(SPEC, AXES, directory=small_disk, **OPTIONS)
+    kept = {path: path.stat().st_mtime_ns for path in files(small_disk)}
+    assert 0 < len(kept) < 12
+    assert {path.suffix for path in small_disk.glob("*/*")} <= {".nc", ".lock"}  # nothing half written
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    assert results.identical(grid(SPEC, AXES, directory=small_disk, **OPTIONS), undisturbed)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+
+
+def test_without_a_right_to_write_a_finished_grid_is_read(small_disk: Path) -> None:
+    options = {"n_networks": 2, "n_tokens": 5}
+    first = grid(SPEC, {"density": [0.5]}, directory=small_disk, **options)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert results.identical(grid(SPEC, {"density": [0.5]}, directory=small_disk, **options), first)
+    with pytest.raises(ArgumentError, match=r"^directory=.* cannot be written \(Read-only file system\)"):
+        grid(SPEC, {"density": [0.4]}, directory=small_disk, **options)
+
+
+def test_a_write_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where no disk can be mounted."""
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ArgumentError, match=r"^[^\n]* cannot be written \(No space left on device\)[^\n]*$"):
+        grid(SPEC, AXES, directory=tmp_path, **OPTIONS)
+    assert not [path for path in tmp_path.glob("*/*") if path.suffix != ".lock"]
+
+
+def full(*arguments: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_short_memory_halves_the_batch_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = grid(SPEC, AXES, directory=tmp_path / "undisturbed", **OPTIONS)
+    whole = block._part
+
+    def short(run: Any, number: int, keep: slice) -> Any:
+        if keep.stop - keep.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(run, number, keep)
+
+    monkeypatch.setattr(block, "_part", short)
+    message = "memory was short in 12 rounds: computed in smaller batches; the numbers are the same"
+    with pytest.warns(ReducedBatchWarning, match=message):
+        reduced = grid(SPEC, AXES, directory=tmp_path / "short", **OPTIONS)
+    assert results.identical(reduced, undisturbed)
+    plan = make_plan(SPEC, AXES, **OPTIONS)
+    assert "memory    short in 12 rounds" in str(status(plan, tmp_path / "short"))
+    assert "memory" not in str(status(plan, tmp_path / "undisturbed"))
 
 
 def test_directory_that_is_a_file(tmp_path: Path) -> None:

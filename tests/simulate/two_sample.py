@@ -34,7 +34,7 @@ def _varying(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def marginal_p_value(a: np.ndarray, b: np.ndarray) -> float:
     """Smallest Kolmogorov-Smirnov p value of the columns after Holm's correction."""
     a, b = _varying(a, b)
-    values = [scipy.stats.ks_2samp(x, y, method="asymp").pvalue for x, y in zip(a.T, b.T, strict=True)]
+    values = [scipy.stats.ks_2samp(x, y, method="asymp")[1] for x, y in zip(a.T, b.T, strict=True)]
     return float(stats.holm(np.array(values), 0.05)[1].min())
 
 

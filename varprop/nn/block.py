@@ -14,7 +14,7 @@ from varprop.nn.init import draw_tensors, make_generator
 from varprop.nn.linear import Weights
 from varprop.nn.moe import moe
 from varprop.nn.parameters import MASK_SUFFIX, NamedParameters
-from varprop.nn.residual import added, close
+from varprop.nn.residual import added, close, scaled
 from varprop.spec import ModelSpec, layer_table
 
 Record = Callable[[int, str, Tensor], None]
@@ -53,11 +53,11 @@ def block_forward(
     middle = x
     if has_attention:
         attn_out = added(x, weights, spec, layer, "attention", attend)
-        middle = close(spec.skip_scale * x + attn_out, weights, spec, layer, "attention")
+        middle = close(scaled(spec.skip_scale, x) + attn_out, weights, spec, layer, "attention")
     after = middle
     if has_feed_forward:
         mlp_out = added(x if parallel else middle, weights, spec, layer, "mlp", feed)
-        after = (middle if parallel else spec.skip_scale * middle) + mlp_out
+        after = (middle if parallel else scaled(spec.skip_scale, middle)) + mlp_out
         after = close(after, weights, spec, layer, "mlp")
     if record is not None:
         record(layer, "resid_pre", x)

@@ -39,7 +39,9 @@ def draw_layer(
     for name, row in layer_table(spec, layer).items():
         weight, mask = draw_tensor(row, generator, lead)
         if mask is not None and row.mask is not None:
-            weight.mul_(mask).mul_(row.mask.factor)
+            weight.mul_(mask)
+            if row.mask.factor != 1:
+                weight.mul_(row.mask.factor)
         part = weight if keep == slice(None) or keep == slice(0, weight.shape[0]) else weight[keep].clone()
         weights[name] = part.to(device, dtype)
     return weights

@@ -28,7 +28,12 @@ def added(
         y = norm(y, weights, spec, f"{name}_out_norm")
     if placement == "reordered":
         y = norm(y, weights, spec, f"{name}_norm")
-    return spec.branch_scale * y
+    return scaled(spec.branch_scale, y)
+
+
+def scaled(factor: float, x: Tensor) -> Tensor:
+    """factor * x, without a pass over x where the factor is 1."""
+    return x if factor == 1 else factor * x
 
 
 def close(total: Tensor, weights: Weights, spec: ModelSpec, layer: int, name: str) -> Tensor:

@@ -1,12 +1,14 @@
 """What `method="gram"` neglects of weight masks, to first order.
 
 Given its inputs u, a masked pre-activation is normal with a random variance V s^2 |u|^2, E V = 1; the method puts
-V = 1.
-Legend: T tokens, n inputs of a matrix, b side of its mask blocks (1 for other masks).
+V = 1. Ranked masks are counted as if their entries were independent, of the kurtosis of the entries kept.
+Legend: T tokens, n inputs of a matrix, b side of its mask blocks (1 for other masks), nu excess of its entries,
+kurtosis E u^4 / (E u^2)^2 of its inputs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,29 +36,27 @@ def gram_claims(spec: ModelSpec, n_tokens: int) -> dict[str, Any]:
 
 
 def method_error(spec: ModelSpec) -> float:
-    """First-order relative error of means over networks; 0 where no weight is masked.
+    """First-order relative error of means over networks: `neglected_variance` of the worst matrix, 0 without masks.
 
-    The largest Var V of all matrices: nu (kurtosis + b - 1) / n, with nu = 1 / density - 1 for Bernoulli and block
-    masks and E w^4 / (3 (E w^2)^2) - 1 of the masked entries w for ranked ones (an upper bound for n_of_m), and
-    kurtosis that of the inputs: 3, behind an activation that of its output at tokens of second moment 1. The fourth
-    moment of a branch is too small by the share Var V of its last matrix, its second moment off by at most Var V of the
-    matrix before the activation (by exactly that for an ungated relu2, by nothing for relu).
+    Real networks have fourth moments of a branch that are larger by the share Var V of its last matrix, and second
+    moments that differ by at most Var V of the matrix before the activation (by exactly that for an ungated relu2, by
+    nothing for relu). Inputs: kurtosis 3, behind an activation that of its output at tokens of second moment 1. An
+    upper bound for n_of_m masks, whose entries balance each other.
     Source: derived in proofs/prove_gram.py. Checked by: tests/simulate/test_gram_masked.py.
 
     >>> from varprop import presets
     >>> spec = presets.tiny().with_fields(feed_forward=None)
-    >>> method_error(spec), method_error(spec.with_fields(density=0.25))  # 3 * 3 / 128
-    (0.0, 0.0703125)
+    >>> method_error(spec), round(method_error(spec.with_fields(density=0.25)), 4)  # 3 * 3 / 130
+    (0.0, 0.0692)
     """
-    return _largest(spec, lambda mask, n, kurtosis: _variance_of_entries(mask) * (kurtosis + _side(mask, n) - 1) / n)
+    return _largest(spec, neglected_variance)
 
 
 def method_spread_error(spec: ModelSpec, n_tokens: int) -> float:
-    """First-order relative error of variances over networks (of a layer's power), an upper estimate; 0 without masks.
+    """First-order relative error of variances over networks: `neglected_spread` of the worst matrix, 0 without masks.
 
-    The largest nu (T + b + kurtosis - 2 + b (b T + kurtosis - 1) / 2) / (T + n + 1) of all matrices, as in
-    `method_error`, for independent tokens; less for correlated ones. 3/2 `method_error` for one token and b = 1; not
-    small for T > n tokens: what a network's mask keeps is common to them, while the rest of their power averages out.
+    An upper estimate: for independent tokens, and for the part of the variance that comes from that matrix. Not small
+    for T > n tokens: what a network's mask keeps is common to them, while the rest of their power averages out.
     Source: derived in proofs/prove_gram.py. Checked by: tests/simulate/test_gram_masked.py.
 
     >>> from varprop import presets
@@ -64,37 +64,55 @@ def method_spread_error(spec: ModelSpec, n_tokens: int) -> float:
     >>> round(method_spread_error(spec, 1), 4), round(method_spread_error(spec, 127), 4)  # 4.5 * (3 / 130, 129 / 256)
     (0.1038, 2.2676)
     """
-
-    def error(mask: MaskSpec, n: int, kurtosis: float) -> float:
-        side = _side(mask, n)
-        shared = side * (side * n_tokens + kurtosis - 1) / 2
-        return _variance_of_entries(mask) * (n_tokens + side + kurtosis - 2 + shared) / (n_tokens + n + 1)
-
-    return _largest(spec, error)
+    return _largest(spec, functools.partial(neglected_spread, n_tokens=n_tokens))
 
 
-def _largest(spec: ModelSpec, error: Callable[[MaskSpec, int, float], float]) -> float:
-    """The largest error of all masked matrices, from mask, inputs and kurtosis of the inputs."""
+def neglected_variance(excess: Any, kurtosis: Any, side: Any, fan_in: Any) -> Any:
+    """Var V = nu (kurtosis + b - 1) / (n + kurtosis - 1), a third of the excess kurtosis of a pre-activation.
+
+    excess: nu of the mask (`entry_excess`). Ratio of means over independent inputs; exact for normalised Gaussian ones.
+    Source: derived in proofs/prove_gram.py.
+
+    >>> neglected_variance(3, 3, 1, 34)
+    0.25
+    """
+    return excess * (kurtosis + side - 1) / (fan_in + kurtosis - 1)
+
+
+def neglected_spread(excess: Any, kurtosis: Any, side: Any, fan_in: Any, n_tokens: Any) -> Any:
+    """Relative change of Var(sum y^2) by a mask: nu (T + b + kurtosis - 2 + b (b T + kurtosis - 1) / 2) over T + n +
+    kurtosis - 2, of the outputs y of one matrix for T independent tokens of independent inputs.
+
+    Ratio of means over inputs. At T = 1, b = 1: 3/2 Var V. Source: derived in proofs/prove_gram.py.
+
+    >>> neglected_spread(2, 3, 1, 15, 1)
+    0.5294117647058824
+    """
+    shared = side * (side * n_tokens + kurtosis - 1) / 2
+    return excess * (n_tokens + side + kurtosis - 2 + shared) / (n_tokens + fan_in + kurtosis - 2)
+
+
+def entry_excess(mask: MaskSpec) -> float:
+    """nu: 1 / density - 1, for ranked masks E w^4 / (3 (E w^2)^2) - 1 of the entries w, zeros included.
+
+    >>> entry_excess(MaskSpec(density=0.25)), entry_excess(MaskSpec(kind="block", density=0.5))
+    (3.0, 1.0)
+    """
+    return 1 / mask.density - 1 if mask.kind == "block" else mask_excess_kurtosis(mask, 1) / 9
+
+
+def _largest(spec: ModelSpec, error: Callable[..., Any]) -> float:
+    """The largest error(excess, kurtosis, side, fan_in) of all masked matrices."""
     one_of_each = {spec.is_moe(layer): layer for layer in range(1, spec.n_layers + 1)}.values()
-    tables = [layer_table(spec, layer) for layer in one_of_each]
-    errors = (
-        float(error(row.mask, row.fan_in, _input_kurtosis(spec, rows, name)))
-        for rows in tables
-        for name, row in rows.items()
-        if row.mask is not None
-    )
-    return max(errors, default=0.0)
-
-
-def _side(mask: MaskSpec, fan_in: int) -> int:
-    return min(mask.block_size, fan_in) if mask.kind == "block" else 1
-
-
-def _variance_of_entries(mask: MaskSpec) -> float:
-    """nu: 1 / density - 1, or what has its place for ranked masks."""
-    if mask.kind == "block":
-        return 1 / mask.density - 1
-    return mask_excess_kurtosis(mask, 1) / 9
+    largest = 0.0
+    for layer in one_of_each:
+        rows = layer_table(spec, layer)
+        for name, row in rows.items():
+            if row.mask is not None:
+                side = min(row.mask.block_size, row.fan_in) if row.mask.kind == "block" else 1
+                kurtosis = _input_kurtosis(spec, rows, name)
+                largest = max(largest, float(error(entry_excess(row.mask), kurtosis, side, row.fan_in)))
+    return largest
 
 
 def _input_kurtosis(spec: ModelSpec, rows: Mapping[str, TensorRow], name: str) -> float:

@@ -96,6 +96,7 @@ def compute(directory: Path, point: Point, span: Span, device: str) -> bool:
             "notes": json.dumps([f"{warning.category.__name__}: {warning.message}" for warning in caught]),
         }
         results.save(dataset, path)
+        path.with_suffix(".lock").unlink(missing_ok=True)  # whoever locks the file removed finds the round finished
     return True
 
 

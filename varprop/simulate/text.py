@@ -66,4 +66,6 @@ def repetition(ids: Any) -> np.ndarray:
     array = np.asarray(ids)
     n_tokens = array.shape[-1] if array.ndim else 0
     require(n_tokens >= 2, ArgumentError, "n_tokens", n_tokens, "too few for a pair", "at least 2 tokens")
-    return (same_token(array).sum(axis=(-2, -1)) - n_tokens) / (n_tokens * (n_tokens - 1))
+    counts = [np.unique(row, return_counts=True)[1] for row in array.reshape(-1, n_tokens)]
+    pairs = np.array([(n * (n - 1)).sum() for n in counts]).reshape(array.shape[:-1])
+    return pairs / (n_tokens * (n_tokens - 1))
