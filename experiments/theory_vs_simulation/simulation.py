@@ -19,7 +19,8 @@ from joblib import Parallel, delayed
 
 from experiments.common import device_work
 from experiments.theory_vs_simulation.points import Point, label, layers_read, make_spec, point_id, run_arguments
-from varprop import results, stats
+from varprop import results
+from varprop.compare import check
 from varprop.errors import SchemaError
 from varprop.simulate import sample
 from varprop.simulate.block import networks_per_block
@@ -28,8 +29,6 @@ FALSE_FAIL_RATE = 0.01
 """Of the whole experiment: every call of `check` gets its share, two a point."""
 RESOLUTION = 0.05
 """Error beyond the claimed one that a cell has to resolve, relative (token correlation: absolute)."""
-CELLS = 25
-"""At most 5 layers and 5 sites a call."""
 ROUNDS = ("first", "stream", "branches")
 SITES = {"stream": ("resid_mid", "resid_post"), "branches": ("attn_out", "mlp_out", "resid_mid", "resid_post")}
 MARGIN = 1.15
@@ -70,20 +69,23 @@ def grow(
 ) -> int:
     """Add the networks that a goal needs, if the deadline is not over; how many there are then.
 
-    A point gets most_seconds of an accelerator at most, as `device_work` estimates them, and at least one block.
+    A point gets most_seconds of an accelerator at most, as `device_work` estimates them, and at least one block. They
+    are drawn a second at a time, so that a deadline is kept to some seconds a worker.
     """
-    if time.time() > deadline:
-        return _count(point, folder)
     networks = load_networks(point, folder)
     count = 0 if networks is None else networks.sizes["network"]
+    if time.time() > deadline:
+        return count
     wanted = 1 if networks is None else required_networks(networks, goal, n_points)
     drawn_on = "cpu" if device == "cpu" else "cuda"
     block = networks_per_block(make_spec(point), point["n_tokens"], drawn_on)
     each = device_work(make_spec(point), point["n_tokens"], block)["seconds"] / block
     total = math.ceil(min(wanted, max(most_seconds / each, block)) / block) * block
-    if total > count:
-        _draw(point, count, total - count, folder, device)
-    return max(count, total)
+    size = max(1, int(1 / each / block)) * block
+    while count < total and time.time() < deadline:
+        _draw(point, count, min(size, total - count), folder, device)
+        count += min(size, total - count)
+    return count
 
 
 def _draw(point: Point, first: int, n_networks: int, folder: Path, device: str) -> None:
@@ -101,25 +103,15 @@ def _draw(point: Point, first: int, n_networks: int, folder: Path, device: str) 
 def required_networks(networks: xr.Dataset, goal: str, n_points: int) -> int:
     """Networks with which every cell of the goal resolves RESOLUTION beyond its claimed error, with power 0.9.
 
-    0 for the first round. `check` calls an error of k stderr detectable (`stats.detectable_error`); the stderr falls
-    as one over the root of the networks.
+    0 for the first round. What the networks there are would detect is asked of `check`, with their own means as the
+    prediction: it depends on the spread alone and falls as one over the root of the networks.
     """
     if goal not in SITES:
         return 0
-    count = networks.sizes["network"]
-    chosen = networks.sel(site=list(SITES[goal]))
-    q, c = (chosen[name].values.astype(float) for name in VARIABLES)
-    level = FALSE_FAIL_RATE / (2 * n_points * CELLS)
-    present = q.mean(axis=0) > 0
-    share = np.divide(q, q.mean(axis=0), out=np.ones_like(q), where=present)
-    ratio = share * (c - (share * c).mean(axis=0))
-    logs, exactly = stats.log_mean(np.where(present, q, 1.0)), stats.known_log_mean(1.0)
-    spread = ratio.std(axis=0, ddof=1) / count**0.5
-    seen = (
-        stats.log_detectable_error(logs, exactly, 0.0, count - 1, level),
-        stats.detectable_error(spread, 0.0, count - 1, level),
-    )
-    worst = max(float(np.max(errors)) for errors in seen)
+    rate, count = FALSE_FAIL_RATE / (2 * n_points), networks.sizes["network"]
+    means = networks.mean("network", keep_attrs=True)
+    seen = [check(means, networks, variable=name, false_fail_rate=rate).dataset.detectable for name in VARIABLES]
+    worst = max(float(values.sel(site=list(SITES[goal])).max()) for values in seen)
     return count if worst <= RESOLUTION else math.ceil(MARGIN * count * (worst / RESOLUTION) ** 2)
 
 
@@ -140,11 +132,6 @@ def load_networks(point: Point, folder: Path) -> xr.Dataset | None:
 def shards(point: Point, folder: Path) -> list[Path]:
     """Files of a point, in the order of their networks."""
     return sorted(folder.glob(f"{point_id(point)}-[0-9]*.nc"))
-
-
-def _count(point: Point, folder: Path) -> int:
-    networks = load_networks(point, folder)
-    return 0 if networks is None else networks.sizes["network"]
 
 
 def print_work(points: Sequence[Point], n_devices: int) -> None:

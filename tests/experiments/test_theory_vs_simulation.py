@@ -24,8 +24,8 @@ from experiments.theory_vs_simulation.points import (
     point_id,
     points,
 )
+from varprop.compare import check
 from varprop.simulate import sample
-from varprop.stats import detectable_error
 from varprop.theory import predict
 
 SMALL = points(smoke=True)[0]
@@ -94,16 +94,19 @@ def test_rounds_continue_one_sample(tmp_path: Path) -> None:
     assert simulation.load_networks(SMALL, tmp_path) is None
 
 
-def test_required_networks_resolve_what_is_asked(tmp_path: Path) -> None:
-    """With as many networks as the rule says, `stats.detectable_error` at the share of one cell is below RESOLUTION."""
-    networks = sample(make_spec(SMALL), n_networks=32, n_tokens=8, progress=False).sel(layer=[1, 4])
-    wanted = simulation.required_networks(networks, "stream", 10)
-    q = networks.second_moment.sel(site="resid_post", layer=4)
-    stderr = float(q.std(ddof=1) / q.mean()) / wanted**0.5
-    level = simulation.FALSE_FAIL_RATE / (2 * 10 * simulation.CELLS)
-    assert 32 < wanted <= simulation.required_networks(networks, "branches", 10)
-    assert float(detectable_error(stderr, 0.0, wanted - 1, level, log_scale=True)) <= simulation.RESOLUTION
-    assert simulation.required_networks(networks, "first", 10) == 0
+def test_required_networks_resolve_what_is_asked() -> None:
+    """Fresh networks, as many as the rule says, agree with a reference of more of them: none is underpowered."""
+    spec, layers = make_spec(SMALL), layers_read(SMALL)
+    arguments: dict[str, Any] = {"n_tokens": 8, "progress": False}
+    wanted = simulation.required_networks(sample(spec, n_networks=64, **arguments).sel(layer=layers), "stream", 1)
+    fresh = sample(spec, n_networks=wanted, seed=1, **arguments).sel(layer=layers)
+    stream = list(simulation.SITES["stream"])
+    means, rate = fresh.mean("network", keep_attrs=True), simulation.FALSE_FAIL_RATE / 2
+    found = check(means, fresh, false_fail_rate=rate).dataset.detectable.sel(site=stream)
+    assert 0.6 * simulation.RESOLUTION < float(found.max()) <= simulation.RESOLUTION
+    branches = simulation.required_networks(fresh, "branches", 1)
+    assert simulation.required_networks(fresh, "stream", 1) == wanted < branches
+    assert simulation.required_networks(fresh, "first", 1) == 0
 
 
 def _rows(**changes: Any) -> list[dict[str, Any]]:
