@@ -7,7 +7,7 @@ shortest of several rounds, both methods in turn: other work on the machine slow
     python -m experiments.benchmarks.gram_speed ratio     # 2 minutes, 2 GiB
     python -m experiments.benchmarks.gram_speed memory    # 1 minute
     python -m experiments.benchmarks.gram_speed root      # 1 minute: ways to a root of the Gram matrix
-    python -m experiments.benchmarks.gram_speed wide      # 15 minutes, 3 GiB: one network of 1.2e14 parameters
+    python -m experiments.benchmarks.gram_speed wide      # 10 minutes, 1 GiB: 5 networks of 1.2e14 parameters
     python -m experiments.benchmarks.gram_speed --smoke    # all parts, seconds; nothing written
 
 Writes `gram_speed_<part>.json` in the results folder.

@@ -67,3 +67,15 @@ def test_gram_and_backward_on_cuda_are_those_of_the_cpu(name: str) -> None:
         for variable, values in cpu.data_vars.items():
             scale = max(1.0, float(abs(values.fillna(0.0)).max()))
             assert float(abs(values - cuda[variable]).max()) < 1e-3 * scale, (variable, method)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["tiny", "tiny_masked", "tiny_gqa"])
+def test_cuda_draws_the_gram_networks_of_the_cpu(name: str) -> None:
+    """The root of the Gram matrix is unique and continuous: eigenvalue solvers differ by rounding only."""
+    arguments = {"n_networks": 8, "n_tokens": 64, "seed": 3, "method": "gram", "draw_device": "cpu", "progress": False}
+    runs = [simulate.sample(presets.get(name), device=device, **arguments) for device in ("cpu", "cuda")]
+    for variable in ("second_moment", "variance", "token_correlation"):
+        cpu, cuda = (run[variable].fillna(0.0) for run in runs)
+        assert float(abs(cpu - cuda).max()) < 1e-4 * max(1.0, float(abs(cpu).max()))
