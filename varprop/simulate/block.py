@@ -134,10 +134,15 @@ def block_statistics(run: Run, block: int) -> dict[str, np.ndarray]:
                 raise
             run.parts *= 2
             size = -(-run.block_size // run.parts)
-            message = f"out of memory with {run.block_size} networks at a time; going on with {size} ({error})"
-            warnings.warn(message.splitlines()[0], ReducedBatchWarning, stacklevel=2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            message = f"out of memory with {run.block_size} networks at a time; going on with {size}"
+            warnings.warn(message, ReducedBatchWarning, stacklevel=2)
+            release_memory()
+
+
+def release_memory() -> None:
+    """Give memory that torch holds in reserve back to the accelerator."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _is_short_of_memory(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from varprop.errors import ArgumentError, require
 from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn.init import draw_layer
 from varprop.simulate.backward import MAX_EXACT, N_PROBES
-from varprop.simulate.block import Draw, LayerNumbers, Run, block_statistics, layer_parameters
+from varprop.simulate.block import Draw, LayerNumbers, Run, block_statistics, layer_parameters, release_memory
 from varprop.simulate.gram import gram_layer, gram_numbers
 from varprop.simulate.gram_error import EXACT, gram_claims
 from varprop.simulate.inputs import positive_integer, read_inputs
@@ -105,6 +105,7 @@ def sample(
     blocks = range(first // run.block_size, -(-(first + n_networks) // run.block_size))
     with _reproducible(), _bar(len(blocks) * spec.n_layers * (1 + backward), progress) as run.advance:
         pieces = [block_statistics(run, block) for block in blocks]
+        release_memory()  # processes may share an accelerator
     start = first - blocks.start * run.block_size
     shared = ("network", "layer")
     return results.new(
@@ -162,6 +163,8 @@ def check_device(device: str, name: str = "device") -> str:
     """The device; `ArgumentError` unless torch can put a tensor there."""
     try:
         torch.zeros(1, device=torch.device(device)).cpu()
+    except torch.OutOfMemoryError:  # other processes fill it: it is there
+        pass
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # unknown name, or no such accelerator
         raise ArgumentError(f"{name}={device!r} is not available; expected cpu or an accelerator of torch") from None
     return device
