@@ -84,6 +84,17 @@ def test_resolution_decides_between_agrees_and_underpowered():
     assert check(theory(), networks(), resolution=seen * 0.99).verdict == "underpowered"
 
 
+def test_headline_says_the_error_seen_beyond_the_claim():
+    """Claims differ between cells: what is compared with the resolution is the largest excess, not the largest error."""
+    error = np.where(np.arange(N_LAYERS + 1)[:, None] == 1, 0.3, 0.1)
+    outcome = check(theory(error=error), networks(), resolution=0.1)
+    excess = max(row["detectable"] - row["theory_error"] for row in outcome.rows())
+    assert outcome.verdict == "agrees"
+    assert excess < 0.1 < 0.3 < outcome.detectable
+    assert f"would see an error of {100 * excess:.2g} % beyond the claimed one in every cell" in outcome.headline()
+    assert "asked for 10 %" in outcome.headline()
+
+
 def test_seeds_count_as_replicates():
     assert check(theory(), networks(dim="seed")).n_networks == 64
 

@@ -68,10 +68,11 @@ class Check:
         """The verdict, with what it rests on, in one line."""
         counts = [str(row["verdict"]) for row in self.rows()]
         parts = ", ".join(f"{counts.count(name)} {name}" for name in VERDICTS if name in counts)
+        excess = max((row["detectable"] - row["theory_error"] for row in self.rows()), default=np.nan)
         return (
             f"{self.dataset.attrs['variable']}: {self.verdict} ({parts}; {self.n_networks} networks, false-fail rate"
-            f" {self.false_fail_rate:.3g}, would see an error of {_percent(self.detectable)} everywhere,"
-            f" asked for {_percent(self.resolution)} beyond the claimed error)"
+            f" {self.false_fail_rate:.3g}, would see an error of {_percent(excess)} beyond the"
+            f" claimed one in every cell, asked for {_percent(self.resolution)})"
         )
 
     def table(self) -> str:
