@@ -127,14 +127,14 @@ def _residual(spec: ModelSpec, layer: int, gram: np.ndarray, branch: _Branch, gr
     if spec.norm_placement(layer) == "post":
         second_moment, cosine = _geometric(gram)
         after = spec.skip_scale**2 * second_moment + branch.forward
-        gradient = gradient * _own_or_pair(*norm_powers(spec, after, cosine))
+        gradient = gradient * np.where(np.eye(len(gram), dtype=bool), *norm_powers(spec, after, cosine))
     return spec.skip_scale**2 * gradient + branch.back(gradient)
 
 
 def _feed_forward(spec: ModelSpec, layer: int, gram: np.ndarray) -> _Branch:
     powers = branch_powers(spec, layer, len(gram), "mlp", *_geometric(gram))
-    ones = np.ones_like(gram)
-    return _Branch(_own_or_pair(powers.values["all_sources"], powers.pair), ones, powers.forward, ones)
+    same, ones = np.eye(len(gram), dtype=bool), np.ones_like(gram)
+    return _Branch(np.where(same, powers.values["all_sources"], powers.pair), ones, powers.forward, ones)
 
 
 def _attention(spec: ModelSpec, layer: int, gram: np.ndarray, documents: np.ndarray | None) -> _Branch:
@@ -148,24 +148,22 @@ def _attention(spec: ModelSpec, layer: int, gram: np.ndarray, documents: np.ndar
     std = logit_std(spec, gains.query * gains.key, np.diagonal(tokens.second_moment))
     mean = query_averages(spec, n_keys, std * np.sqrt(1 - key_c))
     overlap, pair_overlap, pair_square = _pairs(cosine, allowed, mean.participation)
-
-    def own_or(own: np.ndarray, pair: np.ndarray) -> np.ndarray:
-        return _own_or_pair(np.diag(own), pair)
-
-    trace = 1 - mean.participation
+    same, trace = np.eye(len(gram), dtype=bool), 1 - mean.participation
     key = np.sqrt(projected_share(spec) * (1 - c)) * std
     query = key * np.sqrt(1 - key_c)
-    spread = own_or(mean.spread, np.outer(trace, trace)) / spec.d_model
-    keyed = own_or(mean.key_square / others, pair_square)
-    square = own_or(mean.square, pair_square * overlap)
-    factor = gains.value_output * spec.branch_scale**2 * _own_or_pair(tokens.own, tokens.pair)
-    centred = own_or((mean.participation - 1 / n_keys) / others, pair_overlap) + np.outer(key, key) * cosine * keyed
+    spread = np.where(same, mean.spread, np.outer(trace, trace)) / spec.d_model
+    keyed = np.where(same, mean.key_square / others, pair_square)
+    square = np.where(same, mean.square, pair_square * overlap)
+    factor = gains.value_output * spec.branch_scale**2 * np.where(same, tokens.own, tokens.pair)
+    centred = (
+        np.where(same, (mean.participation - 1 / n_keys) / others, pair_overlap) + np.outer(key, key) * cosine * keyed
+    )
     power = gains.value_output * np.diagonal(tokens.second_moment) * incoherent_average(c, mean.participation)
     forward = np.sqrt(np.outer(power, power))
     local = np.outer(query, query) * (square + spread)
     after = np.ones_like(gram)
     if spec.norm_placement(layer) in ("peri", "reordered"):
-        after = _own_or_pair(*norm_powers(spec, forward, cosine))
+        after = np.where(same, *norm_powers(spec, forward, cosine))
     return _Branch(factor, local, spec.branch_scale**2 * forward, after, centred, allowed)
 
 
@@ -187,8 +185,3 @@ def _geometric(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     root = np.sqrt(np.diagonal(gram))
     second_moment = np.outer(root, root)
     return second_moment, np.clip(gram / second_moment, 0.0, 1.0)
-
-
-def _own_or_pair(own: np.ndarray, pair: np.ndarray) -> np.ndarray:
-    """(T, T): the diagonal of `own`, and `pair` beside it."""
-    return np.where(np.eye(len(pair), dtype=bool), own, pair)
