@@ -21,7 +21,8 @@ from varprop.spec import ModelSpec
 from varprop.theory.backward import gradient_second_moment
 from varprop.theory.depth import predict
 from varprop.theory.jacobian import jacobian_error
-from varprop.theory.position_gradient import block_gradient, gradient_by_position
+from varprop.theory.patterns import allowed_keys
+from varprop.theory.position_gradient import _moved, block_gradient, gradient_by_position
 from varprop.theory.softmax_jacobian import query_averages, softmax_averages
 
 N_NETWORKS, N_TOKENS, D_MODEL = 48, 8, 128
@@ -98,6 +99,18 @@ def test_full_attention_is_exchangeable(spec: ModelSpec) -> None:
     np.testing.assert_allclose(found, np.tile(expected[:, None], 6), rtol=1e-3)
 
 
+def test_products_equal_the_sum_that_they_stand_for() -> None:
+    rng = np.random.default_rng(0)
+    gradient, centred = rng.standard_normal((2, 5, 5))
+    allowed = allowed_keys(model(pattern="window", window=3), 1, 5).astype(float)
+    centring = [np.diag(row) - np.outer(row, row) / row.sum() for row in allowed]
+    mean = allowed / allowed.sum(axis=1, keepdims=True)
+    pairs = [centred[t, u] * centring[t] @ centring[u] for t in range(5) for u in range(5)]
+    expected = mean.T @ gradient @ mean + np.sum(pairs, axis=0)
+    symmetric = [(x + x.T) / 2 for x in (gradient, centred)]
+    np.testing.assert_allclose(_moved(*symmetric, allowed), (expected + expected.T) / 2, atol=1e-12)
+
+
 def test_uniform_causal_attention_by_hand() -> None:
     """No logits and uncorrelated gradients: one branch adds sum over the queries t >= s of 1 / n_t^2."""
     spec = model(pattern="causal", feed_forward=None, logit_scale=1e-9, d_model=2**20, n_heads=2**15)
@@ -108,12 +121,11 @@ def test_uniform_causal_attention_by_hand() -> None:
 
 
 def test_documents_do_not_exchange_gradients() -> None:
-    spec = presets.tiny().with_fields(n_layers=2)
+    spec = presets.tiny().with_fields(n_layers=2, rope_theta=None)
     grams = [(np.eye(6), np.eye(6))] * 2
     both = gradient_by_position(spec, grams, documents=np.array([0, 0, 0, 1, 1, 1]))
     alone = gradient_by_position(spec, [(np.eye(3), np.eye(3))] * 2)
-    if spec.attention is not None and spec.attention.rope_theta is None:
-        np.testing.assert_allclose(both, np.tile(alone, 2), rtol=1e-12)
+    np.testing.assert_allclose(both, np.tile(alone, 2), rtol=1e-12)
     assert not np.allclose(both, gradient_by_position(spec, grams))
 
 

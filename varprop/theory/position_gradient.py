@@ -155,9 +155,8 @@ def _attention(spec: ModelSpec, layer: int, gram: np.ndarray, documents: np.ndar
     keyed = np.where(same, mean.key_square / others, pair_square)
     square = np.where(same, mean.square, pair_square * overlap)
     factor = gains.value_output * spec.branch_scale**2 * np.where(same, tokens.own, tokens.pair)
-    centred = (
-        np.where(same, (mean.participation - 1 / n_keys) / others, pair_overlap) + np.outer(key, key) * cosine * keyed
-    )
+    centred = np.where(same, (mean.participation - 1 / n_keys) / others, pair_overlap)
+    centred += np.outer(key, key) * cosine * keyed
     power = gains.value_output * np.diagonal(tokens.second_moment) * incoherent_average(c, mean.participation)
     forward = np.sqrt(np.outer(power, power))
     local = np.outer(query, query) * (square + spread)
