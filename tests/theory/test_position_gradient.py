@@ -107,8 +107,8 @@ def test_products_equal_the_sum_that_they_stand_for() -> None:
     mean = allowed / allowed.sum(axis=1, keepdims=True)
     pairs = [centred[t, u] * centring[t] @ centring[u] for t in range(5) for u in range(5)]
     expected = mean.T @ gradient @ mean + np.sum(pairs, axis=0)
-    symmetric = [(x + x.T) / 2 for x in (gradient, centred)]
-    np.testing.assert_allclose(_moved(*symmetric, allowed), (expected + expected.T) / 2, atol=1e-12)
+    gradient, centred = ((x + x.T) / 2 for x in (gradient, centred))
+    np.testing.assert_allclose(_moved(gradient, centred, allowed), (expected + expected.T) / 2, atol=1e-12)
 
 
 def test_uniform_causal_attention_by_hand() -> None:
