@@ -134,7 +134,12 @@ def _simulate(arguments: argparse.Namespace) -> int:
         n_networks=arguments.n_networks,
         token_correlation=arguments.token_correlation,
         seed=arguments.seed,
+        method=arguments.method,
+        backward=arguments.backward,
+        n_probes=arguments.n_probes,
+        dtype=arguments.dtype,
         device=arguments.device,
+        draw_device=arguments.draw_device,
         **_inputs(arguments),
     )
     results.save(dataset, out)
@@ -321,7 +326,12 @@ def parser() -> argparse.ArgumentParser:
     _add_spec(sample)
     _add_tokens(sample)
     sample.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
+    sample.add_argument("--method", default="explicit", help="explicit or gram, without weight matrices")
+    sample.add_argument("--backward", action="store_true", help="also gradients and Jacobians of the blocks")
+    sample.add_argument("--n-probes", type=int, help="random products for a Jacobian (default: exact, or 16 if large)")
+    sample.add_argument("--dtype", default="float32", help="of stream and matrices (default %(default)s)")
     sample.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    sample.add_argument("--draw-device", help="where weights are drawn (default: the device)")
     sample.set_defaults(n_tokens=None)
     source = sample.add_mutually_exclusive_group()
     source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")

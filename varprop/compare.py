@@ -310,6 +310,9 @@ def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_o
     if isinstance(ours, (int, float)) and isinstance(theirs, (int, float)) and not allow_other_spec:
         good = abs(float(ours) - float(theirs)) < 1e-12
         require(good, ArgumentError, "measured token_correlation", float(theirs), "another", f"{float(ours)}")
+        given = measured.attrs.get("inputs", "gaussian")
+        one = "a prediction with the correlation matrix of the inputs"
+        require(given == "gaussian", ArgumentError, "measured inputs", given, "no Gaussian tokens", one)
     layers, wanted = measured.layer.values.tolist(), predicted.layer.values.tolist()
     require(sorted(layers) == sorted(wanted), ArgumentError, "measured layers", layers, "different", str(wanted))
     return measured.sel(layer=predicted.layer.values)

@@ -14,6 +14,7 @@ from experiments import theory_accuracy as experiment
 from experiments.common import device_work, extrapolate, judge
 from varprop import results
 from varprop.simulate import sample
+from varprop.simulate.block import networks_per_block
 
 TASK = {**experiment.tasks(smoke=True)[1], "target": 0.02, "correlation_target": 0.02}
 
@@ -130,7 +131,8 @@ def test_judge_needs_two_standard_errors() -> None:
 
 def test_work_is_proportional_to_networks_and_tokens() -> None:
     spec = experiment.make_spec(experiment._task("moe_8_2", "causal", 2, 256, 0.01))
-    one, two = device_work(spec, 64, 8), device_work(spec, 64, 16)
+    size = networks_per_block(spec, 64, "cuda")
+    one, two = device_work(spec, 64, size), device_work(spec, 64, 2 * size)
     assert all(two[name] == pytest.approx(2 * one[name]) for name in one)
     per_token = spec.parameter_counts()["active_body"]  # each weight is a multiplication and an addition
     assert one["flops"] / (8 * 64) == pytest.approx(2 * per_token, rel=0.1)

@@ -56,9 +56,9 @@ def required_networks(
     spec, n_tokens, token_correlation: as in `simulate.sample`. relative_error > 0. layers, sites: the cells in which it
     has to be seen, None = all; m counts all. pilot: None takes the spread from `theory.fluctuation`, raised by its
     claimed error (10 % to n_tokens = d_model / 4, else 20 %, also for masks), and where it claims none (other norm
-    placements than "pre", block masks, d_model below 64, n_tokens > d_model) from `PILOT` networks; an integer draws
-    that many; a result of `sample` is used as it is. A pilot's spread is raised to the upper end of its 95 % interval
-    (chi^2, cell by cell).
+    placements than "pre", block masks, d_model below 64, n_tokens > d_model) from `PILOT` networks, of method "gram"
+    where that is exact and faster; an integer draws that many; a result of `sample` is used as it is. A pilot's spread
+    is raised to the upper end of its 95 % interval (chi^2, cell by cell).
 
     Exactness: the spread is that of replicates between normal and log-normal; power and rate are measured in
     experiments/calibration.py. Raises `ArgumentError`, `SchemaError` for a pilot of another model.
@@ -130,7 +130,9 @@ def cell_spread(
     if not isinstance(pilot, xr.Dataset):
         count = PILOT if pilot is None else positive_integer("pilot", pilot, minimum=8)
         options: dict[str, Any] = {"n_tokens": n_tokens, "token_correlation": token_correlation, "seed": seed}
-        pilot = sample(spec, n_networks=count, **options, progress=False)
+        narrow = spec.masks.any or 4 * n_tokens > spec.d_model  # where gram is not exact, or not faster
+        method = "explicit" if narrow else "gram"
+        pilot = sample(spec, n_networks=count, method=method, **options, progress=False)
     for name, wanted in (("spec_id", spec.spec_id), ("n_tokens", n_tokens), ("token_correlation", token_correlation)):
         found = pilot.attrs.get(name)
         if found != wanted:
