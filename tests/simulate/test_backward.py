@@ -246,7 +246,7 @@ CASES = {
     "masked_4": (dense(attention=None, density=0.5, n_layers=4), 0.3),
     "block_4": (dense(n_layers=4), 0.3),
     "mixture_4": (mixture(n_layers=4), 0.3),
-    "causal_6": (dense(pattern="causal", n_layers=6), 0.3, 32),
+    "causal_8": (dense(pattern="causal", n_layers=8), 0.3, 32),  # averages over positions are 25 % too low: seen
 }
 LONG_CASES = {
     "parallel_narrow_4": (dense(d_model=64, block="parallel", skip_multiplier=0.9, n_layers=4), 0.3),
