@@ -292,3 +292,19 @@ def test_a_point_of_a_padded_grid_is_compared_as_the_sample_that_it_is() -> None
     assert checked.dataset.equals(check(predicted, alone).dataset)
     reference = check(grid.sel(density=1.0), alone)
     assert reference.verdict != "disagrees"
+
+
+def test_a_side_without_sites_is_that_of_the_stream() -> None:
+    """The theory's gradients have no site; probes add a standard error for each network, which its spread holds."""
+    values = cells()[:, -1]
+    variables = {name: (("layer",), values * scale) for name, scale in (("g", 1.0), ("g_error", 0.0))}
+    predicted = results.new(variables, source="theory", **ABOUT, coords={"site": list(results.SITES)})
+    drawn = networks().rename(second_moment="g")
+    drawn["g_stderr"] = 0.1 * drawn.g
+    outcome = check(predicted, drawn, variable="g")
+    assert outcome.verdict == "agrees"
+    assert {row["site"] for row in outcome.rows()} == {"resid_post"}
+    assert len(outcome.rows()) == N_LAYERS + 1
+    assert check(predicted.assign(g=1.2 * predicted.g), drawn, variable="g").verdict == "disagrees"
+    alone = drawn.sel(site="resid_post", drop=True)
+    xr.testing.assert_allclose(check(predicted, alone, variable="g").dataset, outcome.dataset)

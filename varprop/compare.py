@@ -213,7 +213,8 @@ def check(
     predicted: `variable(layer, site)`; `theory_error` (for other variables than moments `<variable>_error`) and
     `<variable>_stderr`, the prediction's own sampling error, are 0 where absent. With a `network` or `seed` dimension
     it is a reference ensemble, whose mean and standard error are used (and the smaller n gives the degrees of freedom).
-    measured: `variable(network or seed, layer, site)`, at least 2 replicates, finite.
+    measured: `variable(network or seed, layer, site)`, at least 2 replicates, finite. Where a side has no `site`
+    (the theory's `grad_second_moment`, one definition of `jacobian_deviation`) they meet at `resid_post` alone.
     false_fail_rate: chance that a correct prediction fails, over all cells of this call. resolution: error beyond the
     claimed one that the check has to resolve, as a log ratio (absolute for `token_correlation`).
     allow_other_spec: compare results of different spec or number of tokens.
@@ -299,7 +300,7 @@ def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_o
                 f"one too many by {dim!r}",
                 f"one {dim}; select it first, as with .isel({dim}=-1)",
             )
-        if not {"layer", "site"} <= set(dims) or set(REPLICATES) <= set(dims):
+        if "layer" not in dims or set(REPLICATES) <= set(dims):
             expected = "layer, site and one of network, seed"
             raise ArgumentError(f"{where} {variable} dimensions={dims} is wrong; expected {expected}")
     for name in () if allow_other_spec else ("spec_id", "n_tokens"):
@@ -319,15 +320,25 @@ def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_o
 
 
 def _side(dataset: xr.Dataset, variable: str, log_scale: bool, where: str) -> Side:
-    values = dataset[variable].transpose(..., "layer", "site").values.astype(np.float64)
-    if variable == "token_correlation" and values.ndim == 3 and "second_moment" in dataset:
-        weights = dataset.second_moment.transpose(..., "layer", "site").values.astype(np.float64)
-        values = _ratio_of_means(values, weights)
+    values = _cells(dataset[variable])
+    replicated = values.ndim == 3
+    if variable == "token_correlation" and replicated and "second_moment" in dataset:
+        values = _ratio_of_means(values, _cells(dataset.second_moment))
     if log_scale and bool((values < 0).any()):
         raise SchemaError(f"{where}: {variable}={np.nanmin(values)} is negative; expected numbers >= 0")
     name = f"{variable}_stderr"
-    stderr = dataset[name].transpose("layer", "site").values if name in dataset else 0.0
-    return side_of(values, log_scale=log_scale, stderr=stderr, replicated=values.ndim == 3)
+    known = name in dataset and not replicated  # else the spread over networks holds it
+    stderr = _cells(dataset[name]) if known else 0.0
+    return side_of(values, log_scale=log_scale, stderr=stderr, replicated=replicated)
+
+
+def _cells(values: xr.DataArray) -> NDArray[np.float64]:
+    """(..., layer, site); values of one site alone are absent at the others, and without a name are `resid_post`."""
+    if "site" not in values.dims:
+        site = str(values.site.values) if "site" in values.coords else "resid_post"
+        whole = values.drop_vars("site", errors="ignore").expand_dims(site=list(results.SITES))
+        values = whole.where(whole.site == site)
+    return values.transpose(..., "layer", "site").values.astype(np.float64)
 
 
 def _ratio_of_means(ratios: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -346,10 +357,9 @@ def _claimed_error(predicted: xr.Dataset, variable: str) -> NDArray[np.float64]:
     """The error that the prediction claims: `theory_error` is relative and belongs to the moments only."""
     moments = ("second_moment", "variance")
     name = "theory_error" if variable in moments else f"{variable}_error"
-    shape = (predicted.sizes["layer"], predicted.sizes["site"])
     if name not in predicted:
-        return np.zeros(shape)
-    claimed = np.nan_to_num(predicted[name].transpose("layer", "site").values.astype(np.float64))
+        return np.zeros((predicted.sizes["layer"], len(results.SITES)))
+    claimed = np.nan_to_num(_cells(predicted[name]))
     lowest = float(claimed.min())
     require(lowest >= 0, SchemaError, f"predicted: {name}", lowest, "negative", "numbers >= 0")
     return claimed
