@@ -85,7 +85,7 @@ def test_resolution_decides_between_agrees_and_underpowered():
 
 
 def test_headline_says_the_error_seen_beyond_the_claim():
-    """Claims differ between cells: what is compared with the resolution is the largest excess, not the largest error."""
+    """Claims differ between cells: the largest excess is compared with the resolution, not the largest error."""
     error = np.where(np.arange(N_LAYERS + 1)[:, None] == 1, 0.3, 0.1)
     outcome = check(theory(error=error), networks(), resolution=0.1)
     excess = max(row["detectable"] - row["theory_error"] for row in outcome.rows())
