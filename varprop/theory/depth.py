@@ -136,8 +136,11 @@ def predict(
     error; `second_moment_stderr` and `token_correlation_stderr`, the standard errors from drawn heads (0 where nothing
     was drawn); `exactness`, "exact", "quadrature" or "O(1/width)" of `second_moment`.
 
-    The same seed gives bitwise the same result. Warns (`AccuracyWarning`) where the claimed error of the stream passes
-    5 %. Raises `AssumptionError` outside the domain, naming the parameter. Source: proofs/ of each component.
+    Not claimed: for n_tokens > d_model in full attention the correlations of single pairs of tokens, which couple
+    values and keys, vary more with every layer, and attention outputs are up to several times as large as predicted
+    (experiments/theory_vs_simulation). Warns (`AccuracyWarning`) there, and where the claimed error of the stream
+    passes 5 %. The same seed gives bitwise the same result. Raises `AssumptionError` outside the domain, naming the
+    parameter. Source: proofs/ of each component.
     Checked by: experiments/theory_accuracy.py, tests/theory/test_depth.py.
 
     >>> from varprop.spec import FeedForwardSpec, ModelSpec
@@ -252,6 +255,15 @@ def _position_resolved(
 
 
 def _warn(points: Sequence[_Point]) -> None:
+    for spec, n_tokens in ((p.spec, p.n_tokens) for p in points):
+        full = spec.attention is not None and spec.attention.pattern == "full"
+        if full and n_tokens > spec.d_model and spec.n_layers > 1:
+            message = (
+                f"n_tokens={n_tokens} in full attention is more than d_model={spec.d_model}, where attention after the "
+                "first layer is larger than predicted and claimed; expected n_tokens <= d_model"
+            )
+            warnings.warn(message, AccuracyWarning, stacklevel=3)
+            break
     worst = max(points, key=lambda p: float(p.numbers["theory_error"][-1, 4]))
     error = float(worst.numbers["theory_error"][-1, 4])
     if error > WARN_ABOVE:
