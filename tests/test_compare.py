@@ -22,7 +22,9 @@ def cells(value: float = 1.0) -> np.ndarray:
     return np.where(ABSENT, np.nan, value * (1 + np.arange(N_LAYERS + 1))[:, None] * np.ones(5))
 
 
-def theory(values: np.ndarray | None = None, error: float | None = None, variable: str = "second_moment", **about):
+def theory(
+    values: np.ndarray | None = None, error: float | np.ndarray | None = None, variable: str = "second_moment", **about
+):
     values = cells() if values is None else values
     variables = {variable: (("layer", "site"), values)}
     if error is not None:

@@ -335,7 +335,7 @@ def parser() -> argparse.ArgumentParser:
         "--method",
         default="explicit",
         help="explicit, or gram: no weight matrices, faster where d_model is several times the number of tokens, slower"
-        " below (default %(default)s)",
+        " in narrow models (default %(default)s)",
     )
     sample.add_argument(
         "--backward", action="store_true", help="also gradients and Jacobians of the blocks (method explicit only)"

@@ -72,10 +72,10 @@ def sample(
     seed: network i is bitwise the same for every n_networks, first_network and number of threads, on one device.
     first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix;
     `gram` (varprop.simulate.gram) draws what they make of the tokens, exact in law at a cost of T^2 in place of T d per
-    unit: faster where d_model is several times n_tokens, slower below, and without weights, so not for backward. It
-    treats a weight mask to leading order in 1/(density fan_in). Attributes `exactness`, `method_error` and
-    `method_spread_error` say what this neglects in means and in variances over networks of the second moments of one
-    layer (`gram_claims`; 0 if exact).
+    unit: faster from a d_model of several n_tokens and some hundreds on, slower in narrower models, and without
+    weights, so not for `backward`. It treats a weight mask to leading order in 1/(density fan_in): attributes
+    `exactness`, `method_error` and `method_spread_error` say what this neglects in means and in variances over networks
+    of the second moments of one layer (`gram_claims`; 0 if exact).
     dtype: type of the stream and of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
     draw_device: where the weights are drawn, None = `device`. An accelerator draws a thousand times faster than the
     CPU, but other numbers from the same seeds: the same law, other networks. "cpu" gives the same networks, to
