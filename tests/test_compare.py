@@ -8,9 +8,12 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varprop import results
+from varprop import presets, results
 from varprop.compare import Check, check
 from varprop.errors import ArgumentError, SchemaError
+from varprop.simulate import sample
+from varprop.spec import MaskSpec
+from varprop.theory import predict
 
 N_LAYERS = 3
 ABOUT = {"spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
@@ -124,13 +127,47 @@ def test_absent_parts_are_zero_on_both_sides_and_agree_exactly():
     assert row["detectable"] < 1e-12
 
 
-@pytest.mark.parametrize("side", ["prediction", "measurement"])
-def test_zero_against_nonzero_disagrees_and_can_be_saved(side, tmp_path):
+def test_a_prediction_of_zero_disagrees_with_networks_above_it_and_can_be_saved(tmp_path):
     mean, drawn = cells(), networks().second_moment.values
-    (mean if side == "prediction" else drawn)[..., 2, 1] = 0
+    mean[2, 1] = 0
     outcome = check(theory(mean, error=0.5), measured(drawn))
     assert cell(outcome, 2, "attn_out")["verdict"] == outcome.verdict == "disagrees"
     results.save(outcome.dataset, tmp_path / "check.nc")
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_networks_of_zeros_are_underpowered_and_can_be_saved(above, tmp_path):
+    """A prediction above 0 of which no network, or one, shows anything: nothing is known of the mean."""
+    drawn = networks().second_moment.values
+    drawn[above:, 2, 1] = 0
+    outcome = check(theory(), measured(drawn))
+    row = cell(outcome, 2, "attn_out")
+    assert (row["verdict"], row["p_adjusted"]) == ("underpowered", 1.0)
+    assert outcome.verdict == "underpowered"
+    results.save(outcome.dataset, tmp_path / "check.nc")
+
+
+def test_whole_matrices_masked_at_random_make_no_disagreement():
+    """One block a matrix, kept with probability 0.1: of 16 networks mostly none has a branch. 40 calls; a right program
+    fails with probability 0.06 at most, once (fixed seed); with exact zeros every call fails."""
+    mask = MaskSpec(kind="block", density=0.1, block_size=64)
+    linear = {"activation": "identity", "gated": False, "d_model": 64, "d_ff": 64, "n_layers": 2}
+    spec = presets.tiny().with_fields({"attention": None}).with_fields(linear | {"masks": {"up": mask, "down": mask}})
+    drawn, right = sample(spec, n_networks=640, n_tokens=4, progress=False), predict(spec, n_tokens=4)
+    outcomes = [check(right, drawn.isel(network=slice(i, i + 16))).verdict for i in range(0, 640, 16)]
+    assert outcomes.count("disagrees") <= 2
+
+
+@pytest.mark.parametrize("side", ["prediction", "measurement"])
+def test_the_error_of_sampling_without_matrices_belongs_to_the_band(side):
+    mean, drawn = theory(cells(1.1)), networks()
+    assert check(mean, drawn).verdict == "disagrees"
+    (mean if side == "prediction" else drawn).attrs["method_error"] = 0.1
+    outcome = check(mean, drawn)
+    assert outcome.verdict != "disagrees"
+    assert outcome.dataset.attrs["method_error"] == 0.1
+    assert cell(outcome, 2, "attn_out")["theory_error"] == 0.1
+    assert "of which 10 % of the sampling method" in outcome.headline()
 
 
 def test_cells_without_spread_are_decided_exactly():
