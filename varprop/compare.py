@@ -315,20 +315,48 @@ def _matched(predicted: xr.Dataset, measured: xr.Dataset, variable: str, allow_o
         if "layer" not in dims or set(REPLICATES) <= set(dims):
             expected = "layer, site and one of network, seed"
             raise ArgumentError(f"{where} {variable} dimensions={dims} is wrong; expected {expected}")
+        if "axes" in dataset.attrs and not allow_other_spec:
+            raise ArgumentError(f"{where} is of a grid without the specs of its points; expected one with them")
     for name in () if allow_other_spec else ("spec_id", "n_tokens"):
         ours, theirs = str(predicted.attrs[name]), str(measured.attrs[name])
         if ours != theirs:
             raise ArgumentError(f"measured {name}={theirs} is another; expected {ours}, that of the prediction")
-    ours, theirs = (d.attrs.get("token_correlation", "") for d in (predicted, measured))
-    if isinstance(ours, (int, float)) and isinstance(theirs, (int, float)) and not allow_other_spec:
-        good = abs(float(ours) - float(theirs)) < 1e-12
-        require(good, ArgumentError, "measured token_correlation", float(theirs), "another", f"{float(ours)}")
-        given = measured.attrs.get("inputs", "gaussian")
-        one = "a prediction with the correlation matrix of the inputs"
-        require(given == "gaussian", ArgumentError, "measured inputs", given, "no Gaussian tokens", one)
+    if not allow_other_spec:
+        _check_tokens(predicted, measured)
     layers, wanted = measured.layer.values.tolist(), predicted.layer.values.tolist()
     require(sorted(layers) == sorted(wanted), ArgumentError, "measured layers", layers, "different", str(wanted))
     return measured.sel(layer=predicted.layer.values)
+
+
+def _check_tokens(predicted: xr.Dataset, measured: xr.Dataset) -> None:
+    """Both read the same tokens, where both say which: Gaussian ones of a number or a matrix, or given inputs.
+
+    A prediction cannot read given inputs: one with a correlation matrix is taken to be that of the inputs.
+    """
+    (ours, _), (theirs, given) = (_tokens(dataset) for dataset in (predicted, measured))
+    if "" in (ours, theirs) or ours == theirs:
+        return
+    if isinstance(ours, float) and isinstance(theirs, float):
+        good = abs(ours - theirs) < 1e-12
+        require(good, ArgumentError, "measured token_correlation", theirs, "another", f"{ours}, that of the prediction")
+    elif given:
+        of_matrix = predicted.attrs["source"] == "theory" and isinstance(ours, str)
+        one = "a prediction with the correlation matrix of the inputs"
+        require(of_matrix, ArgumentError, "measured inputs", theirs, "not what was predicted for", one)
+    else:
+        expected = f"{ours}, that of the prediction"
+        raise ArgumentError(f"measured token_correlation={theirs} is another; expected {expected}")
+
+
+def _tokens(dataset: xr.Dataset) -> tuple[float | str, bool]:
+    """What a result says that its networks read, "" for nothing: a number, or the hash of a matrix or of inputs.
+
+    With it whether the latter.
+    """
+    inputs, correlation = dataset.attrs.get("inputs", "gaussian"), dataset.attrs.get("token_correlation", "")
+    if inputs not in ("", "gaussian"):
+        return str(inputs), True
+    return correlation if isinstance(correlation, str) else float(correlation), False
 
 
 def _side(dataset: xr.Dataset, variable: str, log_scale: bool, where: str) -> Side:
