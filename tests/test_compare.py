@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varprop import results
+from varprop import presets, results
 from varprop.compare import Check, check
 from varprop.errors import ArgumentError, SchemaError
+from varprop.simulate import grid, sample
+from varprop.spec import MaskSpec
+from varprop.theory import predict
 
 N_LAYERS = 3
 ABOUT = {"spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
@@ -126,13 +131,47 @@ def test_absent_parts_are_zero_on_both_sides_and_agree_exactly():
     assert row["detectable"] < 1e-12
 
 
-@pytest.mark.parametrize("side", ["prediction", "measurement"])
-def test_zero_against_nonzero_disagrees_and_can_be_saved(side, tmp_path):
+def test_a_prediction_of_zero_disagrees_with_networks_above_it_and_can_be_saved(tmp_path):
     mean, drawn = cells(), networks().second_moment.values
-    (mean if side == "prediction" else drawn)[..., 2, 1] = 0
+    mean[2, 1] = 0
     outcome = check(theory(mean, error=0.5), measured(drawn))
     assert cell(outcome, 2, "attn_out")["verdict"] == outcome.verdict == "disagrees"
     results.save(outcome.dataset, tmp_path / "check.nc")
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_networks_of_zeros_are_underpowered_and_can_be_saved(above, tmp_path):
+    """A prediction above 0 of which no network, or one, shows anything: nothing is known of the mean."""
+    drawn = networks().second_moment.values
+    drawn[above:, 2, 1] = 0
+    outcome = check(theory(), measured(drawn))
+    row = cell(outcome, 2, "attn_out")
+    assert (row["verdict"], row["p_adjusted"]) == ("underpowered", 1.0)
+    assert outcome.verdict == "underpowered"
+    results.save(outcome.dataset, tmp_path / "check.nc")
+
+
+def test_whole_matrices_masked_at_random_make_no_disagreement():
+    """One block a matrix, kept with probability 0.1: of 16 networks mostly none has a branch. 40 calls; a right program
+    fails with probability 0.06 at most, once (fixed seed); with exact zeros every call fails."""
+    mask = MaskSpec(kind="block", density=0.1, block_size=64)
+    linear = {"activation": "identity", "gated": False, "d_model": 64, "d_ff": 64, "n_layers": 2}
+    spec = presets.tiny().with_fields({"attention": None}).with_fields(linear | {"masks": {"up": mask, "down": mask}})
+    drawn, right = sample(spec, n_networks=640, n_tokens=4, progress=False), predict(spec, n_tokens=4)
+    outcomes = [check(right, drawn.isel(network=slice(i, i + 16))).verdict for i in range(0, 640, 16)]
+    assert outcomes.count("disagrees") <= 2
+
+
+@pytest.mark.parametrize("side", ["prediction", "measurement"])
+def test_the_error_of_sampling_without_matrices_belongs_to_the_band(side):
+    mean, drawn = theory(cells(1.1)), networks()
+    assert check(mean, drawn).verdict == "disagrees"
+    (mean if side == "prediction" else drawn).attrs["method_error"] = 0.1
+    outcome = check(mean, drawn)
+    assert outcome.verdict != "disagrees"
+    assert outcome.dataset.attrs["method_error"] == 0.1
+    assert cell(outcome, 2, "attn_out")["theory_error"] == 0.1
+    assert "of which 10 % of the sampling method" in outcome.headline()
 
 
 def test_cells_without_spread_are_decided_exactly():
@@ -277,23 +316,79 @@ def test_a_point_of_a_padded_grid_is_compared_as_the_sample_that_it_is() -> None
     values[:, :, 0, :4] = np.nan
     values[0, 20:] = np.nan
     values[0, :, 2] = np.nan
+    own = {"spec": ABOUT["spec_json"], "spec_id": ABOUT["spec_id"], "n_tokens": ABOUT["n_tokens"]}
     variables = {
         "second_moment": (("density", "network", "layer", "site"), values),
+        "point": (("density",), results.point_variable([own, own])),
         "n_networks": (("density",), [20, 32]),
         "last_layer": (("density",), [1, 2]),
     }
     coords = {"density": [1.0, 0.5]}
-    grid = results.new(variables, source="simulation", coords=coords, attributes={"axes": "{}"}, **ABOUT)
+    padded = results.new(variables, source="simulation", coords=coords, attributes={"axes": "{}"}, **ABOUT)
     dims = ("network", "layer", "site")
     alone = results.new({"second_moment": (dims, values[0, :20, :2])}, source="simulation", **ABOUT)
     ones = np.ones((2, 5))
     ones[0, :4] = np.nan
     predicted = results.new({"second_moment": (("layer", "site"), ones)}, source="theory", **ABOUT)
-    checked = check(predicted, grid.sel(density=1.0))
+    checked = check(predicted, padded.sel(density=1.0))
     assert checked.n_networks == 20
     assert checked.dataset.equals(check(predicted, alone).dataset)
-    reference = check(grid.sel(density=1.0), alone)
+    reference = check(padded.sel(density=1.0), alone)
     assert reference.verdict != "disagrees"
+    with pytest.raises(ArgumentError, match="one too many by 'density'; expected one density; select it first"):
+        check(predicted, padded)
+    with pytest.raises(ArgumentError, match="measured is of a grid without the specs of its points"):
+        check(predicted, padded.drop_vars("point").sel(density=1.0))
+
+
+SPEC = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
+
+
+def test_a_point_of_a_grid_is_compared_with_the_prediction_of_its_own_spec_and_tokens(tmp_path: Path) -> None:
+    axes = {"density": [1.0, 0.25], "token_correlation": [0.0, 0.5], "n_tokens": [4, 6]}
+    options = {"n_networks": 4, "n_tokens": 4}
+    drawn = results.load(results.save(grid(SPEC, axes, directory=tmp_path, **options), tmp_path / "grid.nc"))
+    theories = predict(SPEC, n_tokens=4, over=axes)
+    label = {"density": 0.25, "input_token_correlation": 0.5, "n_tokens": 6}
+    base, masked = predict(SPEC, n_tokens=6), predict(SPEC.with_fields(density=0.25), n_tokens=6, token_correlation=0.5)
+    for prediction in (masked, theories.sel(label), results.present(theories.sel(label))):
+        assert check(prediction, drawn.sel(label)).n_networks == 4
+        assert results.present(prediction).equals(masked)
+    with pytest.raises(ArgumentError, match=f"spec_id={masked.attrs['spec_id']} is another; expected {SPEC.spec_id}"):
+        check(base, results.present(drawn.sel(label)))
+    for other, message in (
+        ({"density": 1.0}, "spec_id=.* is another"),
+        ({"n_tokens": 4}, "n_tokens=4 is another; expected 6"),
+        ({"input_token_correlation": 0.0}, "token_correlation=0.0 is another; expected 0.5"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            check(masked, drawn.sel(label | other))
+    with pytest.raises(ArgumentError, match="one too many by"):
+        check(masked, drawn.sel(density=0.25, n_tokens=6))
+
+
+def test_tokens_of_a_matrix_of_a_number_and_of_a_text_are_told_apart(tmp_path: Path) -> None:
+    matrix, other = np.eye(4), np.full((4, 4), 0.5) + 0.5 * np.eye(4)
+    ids = np.array([[0, 1, 0, 2], [3, 3, 1, 0]])
+    theory_of = {
+        name: predict(SPEC, n_tokens=4, token_correlation=c)
+        for name, c in (("number", 0.0), ("matrix", np.asfortranarray(matrix)), ("other", other))
+    }
+    gaussian = sample(SPEC, n_networks=3, n_tokens=4)
+    drawn = sample(SPEC, n_networks=3, n_tokens=4, token_correlation=matrix)
+    drawn = results.load(results.save(drawn, tmp_path / "drawn.nc"))
+    text, text_again = (sample(SPEC, n_networks=3, inputs=ids, seed=seed) for seed in (0, 1))
+    another = sample(SPEC, n_networks=3, inputs=ids[::-1])
+    good = [("number", gaussian), ("matrix", drawn), ("matrix", text), ("other", text)]
+    for name, measured in good:
+        check(theory_of[name], measured)
+    check(text, text_again)
+    bad = [(theory_of["number"], drawn), (theory_of["matrix"], gaussian), (theory_of["other"], drawn)]
+    bad += [(theory_of["number"], text), (text, another), (text, gaussian), (gaussian, text), (drawn, text)]
+    for predicted, measured in bad:
+        with pytest.raises(ArgumentError, match=r"^measured (token_correlation|inputs)=.* is .*; expected "):
+            check(predicted, measured)
+        check(predicted, measured, allow_other_spec=True)
 
 
 def test_a_side_without_sites_is_that_of_the_stream() -> None:

@@ -5,7 +5,8 @@ where only the site `resid_post` exists: variables are NaN there at the other si
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
 networks (labels below `n_networks`) and layers a point has: floating-point variables are NaN at the others. A variable
-that a point does not have, such as gates without a mixture, is NaN all over it. NaN stands nowhere else.
+that a point does not have, such as gates without a mixture, is NaN all over it. NaN stands nowhere else. Its text
+variable `point`, over the axes, holds what each point is: JSON of the attributes that it has as a result of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from varprop._version import __version__
 from varprop.errors import ArgumentError, SchemaError, require
@@ -48,6 +50,10 @@ MOMENTS = ("second_moment", "variance", "token_correlation")
 """Variables that every reader gives, floating point over layer and site."""
 EXTENT = {"network": ("n_networks", 0), "layer": ("last_layer", 1)}
 """Dimension -> the variable that says how far it goes at each point of a grid, and the label of its first entry."""
+POINT = "point"
+"""The variable that holds the attributes of each point of a grid."""
+GRID_ATTRIBUTES = ("axes", "stop")
+"""Attributes that a grid has and a point has not."""
 VOLATILE_ATTRIBUTES = ("created_at", "command", "git_commit", "git_dirty", "end_condition")
 """Attributes that two runs of the same thing may differ in."""
 
@@ -176,8 +182,16 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
         raise SchemaError(f"{where} is {array[tuple(index)]} at {labels}; expected a finite number")
 
 
+def point_variable(points: Sequence[Mapping[str, Any]]) -> NDArray[np.str_]:
+    """The variable `point`, one text for each point: its attributes as JSON."""
+    return np.array([json.dumps(attributes, sort_keys=True, default=lambda n: n.item()) for attributes in points])
+
+
 def present(dataset: xr.Dataset) -> xr.Dataset:
-    """One point of a grid without the networks, layers and variables that it does not have; others as they are.
+    """One point of a grid as a result of its own; other results as they are.
+
+    It has no networks, layers and variables beyond its own and no coordinates of the axes, and the attributes (spec,
+    spec_id, n_tokens, ...) that `simulate.sample` or `theory.predict` gives for its spec alone.
 
     >>> values = np.array([[1.0, 2.0, np.nan], [3.0, 4.0, 5.0]])
     >>> about = {"source": "simulation", "spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
@@ -193,7 +207,17 @@ def present(dataset: xr.Dataset) -> xr.Dataset:
     if "axes" not in dataset.attrs:
         return dataset
     floating = [name for name, values in dataset.data_vars.items() if values.dtype.kind == "f" and name not in MOMENTS]
-    return dataset.drop_vars([name for name in floating if bool(dataset[name].isnull().all())])
+    dataset = dataset.drop_vars([name for name in floating if bool(dataset[name].isnull().all())])
+    if POINT not in dataset or len(set(dataset[POINT].to_numpy().flat)) > 1 or set(dataset[POINT].dims) - {"network"}:
+        return dataset
+    numbers = {str(name): values.item() for name, values in dataset.data_vars.items() if not values.ndim}
+    own = json.loads(str(dataset[POINT].to_numpy().flat[0]))
+    axes = [name for name, values in dataset.coords.items() if not values.ndim and name not in DIMENSIONS]
+    alone = dataset.drop_vars([POINT, *(name for name in numbers if name != POINT), *axes])
+    attributes = {name: value for name, value in dataset.attrs.items() if name not in GRID_ATTRIBUTES}
+    of_networks = {"n_networks": dataset.sizes["network"]} if "network" in dataset.sizes else {}
+    alone.attrs = attributes | {k: v for k, v in numbers.items() if k != POINT} | own | of_networks
+    return alone
 
 
 def _along(values: xr.DataArray, dim: str, mask: xr.DataArray) -> np.ndarray:
@@ -218,6 +242,12 @@ def checksum(dataset: xr.Dataset) -> str:
         digest.update(json.dumps([name, values.dims, array.shape, text or array.dtype.name]).encode())
         digest.update(text.encode() or array.astype(array.dtype.newbyteorder("<")).tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def sha256_of_array(array: np.ndarray) -> str:
+    """`sha256:` and the hexadecimal hash of type, shape and bytes."""
+    header = f"{array.dtype.str}{array.shape}".encode()
+    return "sha256:" + hashlib.sha256(header + array.tobytes()).hexdigest()
 
 
 def save(dataset: xr.Dataset, path: str | Path) -> Path:

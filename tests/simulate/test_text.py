@@ -108,7 +108,12 @@ def test_the_check_sees_that_words_repeat(text_pair) -> None:
     """The same networks against a prediction for distinct words."""
     _, measured = text_pair
     distinct = predict(WIDE, n_tokens=32)
-    assert check(distinct, measured, variable="token_correlation").verdict == "disagrees"
+    with pytest.raises(
+        ArgumentError, match="is not what was predicted for; expected a prediction with the correlation"
+    ):
+        check(distinct, measured)
+    outcome = check(distinct, measured, variable="token_correlation", allow_other_spec=True)
+    assert outcome.verdict == "disagrees"
 
 
 @pytest.fixture(scope="module")

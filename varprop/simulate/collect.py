@@ -22,6 +22,8 @@ from varprop.simulate.plan import Plan, Point, Span, first_gap, missing_rounds
 from varprop.spec.axes import axes_json, dimensions
 
 CLAIMS = ("method_error", "method_spread_error")
+OF_POINTS = ("spec", "spec_id", "n_tokens", "token_correlation", "inputs", "n_sequences")
+"""Attributes of a point that its task decides; beside them it has those of `SHARED`."""
 SHARED = ("method", "exactness", *CLAIMS, "inputs", "n_sequences", "token_correlation", "draw_device", "n_probes")
 """Attributes that a grid has where its points agree, else empty."""
 MADE_WITH = ("varprop_version", "torch_version", "device_name")
@@ -169,6 +171,8 @@ def _dataset(
     for name in CLAIMS if first["method"] == "gram" else ():
         claims = [points[i].attrs[name] if i in points else np.nan for i in ids]
         variables[name] = (tuple(labels), np.array(claims).reshape(shape))
+    own = [_attributes(point, points.get(point.id)) for point in plan.points]
+    variables[results.POINT] = (tuple(labels), results.point_variable(own).reshape(shape))
     same = {k: v for k, v in first.items() if all(point.attrs[k] == v for point in points.values())}
     dataset = results.new(
         variables,
@@ -197,6 +201,13 @@ def _dataset(
         message = f"memory was short in {reduced} rounds: computed in smaller batches; the numbers are the same"
         warnings.warn(message, ReducedBatchWarning, stacklevel=2)
     return dataset
+
+
+def _attributes(point: Point, dataset: xr.Dataset | None) -> dict[str, Any]:
+    """Attributes of a point as `sample` gives them; of one without networks what is known."""
+    known = json.loads(point.task) | {"spec": point.spec.to_json(), "spec_id": point.spec.spec_id}
+    of_networks = {} if dataset is None else {k: dataset.attrs[k] for k in SHARED if k in dataset.attrs}
+    return {name: known[name] for name in OF_POINTS} | of_networks
 
 
 def _made_with(points: dict[str, xr.Dataset]) -> str:

@@ -6,7 +6,6 @@ Legend: S sequences, T tokens, D d_model.
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from varprop.errors import ArgumentError, AssumptionError, require
+from varprop.results import sha256_of_array
 from varprop.spec import ModelSpec
 from varprop.theory.depth import checked_correlation
 
@@ -82,12 +82,6 @@ class Inputs:
         """A matrix R (T, T) with R R^T = C, for singular C too."""
         eigenvalues, vectors = torch.linalg.eigh(torch.from_numpy(np.asarray(self.token_correlation)))
         return vectors * eigenvalues.clamp(min=0.0).sqrt()
-
-
-def sha256_of_array(array: np.ndarray) -> str:
-    """`sha256:` and the hexadecimal hash of type, shape and bytes."""
-    header = f"{array.dtype.str}{array.shape}".encode()
-    return "sha256:" + hashlib.sha256(header + array.tobytes()).hexdigest()
 
 
 def read_inputs(spec: ModelSpec, n_tokens: int | None, token_correlation: Any, inputs: Any) -> Inputs:

@@ -57,6 +57,14 @@ class _Point:
     grams: list[tuple[np.ndarray, np.ndarray]] | None = None
     """Kept for the gradients where positions are resolved: before the attention and the feed-forward of each layer."""
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What a result says of it; a correlation matrix by its SHA-256 as float64, as in a simulation."""
+        given = self.token_correlation
+        correlation = results.sha256_of_array(given) if isinstance(given, np.ndarray) else given
+        named = {"spec": self.spec.to_json(), "spec_id": self.spec.spec_id}
+        return {**named, "n_tokens": int(self.n_tokens), "token_correlation": correlation}
+
     def write(
         self,
         second_moment: np.ndarray,
@@ -288,7 +296,11 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
     for name in points[0].backward:
         last = ("definition",) if name.startswith("jacobian") else ()
         variables[name] = ((*labels, "layer", *last), stacked([p.backward[name] for p in points]))
-    given = points[0].token_correlation
+    if axes:
+        variables[results.POINT] = (
+            tuple(labels),
+            results.point_variable([p.attributes for p in points]).reshape(shape),
+        )
     same = "token_correlation" not in axes
     dataset = results.new(
         variables,
@@ -299,7 +311,7 @@ def _dataset(spec: ModelSpec, axes: Mapping[str, Sequence[Any]], points: Sequenc
         coords={**labels, "definition": list(DEFINITIONS)} if points[0].backward else labels,
         seed_entropy=str(seed),
         attributes={
-            "token_correlation": (float(given) if np.ndim(given) == 0 else "matrix") if same else "",
+            "token_correlation": points[0].attributes["token_correlation"] if same else "",
             **({"axes": axes_json(axes)} if axes else {}),
         },
     )
