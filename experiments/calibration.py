@@ -379,14 +379,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _print_work(todo)
     path = chosen.out / "calibration.json"
     before = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    given = sys.argv[1:] if arguments is None else arguments
+    about = {"version": __version__, "command": shlex.join(["python", "-m", "experiments.calibration", *given])}
+    if chosen.stage != "all":  # the run that drew the networks, not the one that reports
+        about |= {name: before[name] for name in about if name in before}
     if chosen.stage == "table":
-        done, about = before["rows"], {name: before.get(name) for name in ("version", "command")}
+        done = before["rows"]
     else:
         deadline = started + chosen.max_seconds if chosen.stage == "all" else -math.inf
         one = functools.partial(judged, folder=chosen.runs, device=chosen.device, deadline=deadline)
         done = [row for row in run_all(one, todo, chosen.n_workers) if row is not None]
-        given = sys.argv[1:] if arguments is None else arguments
-        about = {"version": __version__, "command": shlex.join(["python", "-m", "experiments.calibration", *given])}
     print(f"{len(done)} of {len(everything)} cells, {time.time() - started:.0f} s")
     if not done:
         return 0

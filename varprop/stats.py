@@ -144,13 +144,13 @@ def log_band_p_value(estimate: LogMean, prediction: LogMean, band: ArrayLike, do
     excess = np.abs(deviation) - np.asarray(band, dtype=np.float64)
     statistic = _statistic(excess, *_sides(deviation, estimate, prediction))
     p_value = np.where(excess > 0, _two_sided(statistic, dof), 1.0)
-    nothing = (exactly_zero(estimate) | exactly_zero(prediction)) & (np.abs(deviation) == LARGEST_LOG)
+    nothing = np.logical_or(exactly_zero(estimate), exactly_zero(prediction)) & (np.abs(deviation) == LARGEST_LOG)
     return np.where(nothing, 0.0, p_value)  # 0 against what is above 0
 
 
-def exactly_zero(side: LogMean) -> Array:
+def exactly_zero(side: LogMean) -> NDArray[np.bool_]:
     """Where a mean is known to be 0, which no sample shows."""
-    return (side.value == -np.inf) & (side.stderr == 0)
+    return np.isneginf(side.value) & (side.stderr == 0)
 
 
 def log_excess(statistic: ArrayLike, low: LogMean, high: LogMean) -> Array:

@@ -102,7 +102,8 @@ def _draw(axes: Axes, cells: xr.Dataset) -> set[str]:
     half = half * cells.deviation_stderr.values[exists]
     absolute = "ratio" not in cells
     low, high = centre - half, centre + (half if absolute else stats.widened_below(half))
-    scale = (lambda x: x) if absolute else np.exp
+    # No bar where nothing bounds the mean.
+    scale = (lambda x: x) if absolute else (lambda x: np.exp(np.where(x < stats.LARGEST_LOG, x, np.inf)))
     axes.fill_between(layer, scale(-claimed), scale(claimed), color="0.5", alpha=0.25, lw=0, zorder=1)
     axes.axhline(scale(0.0), color="0.3", lw=0.8, zorder=1)
     for name, (colour, marker) in VERDICT_STYLE.items():
