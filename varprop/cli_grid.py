@@ -18,9 +18,9 @@ SLURM = """\
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task={n_workers}
 #SBATCH --time={time}{gpu}
-# Save this as a file and submit it: sbatch FILE. Each job begins with its own points and then helps the others. Finished networks are files: a job that was killed is
-# submitted again as it is. The directory has to be on a file system that all nodes share. The jobs write no result; when
-# all have ended:
+# Save this as a file and submit it: sbatch FILE. Each job begins with its own points and then helps the others.
+# Finished networks are files: a job that was killed is submitted again as it is. The directory has to be on a file
+# system that all nodes share. The jobs write no result; when all have ended:
 #   {program} grid merge {grid} --directory {directory} --out {out}
 set -euo pipefail
 cd {folder}
