@@ -206,3 +206,11 @@ def test_help_lists_the_keys_of_a_grid_file(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     for key in ("round_networks", "n_probes", "token_correlation", "max_seconds", "corpus", "[stop]"):
         assert key in text
+
+
+@pytest.mark.parametrize("time", ["30", "30:00", "8:00:00", "2-12", "2-12:30", "2-12:30:00"])
+def test_limits_in_the_formats_of_slurm(time: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("slurm", "grid.toml", "--n-jobs", 2, "--time", time) == 0
+    script = capsys.readouterr().out
+    assert f"#SBATCH --time={time}\n" in script
+    assert "sbatch FILE" in script
