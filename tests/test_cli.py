@@ -126,7 +126,7 @@ BAD = [
     (["simulate", "--spec", "tiny", "--text", "0"], "n_sequences=0 is outside the domain"),
     (["simulate", "--spec", "tiny", "--text", "100000"], "n_sequences=100000 is more than the 19086 windows"),
     (["simulate", "--spec", "tiny", "--text", "2", "--token-correlation", "0.5"], "given with inputs"),
-    (["simulate", "--spec", "tiny", "--text", "2", "--text-corpus", "dosc"], "corpus='dosc' is unknown"),
+    (["simulate", "--spec", "tiny", "--text", "2", "--corpus", "dosc"], "corpus='dosc' is unknown"),
     (["simulate", "--spec", "tiny", "--text", "2", "--inputs", "ids.npy"], "not allowed with"),
     (["simulate", "--spec", "tiny", "--inputs", "missing.npy"], "inputs='missing.npy' cannot be read"),
     (["simulate", "--spec", "tiny", "--inputs", "binary.json"], "inputs='binary.json' is no whole array"),

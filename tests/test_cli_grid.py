@@ -123,6 +123,16 @@ BAD = [
     (('spec = "tiny"', 'spec = "none.json"'), "none.json' cannot be read"),
     (('spec = "tiny"', "spec = 3"), "spec=3 is no name"),
     (("[set]", "[set"), "grid='grid.toml' is no TOML"),
+    (("n_networks = 6", f"n_networks = {'9' * 5000}"), "grid='grid.toml' is no TOML (Exceeds the limit"),
+    (("n_networks = 6", f"n_networks = 1{'0' * 30}"), "is outside the domain; expected an integer up to"),
+    (("n_tokens = 5", f"n_tokens = 1{'0' * 30}"), "is outside the domain; expected an integer up to"),
+    (('spec = "tiny"', 'spec = "ti\\u0000ny.json"'), "is no name; expected a preset"),
+    (("[run]", '[run]\n"a\\nb" = 1'), "run.'a\\nb' is an unknown key"),
+    (("[run]", '[run]\nmethod = ["explicit"]'), "method=['explicit'] is unknown"),
+    (("[run]", '[run]\ndtype = ["float32"]'), "dtype=['float32'] is unknown"),
+    (("[run]", '[run]\ncorpus = "nope"'), "corpus='nope' is given without text"),
+    (("density = [1.0, 0.5]", "density = [1, 1.0]"), "repeats a value"),
+    (("density = [1.0, 0.5]", "seed = [1, 2]"), "axes='seed' is no axis of a grid; expected more n_networks"),
     (("n_tokens = 5", 'n_tokens = "5"'), "n_tokens='5' is outside the domain"),
     (("d_ff = 48", "d_f = 48"), "d_f is an unknown field"),
     (("n_tokens = 5", "n_tokens = 5\n[stop]\nstder = 0.1"), "stop.stder is an unknown key; expected stop.stderr"),
@@ -159,6 +169,12 @@ def test_bad_grid_files_are_one_line(
         (("run", "grid.toml", "--out", "no/folder/a.nc"), "cannot be written"),
         (("run", "grid.toml", "--n-workers", "0"), "n_workers=0 is outside the domain"),
         (("merge", "grid.toml", "--directory", "none", "--partial"), "holds nothing of this grid"),
+        (("run", "grid.toml", "--out", "./grid.toml"), "out='./grid.toml' is the grid file"),
+        (("merge", "grid.toml", "--directory", "a", "--out", "grid.toml"), "out='grid.toml' is the grid file"),
+        (("status", "grid.toml", "--directory", "none"), "directory='none' is missing"),
+        (("slurm", "grid.toml", "--n-jobs", "2", "--time", "1 day"), "time='1 day' is no limit of SLURM"),
+        (("slurm", "grid.toml", "--n-jobs", "99999999999"), "n_jobs=99999999999 is outside the domain"),
+        (("slurm", "grid.toml", "--n-jobs", "2", "--out", "no/a.nc"), "cannot be written"),
         (("slurm", "grid.toml", "--n-jobs", "0"), "n_jobs=0 is outside the domain"),
         ((), "required: run|status|merge|slurm"),
     ],
@@ -171,3 +187,30 @@ def test_bad_arguments_are_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["grid.toml"]
+
+
+@pytest.mark.parametrize(
+    "name", ["last_layer", "n_networks", "second_moment", "stop_error", "method_error", "point", '""']
+)
+def test_axes_named_like_a_variable_are_refused(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "grid.toml").write_text(GRID.replace("model.", f"{name}."))
+    assert run("run", "grid.toml") == 2
+    error = capsys.readouterr().err
+    assert "the name of a variable" in error or "axes='' is no name" in error
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.toml"]
+
+
+def test_help_lists_the_keys_of_a_grid_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("run", "--help")
+    text = capsys.readouterr().out
+    for key in ("round_networks", "n_probes", "token_correlation", "max_seconds", "corpus", "[stop]"):
+        assert key in text
+
+
+@pytest.mark.parametrize("time", ["30", "30:00", "8:00:00", "2-12", "2-12:30", "2-12:30:00"])
+def test_limits_in_the_formats_of_slurm(time: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("slurm", "grid.toml", "--n-jobs", 2, "--time", time) == 0
+    script = capsys.readouterr().out
+    assert f"#SBATCH --time={time}\n" in script
+    assert "sbatch FILE" in script

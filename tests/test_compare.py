@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -345,8 +346,8 @@ SPEC = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
 
 
 def test_a_point_of_a_grid_is_compared_with_the_prediction_of_its_own_spec_and_tokens(tmp_path: Path) -> None:
-    axes = {"density": [1.0, 0.25], "token_correlation": [0.0, 0.5], "n_tokens": [4, 6]}
-    options = {"n_networks": 4, "n_tokens": 4}
+    axes: dict[str, Any] = {"density": [1.0, 0.25], "token_correlation": [0.0, 0.5], "n_tokens": [4, 6]}
+    options: dict[str, Any] = {"n_networks": 4, "n_tokens": 4}
     drawn = results.load(results.save(grid(SPEC, axes, directory=tmp_path, **options), tmp_path / "grid.nc"))
     theories = predict(SPEC, n_tokens=4, over=axes)
     label = {"density": 0.25, "input_token_correlation": 0.5, "n_tokens": 6}

@@ -154,7 +154,7 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
     n_tokens = N_TOKENS if arguments.n_tokens is None else arguments.n_tokens
     if arguments.text is None:
         return {"n_tokens": n_tokens}
-    text = {"corpus": arguments.text_corpus, "corpus_dir": arguments.corpus, "seed": arguments.seed}
+    text = {"corpus": arguments.corpus, "corpus_dir": arguments.corpus_dir, "seed": arguments.seed}
     return {"inputs": simulate.text_tokens(n_tokens, n_sequences=arguments.text, **text)}
 
 
@@ -168,7 +168,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if name not in known:
             raise ArgumentError(f"config={name!r} is an unknown field; expected one of {', '.join(known)}")
     dataset = train.fit(
-        _spec(arguments), train.TrainConfig(**options), run_dir=arguments.run_dir, corpus_dir=arguments.corpus
+        _spec(arguments), train.TrainConfig(**options), run_dir=arguments.run_dir, corpus_dir=arguments.corpus_dir
     )
     results.save(dataset, out)
     last = dataset.isel(step=-1)
@@ -348,10 +348,8 @@ def parser() -> argparse.ArgumentParser:
     source = sample.add_mutually_exclusive_group()
     source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")
     source.add_argument("--inputs", metavar="FILE", help="a .npy array of token ids or of embedding outputs")
-    sample.add_argument(
-        "--text-corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file"
-    )
-    sample.add_argument("--corpus", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+    sample.add_argument("--corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file")
+    sample.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
 
     cli_grid.add(command("grid", cli_grid.run, "Simulate a whole grid: what a kill ended goes on.", None))
 
@@ -361,7 +359,7 @@ def parser() -> argparse.ArgumentParser:
         "--config", action="append", default=[], metavar="field=value", help="TrainConfig field (repeatable)"
     )
     train.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
-    train.add_argument("--corpus", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+    train.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
 
     comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")
     comparison.add_argument("predicted", help="a result file of predict")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from varprop.errors import ArgumentError
+from varprop.errors import ArgumentError, require
 
 
 @contextlib.contextmanager
@@ -63,9 +64,17 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(workplace, ignore_errors=True)
 
 
+def require_zarr(path: str | Path) -> None:
+    """`ArgumentError` unless zarr is installed."""
+    found = importlib.util.find_spec("zarr") is not None
+    require(found, ArgumentError, "file", str(path), "a zarr store, and zarr is not installed", "a .nc file, or zarr")
+
+
 def writable(path: str) -> Path:
     """An output path of the command line, checked before any work is done; `ArgumentError` otherwise."""
     target = Path(path)
+    if target.suffix == ".zarr":
+        require_zarr(path)
     try:
         if target.exists() and not (target.is_file() or (target.is_dir() and target.suffix == ".zarr")):
             raise ArgumentError(f"out={path!r} is a directory or a device; expected a file")

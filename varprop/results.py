@@ -15,7 +15,6 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -29,8 +28,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from varprop._version import __version__
-from varprop.errors import ArgumentError, SchemaError, require
-from varprop.files import replacing, replacing_folder
+from varprop.errors import SchemaError
+from varprop.files import replacing, replacing_folder, require_zarr
 
 SCHEMA_VERSION = 1
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -46,6 +45,13 @@ ATTRIBUTES = (
     *("schema_version", "source", "spec", "spec_id", "seed_entropy", "n_tokens", "dtype", "device"),
     *("varprop_version", "git_commit", "git_dirty", "created_at", "command", "end_condition"),
 )
+VARIABLES = (
+    *("second_moment", "variance", "token_correlation", "fourth_moment", "branch_correlation"),
+    *("attention_concentration", "attention_entropy", "gate_second_moment", "expert_load_concentration"),
+    *("grad_second_moment", "jacobian_deviation", "jacobian_deviation_stderr"),
+    *("n_networks", "last_layer", "point", "stop_error", "method_error", "method_spread_error"),
+)
+"""Variables of a simulation and of a grid of them."""
 MOMENTS = ("second_moment", "variance", "token_correlation")
 """Variables that every reader gives, floating point over layer and site."""
 EXTENT = {"network": ("n_networks", 0), "layer": ("last_layer", 1)}
@@ -258,7 +264,7 @@ def save(dataset: xr.Dataset, path: str | Path) -> Path:
     validate(dataset)
     stamped = dataset.assign_attrs(checksum=checksum(dataset))
     if Path(path).suffix == ".zarr":
-        _require_zarr(path)
+        require_zarr(path)
         with replacing_folder(path) as temporary:
             stamped.to_zarr(temporary, consolidated=False, zarr_format=2)  # 3 has no stable text type
     else:
@@ -276,9 +282,10 @@ def _without_cluster() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if dask is None else dask.config.set(scheduler="synchronous")
 
 
-def load(path: str | Path) -> xr.Dataset:
-    """The result in a file, in memory, validated and its checksum verified (files of early versions have none).
+def load(path: str | Path, *, stamped: bool = False) -> xr.Dataset:
+    """The result in a file, in memory, validated and its checksum verified.
 
+    stamped: whether the checksum has to be there; files of early versions have none.
     Raises `SchemaError` if it is missing, truncated, changed or of another kind.
     """
     source = Path(path)
@@ -286,7 +293,7 @@ def load(path: str | Path) -> xr.Dataset:
     if not (source.is_dir() if zarr else source.is_file()):
         raise SchemaError(f"file={str(path)!r} is missing; expected a result file (netCDF)")
     if zarr:
-        _require_zarr(path)
+        require_zarr(path)
     options: dict[str, Any] = {"engine": "zarr", "consolidated": False} if zarr else {"engine": "h5netcdf"}
     try:
         with xr.open_dataset(source, **options) as opened:
@@ -297,14 +304,11 @@ def load(path: str | Path) -> xr.Dataset:
         raise SchemaError(f"file={str(path)!r} is truncated or no {kind} ({reason}); expected a result file") from None
     validate(dataset, where=str(path))
     recorded = dataset.attrs.pop("checksum", None)
+    if recorded is None and stamped:
+        raise SchemaError(f"file={str(path)!r} is damaged (its checksum is missing); expected a file as it was saved")
     if recorded is not None and recorded != checksum(dataset):
         raise SchemaError(f"file={str(path)!r} is damaged (its content has another checksum); expected {recorded}")
     return dataset
-
-
-def _require_zarr(path: str | Path) -> None:
-    found = importlib.util.find_spec("zarr") is not None
-    require(found, ArgumentError, "file", str(path), "a zarr store, and zarr is not installed", "a .nc file, or zarr")
 
 
 def merge(datasets: Sequence[xr.Dataset], dim: str) -> xr.Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -12,14 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xarray as xr
 from joblib.externals.loky import get_reusable_executor
 
 from varprop import presets, results
-from varprop.errors import ArgumentError, DamagedShardWarning, ReducedBatchWarning
-from varprop.simulate import StopRule, block, grid, help_with, make_plan, shards, status
+from varprop.errors import ArgumentError, DamagedShardWarning, ReducedBatchWarning, SchemaError
+from varprop.simulate import StopRule, assemble, block, grid, help_with, make_plan, run_plan, sample, shards, status
 
 SPEC = presets.tiny().with_fields(n_layers=2, d_model=32, d_ff=48)
 AXES: dict[str, Any] = {"density": [1.0, 0.5], "token_correlation": [0.0, 0.5]}
@@ -217,3 +219,89 @@ def test_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ArgumentError, match="cannot be written"):
         grid(SPEC, AXES, directory=tmp_path / "taken", **OPTIONS)
+
+
+SMALL: dict[str, Any] = {"n_networks": 4, "n_tokens": 4, "round_networks": 4}
+
+
+def _without_checksum(path: Path) -> None:
+    dataset = results.load(path)
+    dataset["second_moment"] = 2 * dataset.second_moment
+    dataset.to_netcdf(path, engine="h5netcdf")
+
+
+DAMAGE: dict[str, Any] = {
+    "a variable less": lambda path: results.save(results.load(path).drop_vars("fourth_moment"), path),
+    "layers less": lambda path: results.save(results.load(path).isel(layer=[0]), path),
+    "no checksum": _without_checksum,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+def test_rounds_of_another_content_are_computed_again(damage: Any, tmp_path: Path) -> None:
+    first = grid(SPEC, {"density": [1.0, 0.5]}, directory=tmp_path, **SMALL)
+    damage(files(tmp_path)[0])
+    with pytest.warns(DamagedShardWarning):
+        assert results.identical(grid(SPEC, {"density": [1.0, 0.5]}, directory=tmp_path, **SMALL), first)
+
+
+@pytest.mark.parametrize("name", ["notes", "device_name", "torch_version", "method", "seconds"])
+def test_rounds_without_their_attributes_are_damaged(name: str, tmp_path: Path) -> None:
+    grid(SPEC, {"density": [1.0]}, directory=tmp_path, **SMALL)
+    dataset = results.load(files(tmp_path)[0])
+    del dataset.attrs[name]
+    results.save(dataset, files(tmp_path)[0])
+    assert len(status(make_plan(SPEC, {"density": [1.0]}, **SMALL), tmp_path).damaged) == 1
+
+
+def test_a_fault_that_no_round_has_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise SchemaError("a fault of the whole")
+
+    monkeypatch.setitem(run_plan.__globals__, "assemble", fail)
+    with pytest.raises(SchemaError, match="a fault of the whole"):
+        grid(SPEC, {"density": [1.0]}, directory=tmp_path, **SMALL)
+
+
+def test_merge_takes_the_whole_copy_of_a_round(tmp_path: Path) -> None:
+    plan = make_plan(SPEC, {"density": [1.0]}, **SMALL)
+    first = grid(SPEC, {"density": [1.0]}, directory=tmp_path / "a", **SMALL)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    files(tmp_path / "a")[0].write_bytes(b"")
+    for folders in ("ab", "ba"):
+        assert results.identical(assemble(plan, [tmp_path / name for name in folders]), first)
+
+
+def test_time_left_counts_processes_and_looks_leave_no_trace(tmp_path: Path) -> None:
+    plan = make_plan(SPEC, {"density": [1.0]}, n_networks=10**9, n_tokens=4, round_networks=4)
+    shards.compute(tmp_path, plan.points[0], (0, 4), "cpu")
+    folder = tmp_path / plan.points[0].id
+    (folder / "4-8.lock").touch()  # left by a killed process
+    one = status(plan, tmp_path)
+    assert (one.processes, one.running, one.networks_missing) == (0, 0, 10**9 - 4)
+    with shards.claim(folder / "4-8.nc"), shards.claim(folder / "8-12.nc"):
+        two = status(plan, tmp_path)
+        assert (two.processes, two.running) == (2, 1)
+        assert two.seconds_left == pytest.approx(one.seconds_left / 2)
+    assert not list(folder.glob("8-12.nc"))
+
+
+def test_integers_of_numpy_in_a_rule_are_kept(tmp_path: Path) -> None:
+    rule = StopRule(stderr=0.5, min_networks=np.int64(2), max_networks=np.int32(4))  # type: ignore[arg-type]
+    assert '"max_networks": 4' in grid(SPEC, {"density": [1.0]}, directory=tmp_path, stop=rule, **SMALL).attrs["stop"]
+
+
+def test_the_bar_of_a_halved_block_does_not_overshoot(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = block.block_forward, iter(range(10**6))
+    steps: list[int] = []
+
+    def short(*arguments: Any) -> Any:
+        if next(calls) == 1:  # in the second layer of the whole block
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*arguments)
+
+    monkeypatch.setattr(block, "block_forward", short)
+    monkeypatch.setattr(block.Run, "advance", property(lambda run: lambda: steps.append(1), lambda run, value: None))
+    with pytest.warns(ReducedBatchWarning):
+        sample(SPEC, n_networks=8, n_tokens=4, backward=True)
+    assert len(steps) == 2 * SPEC.n_layers

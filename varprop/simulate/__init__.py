@@ -2,6 +2,7 @@
 
 from varprop.simulate.collect import Status, assemble, status
 from varprop.simulate.grid import grid, help_with, run_plan
+from varprop.simulate.grid_file import describe as describe_grid_file
 from varprop.simulate.grid_file import read_grid
 from varprop.simulate.inputs import load_array
 from varprop.simulate.plan import Plan, make_plan
@@ -15,6 +16,7 @@ __all__ = [
     "Status",
     "StopRule",
     "assemble",
+    "describe_grid_file",
     "grid",
     "help_with",
     "load_array",

@@ -50,7 +50,7 @@ def backward_statistics(run: Run, block: int, keep: slice, streams: Sequence[Ten
         at_sites, deviations[:, :, layer] = _layer(run, block, layer, keep, streams[layer - 1], gradient)
         gradients[:, layer] = torch.stack([second_moment(g) for g in at_sites], dim=-1)
         gradient = at_sites[0]
-        run.advance()
+        run.passed(keep, 2 * n_layers + 1 - layer)
     gradients[:, 0, SITES.index("resid_post")] = second_moment(gradient)
     found = {"grad_second_moment": (gradients / unit[:, None, None]).cpu().numpy()}
     return found | dict(zip(names, deviations.cpu().numpy(), strict=True))

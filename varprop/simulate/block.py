@@ -85,6 +85,8 @@ class Run:
     advance: Callable[[], None] = lambda: None
     parts: int = field(default=1, init=False)
     """Pieces into which a block is cut, because memory was short before."""
+    reached: int = field(default=0, init=False)
+    """Steps of the block that the bar has."""
 
     @functools.cached_property
     def block_size(self) -> int:
@@ -97,6 +99,12 @@ class Run:
         if self.draw_device == "cpu":
             return on_cpu
         return torch.Generator(self.draw_device).manual_seed(on_cpu.initial_seed())
+
+    def passed(self, keep: slice, step: int) -> None:
+        """Advance the bar where the last part of a block passes a layer (forward, then back) for the first time."""
+        if keep.stop == self.block_size and step > self.reached:
+            self.reached = step
+            self.advance()
 
     def weights(self, block: int, layer: int, keep: slice) -> Weights:
         """Weights of a layer, of the networks `keep` of the block."""
@@ -125,13 +133,16 @@ def block_statistics(run: Run, block: int) -> dict[str, np.ndarray]:
 
     Where memory is too short, the block is cut into halves, quarters and so on, which have the same random numbers.
     """
+    run.reached = 0
     while True:
         try:
             pieces = [_part(run, block, keep) for keep in _cuts(run.block_size, run.parts)]
             return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         except (RuntimeError, MemoryError) as error:
-            if run.parts >= run.block_size or not _is_short_of_memory(error):
+            if not _is_short_of_memory(error):
                 raise
+            if run.parts >= run.block_size:
+                raise MemoryError("out of memory with one network at a time") from None
             run.parts *= 2
             size = -(-run.block_size // run.parts)
             message = f"out of memory with {run.block_size} networks at a time; going on with {size}"
@@ -174,5 +185,5 @@ def _forward(run: Run, block: int, keep: slice) -> tuple[dict[str, np.ndarray], 
         del weights
         if run.backward:
             streams.append(x)
-        run.advance()
+        run.passed(keep, layer)
     return recorder.arrays(), streams

@@ -18,7 +18,7 @@ from varprop.errors import ArgumentError, ReducedBatchWarning, SchemaError
 from varprop.measure.jacobian import DEFINITIONS
 from varprop.simulate import shards
 from varprop.simulate.drain import Needs
-from varprop.simulate.plan import Plan, Point, Span, first_gap, missing_rounds
+from varprop.simulate.plan import Plan, Point, Span, first_gap, n_missing
 from varprop.spec.axes import axes_json, dimensions
 
 CLAIMS = ("method_error", "method_spread_error")
@@ -31,11 +31,16 @@ MADE_WITH = ("varprop_version", "torch_version", "device_name")
 
 @dataclass(frozen=True)
 class Status:
-    """How far a grid is. seconds_left: at the mean speed so far, of the processes now at work (at least one)."""
+    """How far a grid is.
+
+    running: points that processes are at. seconds_left: at the mean speed so far, of the `processes` now at work, which
+    are as many as rounds are being computed (at least one).
+    """
 
     n_points: int
     finished: int
     running: int
+    processes: int
     networks: int
     networks_missing: int
     rounds: int
@@ -56,7 +61,8 @@ class Status:
                 f"memory    short in {self.reduced} rounds, computed in smaller batches; the numbers are the same"
             )
         if self.networks_missing and self.rounds:
-            lines.append(f"left      about {_duration(self.seconds_left)} at this speed")
+            workers = f"{self.processes} processes" if self.processes > 1 else "one process"
+            lines.append(f"left      about {_duration(self.seconds_left)} with {workers} at this speed")
         return "\n".join([*lines, *(f"          {path}" for path in self.damaged)])
 
 
@@ -68,7 +74,15 @@ def _duration(seconds: float) -> str:
 def status(plan: Plan, directory: str | Path) -> Status:
     """How far the grid in `directory` is; reads and verifies every round, changes nothing."""
     folder = Path(directory)
-    counts = {"finished": 0, "running": 0, "networks": 0, "networks_missing": 0, "rounds": 0, "reduced": 0}
+    counts = {
+        "finished": 0,
+        "running": 0,
+        "processes": 0,
+        "networks": 0,
+        "networks_missing": 0,
+        "rounds": 0,
+        "reduced": 0,
+    }
     damaged, seconds = [], 0.0
     needs = Needs(plan, [folder], shards.read)
     for point in plan.distinct:
@@ -86,11 +100,11 @@ def status(plan: Plan, directory: str | Path) -> Status:
         wanted, finished = needs.of(point, good)
         counts["rounds"] += len(good)
         counts["finished"] += finished
-        counts["running"] += not finished and shards.is_claimed(folder, point)
-        counts["networks_missing"] += sum(
-            stop - first for first, stop in missing_rounds(good, wanted, point.round_size)
-        )
-    left = counts["networks_missing"] * seconds / max(1, counts["networks"]) / max(1, counts["running"])
+        processes = 0 if finished else shards.n_claimed(folder, point)
+        counts["processes"] += processes
+        counts["running"] += processes > 0
+        counts["networks_missing"] += n_missing(good, wanted)
+    left = counts["networks_missing"] * seconds / max(1, counts["networks"]) / max(1, counts["processes"])
     return Status(n_points=len(plan.distinct), damaged=tuple(damaged), seconds_left=left, **counts)
 
 

@@ -84,7 +84,7 @@ def drain(
     Returns the rounds computed here.
     """
     needs, deadline = Needs(plan, [directory]), float("inf") if seconds is None else time.monotonic() + seconds
-    computed, open_points = 0, list(points)
+    computed, open_points, idle_looks = 0, list(points), 0
     while open_points and time.monotonic() < deadline:
         before, left = computed, []
         for point in open_points:
@@ -92,8 +92,9 @@ def drain(
             computed += done
             if not finished:
                 left.append(point)
-        if left and computed == before:
-            if not wait:
+        idle_looks = idle_looks + 1 if computed == before else 0
+        if left and idle_looks:
+            if idle_looks > 1 and not wait:  # one look may meet that of `status` at a lock
                 break
             time.sleep(PAUSE)
         open_points = left

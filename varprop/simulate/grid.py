@@ -119,7 +119,8 @@ def run_plan(
         try:
             return assemble(plan, [folder], partial=partial)
         except SchemaError:
-            _discard_damaged(folder, plan.distinct)
+            if not _discard_damaged(folder, plan.distinct):
+                raise
 
 
 def help_with(
@@ -199,11 +200,10 @@ def _all_devices(kind: str) -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if kind == "cuda" else [kind]
 
 
-def _discard_damaged(folder: Path, points: Sequence[Point]) -> None:
-    """Remove every damaged round, with a `DamagedShardWarning` each."""
-    for point in points:
-        for span, path in shards.spans([folder], point).items():
-            shards.read_or_discard(path, point, span)
+def _discard_damaged(folder: Path, points: Sequence[Point]) -> int:
+    """Remove every damaged round, with a `DamagedShardWarning` each; return how many were found."""
+    found = ((span, path, point) for point in points for span, path in shards.spans([folder], point).items())
+    return sum(shards.read_or_discard(path, point, span) is None for span, path, point in found)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,12 +27,22 @@ from typing import Any
 
 from varprop import presets
 from varprop.errors import ArgumentError, require
-from varprop.simulate.plan import Plan, make_plan
+from varprop.simulate.plan import RUN_ARGUMENTS, Plan, make_plan
 from varprop.simulate.stop import StopRule
 from varprop.spec import ModelSpec
 
+STOP = tuple(field.name for field in dataclasses.fields(StopRule))
 TABLES = ("spec", "set", "axes", "run", "stop")
 RUN = tuple(name for name in inspect.signature(make_plan).parameters if name not in ("spec", "axes", "inputs", "stop"))
+
+
+def describe() -> str:
+    """The form of a grid file with all keys, as text."""
+    keys = {"[set], [axes]": ("any field of a spec",), "[axes] also": RUN_ARGUMENTS, "[run]": RUN, "[stop]": STOP}
+    lines = [
+        textwrap.fill(f"{table}: {', '.join(names)}", 100, subsequent_indent="  ") for table, names in keys.items()
+    ]
+    return "\n".join([str(__doc__).strip(), "", "Keys of", *lines])
 
 
 def read_grid(path: str | Path) -> Plan:
@@ -44,15 +55,16 @@ def read_grid(path: str | Path) -> Plan:
         table = tomllib.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArgumentError(f"grid={str(path)!r} cannot be read ({error.strerror}); expected a TOML file") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ArgumentError(f"grid={str(path)!r} is no TOML ({error}); expected a TOML file") from None
+    except (ValueError, RecursionError) as error:  # also integers of thousands of digits
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"grid={str(path)!r} is no TOML ({reason}); expected a TOML file") from None
     _known("", table, TABLES)
     for name in ("set", "axes", "run", "stop"):
         good = isinstance(table.get(name, {}), dict)
         require(good, ArgumentError, name, table.get(name), "no table", f"[{name}]")
     run, stop = table.get("run", {}), table.get("stop")
     _known("run.", run, RUN)
-    _known("stop.", stop or {}, [field.name for field in dataclasses.fields(StopRule)])
+    _known("stop.", stop or {}, STOP)
     for name, needed in (("spec", table), ("axes", table), ("n_networks", run)):
         expected = f"{'run.' if needed is run else ''}{name} in {source.name}"
         require(name in needed, ArgumentError, name, None, "missing", expected)
@@ -63,7 +75,8 @@ def read_grid(path: str | Path) -> Plan:
 
 
 def _spec(name: Any, folder: Path) -> ModelSpec:
-    require(isinstance(name, str), ArgumentError, "spec", name, "no name", "a preset or a spec JSON file")
+    good = isinstance(name, str) and name.isprintable()
+    require(good, ArgumentError, "spec", name, "no name", "a preset or a spec JSON file")
     return presets.load(str(folder / name) if name.endswith(".json") else name)
 
 
@@ -73,7 +86,8 @@ def _known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             expected = f"{where}{close[0]}" if close else "one of " + ", ".join(names)
-            raise ArgumentError(f"{where}{name} is an unknown key; expected {expected}")
+            shown = name if name.isprintable() else repr(name)
+            raise ArgumentError(f"{where}{shown} is an unknown key; expected {expected}")
 
 
 def _nulls(value: Any) -> Any:

@@ -19,6 +19,10 @@ from varprop.results import sha256_of_array
 from varprop.spec import ModelSpec
 from varprop.theory.depth import checked_correlation
 
+MAX_TOKENS = 10**9
+LARGEST_NETWORK = 10**15
+"""Labels of networks are exact below."""
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
@@ -88,7 +92,7 @@ def read_inputs(spec: ModelSpec, n_tokens: int | None, token_correlation: Any, i
     """Checked inputs: exactly one of `n_tokens` and `inputs`; `ArgumentError` otherwise."""
     if inputs is None:
         require(n_tokens is not None, ArgumentError, "n_tokens", None, "missing", "n_tokens or inputs")
-        n_tokens = positive_integer("n_tokens", n_tokens)
+        n_tokens = positive_integer("n_tokens", n_tokens, maximum=MAX_TOKENS)
         return Inputs(spec, n_tokens, _correlation(token_correlation, n_tokens))
     require(n_tokens is None, ArgumentError, "n_tokens", n_tokens, "given with inputs", "n_tokens or inputs, not both")
     wrong, zero = "given with inputs", isinstance(token_correlation, (int, float)) and token_correlation == 0
@@ -137,9 +141,11 @@ def _correlation(value: Any, n_tokens: int) -> float | np.ndarray:
     return checked if isinstance(checked, float) else np.ascontiguousarray(checked, dtype=np.float64)
 
 
-def positive_integer(name: str, value: Any, minimum: int = 1) -> int:
-    """`value` as an int, or `ArgumentError` unless it is an integer >= minimum."""
+def positive_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
+    """`value` as an int, or `ArgumentError` unless it is an integer in minimum..maximum."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    inside = whole and int(value) >= minimum
-    require(inside, ArgumentError, name, value, "outside the domain", f"an integer >= {minimum}")
+    inside = whole and int(value) >= minimum and (maximum is None or int(value) <= maximum)
+    above = whole and int(value) > minimum
+    domain = f"an integer up to {maximum}" if above else f"an integer >= {minimum}"
+    require(inside, ArgumentError, name, value, "outside the domain", domain)
     return int(value)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from varprop.errors import ArgumentError, require
-from varprop.results import DIMENSIONS
+from varprop.results import DIMENSIONS, VARIABLES
 from varprop.simulate.block import networks_per_block
-from varprop.simulate.inputs import positive_integer, read_inputs
+from varprop.simulate.inputs import LARGEST_NETWORK, positive_integer, read_inputs
 from varprop.simulate.sampling import DTYPES, METHODS, check_device, checked_probes
 from varprop.simulate.stop import StopRule
 from varprop.simulate.text import text_tokens
 from varprop.spec import ModelSpec
-from varprop.spec.axes import Axes, combinations
+from varprop.spec.axes import RENAMED, Axes, combinations
 
 RUN_ARGUMENTS = ("n_tokens", "token_correlation")
 """Arguments of `sample` that may be axes."""
@@ -96,10 +96,17 @@ def make_plan(
     round_networks: int | None = None,
 ) -> Plan:
     """The points of a grid, checked: `ArgumentError` or `SpecError` before anything runs. Arguments as of `grid`."""
-    for name in axes:
-        require(name not in DIMENSIONS, ArgumentError, "axes", name, "the name of a dimension", "another name")
-    require(method in METHODS, ArgumentError, "method", method, "unknown", "one of " + ", ".join(METHODS))
-    require(dtype in DTYPES, ArgumentError, "dtype", dtype, "unknown", "one of " + ", ".join(DTYPES))
+    _check_names(axes)
+    require(
+        isinstance(method, str) and method in METHODS,
+        ArgumentError,
+        "method",
+        method,
+        "unknown",
+        "one of " + ", ".join(METHODS),
+    )
+    known = isinstance(dtype, str) and dtype in DTYPES
+    require(known, ArgumentError, "dtype", dtype, "unknown", "one of " + ", ".join(DTYPES))
     kind = torch.device(check_device(device)).type
     run = {
         "seed": positive_integer("seed", seed, minimum=0),
@@ -112,17 +119,35 @@ def make_plan(
     }
     given = {"n_tokens": n_tokens, "token_correlation": token_correlation, "inputs": inputs}
     require(text is None or inputs is None, ArgumentError, "text", text, "given with inputs", "one of them")
+    given_corpus = text is None and corpus != "embedded"
+    require(not given_corpus, ArgumentError, "corpus", corpus, "given without text", "text, the number of sequences")
     read = (
         None if text is None else functools.cache(lambda n: text_tokens(n, n_sequences=text, corpus=corpus, seed=seed))
     )
     size = None if round_networks is None else positive_integer("round_networks", round_networks)
     points = tuple(_point(spec, fields, given, read, run, size) for fields in combinations(axes, depths=True))
-    plan = Plan(spec, axes, points, positive_integer("n_networks", n_networks), run["seed"], kind, stop)
+    plan = Plan(
+        spec, axes, points, positive_integer("n_networks", n_networks, maximum=LARGEST_NETWORK), run["seed"], kind, stop
+    )
     budget = stop.max_networks if stop else None
     enough = plan.most_networks >= min(2 if stop else 1, plan.n_networks)
     domain = f"at least 2 for each of the {len(plan.distinct)} points"
     require(enough, ArgumentError, "stop.max_networks", budget, "too few", domain)
     return plan
+
+
+def _check_names(axes: Axes) -> None:
+    """`ArgumentError` for an axis whose dimension would not stand beside those and the variables of the result."""
+    require(isinstance(axes, Mapping), ArgumentError, "axes", type(axes).__name__, "no mapping", "field: values")
+    require("seed" not in axes, ArgumentError, "axes", "seed", "no axis of a grid", "more n_networks, or a grid a seed")
+    for name in axes:
+        good = isinstance(name, str) and name.isprintable() and name
+        require(bool(good), ArgumentError, "axes", name, "no name", "the name of a field, or one of your own")
+        require(name not in DIMENSIONS, ArgumentError, "axes", name, "the name of a dimension", "another name")
+        taken = RENAMED.get(name, name) in VARIABLES
+        require(not taken, ArgumentError, "axes", name, "the name of a variable of the result", "another name")
+    twice = next((new for old, new in RENAMED.items() if old in axes and new in axes), None)
+    require(twice is None, ArgumentError, "axes", twice, "the dimension of another axis", "another name")
 
 
 def _point(
@@ -135,7 +160,7 @@ def _point(
 ) -> Point:
     arguments = given | {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
     if read is not None:
-        arguments |= {"inputs": read(arguments["n_tokens"]), "n_tokens": None}
+        arguments |= {"inputs": read(positive_integer("n_tokens", arguments["n_tokens"])), "n_tokens": None}
     changed = spec.with_fields(fields)
     checked = read_inputs(changed, **arguments)
     n_probes = checked_probes(run["backward"], run["n_probes"], run["method"], checked.n_tokens * changed.d_model)
@@ -166,6 +191,19 @@ def missing_rounds(found: Iterable[Span], n_networks: int, size: int) -> Iterato
             yield at, end
             at = end
         at = max(at, stop)
+
+
+def n_missing(found: Iterable[Span], n_networks: int) -> int:
+    """How many of the networks 0..n_networks - 1 no span has.
+
+    >>> n_missing([(0, 4), (6, 9), (7, 8)], 14)
+    7
+    """
+    at = missing = 0
+    for first, stop in [*sorted(found), (n_networks, n_networks)]:
+        missing += max(0, min(first, n_networks) - at)
+        at = max(at, stop)
+    return missing
 
 
 def first_gap(found: Sequence[Span]) -> int:

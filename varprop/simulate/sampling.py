@@ -21,7 +21,7 @@ from varprop.simulate.backward import MAX_EXACT, N_PROBES
 from varprop.simulate.block import Draw, LayerNumbers, Run, block_statistics, layer_parameters, release_memory
 from varprop.simulate.gram import gram_layer, gram_numbers
 from varprop.simulate.gram_error import EXACT, gram_claims
-from varprop.simulate.inputs import positive_integer, read_inputs
+from varprop.simulate.inputs import LARGEST_NETWORK, positive_integer, read_inputs
 from varprop.spec import ModelSpec
 
 METHODS: dict[str, tuple[Draw, LayerNumbers]] = {
@@ -96,12 +96,15 @@ def sample(
     >>> dict(dataset.sizes)
     {'network': 2, 'layer': 9, 'site': 5, 'branch': 2}
     """
-    require(method in METHODS, ArgumentError, "method", method, "unknown", "one of " + ", ".join(METHODS))
-    require(dtype in DTYPES, ArgumentError, "dtype", dtype, "unknown", "one of " + ", ".join(DTYPES))
+    require(isinstance(spec, ModelSpec), ArgumentError, "spec", type(spec).__name__, "no model", "a ModelSpec")
+    for name, value, known in (("method", method, METHODS), ("dtype", dtype, DTYPES)):
+        good = isinstance(value, str) and value in known
+        require(good, ArgumentError, name, value, "unknown", "one of " + ", ".join(known))
     check_device(device)
     draw_device = check_device(device if draw_device is None else draw_device, "draw_device")
-    n_networks, seed = positive_integer("n_networks", n_networks), positive_integer("seed", seed, minimum=0)
-    first = positive_integer("first_network", first_network, minimum=0)
+    n_networks = positive_integer("n_networks", n_networks, maximum=LARGEST_NETWORK)
+    seed = positive_integer("seed", seed, minimum=0)
+    first = positive_integer("first_network", first_network, minimum=0, maximum=LARGEST_NETWORK)
     source = read_inputs(spec, n_tokens, token_correlation, inputs)
     probes = checked_probes(backward, n_probes, method, source.n_tokens * spec.d_model)
     entropy = (seed, int(spec.spec_id, 16))

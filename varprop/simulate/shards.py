@@ -7,6 +7,7 @@ ends. A round is claimed, then looked for once more, then computed, so that no t
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -26,29 +27,54 @@ from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError
 from varprop.simulate.plan import Point, Span
 from varprop.simulate.sampling import sample
 
-NAME = re.compile(r"(\d+)-(\d+)\.nc")
+NAME = re.compile(r"(\d{1,16})-(\d{1,16})\.nc")
+ATTRIBUTES = (
+    *("method", "exactness", "method_error", "method_spread_error", "inputs", "n_sequences", "token_correlation"),
+    *("draw_device", "torch_version", "device_name", "seconds", "notes", "contents"),
+)
+"""What the file of a round says of it beside the attributes of every result; `contents` is the set of variables."""
 Directories = Sequence[Path]
 
 
 def spans(directories: Directories, point: Point) -> dict[Span, Path]:
-    """The rounds of a point that have a file."""
+    """The rounds of a point that have a file; of several, the first that is whole, if one is."""
     found = {}
     for directory in directories:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for entry in os.scandir(directory / point.id):
                 if match := NAME.fullmatch(entry.name):
-                    found[int(match[1]), int(match[2])] = Path(entry.path)
+                    span = int(match[1]), int(match[2])
+                    if span not in found or not _is_whole(found[span], point, span):
+                        found[span] = Path(entry.path)
     return found
+
+
+def _is_whole(path: Path, point: Point, span: Span) -> bool:
+    try:
+        read(path, point, span)
+    except SchemaError:
+        return False
+    return True
 
 
 def read(path: Path, point: Point, span: Span) -> xr.Dataset:
     """The networks of a round; `SchemaError` unless the file is whole and of this point and round."""
-    dataset = results.load(path)
+    dataset = results.load(path, stamped=True)
     first, stop = span
     labels = dataset.network.values.tolist() if "network" in dataset.coords else []
     if dataset.attrs.get("task_id") != point.id or labels != list(range(first, stop)):
         raise SchemaError(f"file={str(path)!r} is of another point or round; expected {point.id} {first}-{stop}")
+    absent = next((name for name in ATTRIBUTES if name not in dataset.attrs), None)
+    if absent is not None or not isinstance(dataset.attrs["seconds"], float):
+        raise SchemaError(f"file={str(path)!r} has no {absent or 'number of seconds'}; expected a file as it was saved")
+    layers = dataset.layer.values.tolist() if "layer" in dataset.coords else []
+    if layers != list(range(point.spec.n_layers + 1)) or dataset.attrs["contents"] != _contents(dataset):
+        raise SchemaError(f"file={str(path)!r} lacks layers or variables; expected a file as it was saved")
     return dataset
+
+
+def _contents(dataset: xr.Dataset) -> str:
+    return json.dumps({str(name): values.dims for name, values in sorted(dataset.data_vars.items())})
 
 
 def read_or_discard(path: Path, point: Point, span: Span) -> xr.Dataset | None:
@@ -94,6 +120,7 @@ def compute(directory: Path, point: Point, span: Span, device: str) -> bool:
             "device_name": device_name(device),
             "process": f"{platform.node()}:{os.getpid()}",
             "task_id": point.id,
+            "contents": _contents(dataset),
             "seconds": time.monotonic() - began,
             "notes": json.dumps([f"{warning.category.__name__}: {warning.message}" for warning in caught]),
         }
@@ -122,12 +149,27 @@ def claim(path: Path) -> Iterator[bool]:
         yield mine
 
 
-def is_claimed(directory: Path, point: Point) -> bool:
-    """Whether a process computes a round of the point now, on a machine that shares the locks of this one."""
-    for lock in (directory / point.id).glob("*.lock"):
-        with claim(lock.with_suffix(".nc")) as mine:
-            if not mine:
-                return True
+def n_claimed(directory: Path, point: Point) -> int:
+    """How many rounds of the point processes compute now, on machines that share the locks of this one.
+
+    Looks through a shared lock, which no other look sees and which leaves no file; it needs no right to write.
+    """
+    return sum(map(_is_locked, (directory / point.id).glob("*.lock")))
+
+
+def _is_locked(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except OSError:  # its round has been finished
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -52,6 +52,9 @@ class StopRule:
         self._check("site", self.site, self.site in SITES, "one of " + ", ".join(SITES))
         networks, seconds = self.max_networks, self.max_seconds
         self._check("max_networks", networks, networks is None or _is_integer(networks, 1), whole.format(1))
+        for name in ("min_networks", "max_networks"):  # JSON has no integers of numpy
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else int(value))
         self._check("max_seconds", seconds, seconds is None or (_is_number(seconds) and seconds > 0), "a number > 0")
 
     def _check(self, name: str, value: Any, good: bool, expected: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ Axis = Sequence[Any] | Mapping[str, Mapping[str, Any]]
 Axes = Mapping[str, Axis]
 RENAMED = {"token_correlation": "input_token_correlation"}
 """Dimension of an axis whose own name is that of a variable."""
+MAX_POINTS = 10**6
 DOMAIN = "at least one value, all distinct"
 
 
@@ -26,6 +28,8 @@ def combinations(axes: Axes, *, depths: bool = False) -> list[dict[str, Any]]:
     depths: whether the number of layers may differ.
     """
     choices = [_choices(name, values) for name, values in axes.items()]
+    n_points = math.prod(map(len, choices))
+    require(n_points <= MAX_POINTS, ArgumentError, "axes", n_points, "too many points", f"at most {MAX_POINTS}")
     wrong = "not an axis, as profiles differ in length"
     for name, sets in zip(axes, choices, strict=True):
         good = depths or not any("n_layers" in changes for changes in sets)
@@ -52,7 +56,9 @@ def _choices(name: Any, values: Any) -> list[dict[str, Any]]:
     sequence = isinstance(values, Sequence) or hasattr(values, "tolist")
     good = sequence and not isinstance(values, str)
     require(good, ArgumentError, f"axes.{name}", values, "not a sequence", DOMAIN)
-    distinct = 0 < len(set(_json_texts(name, values))) == len(values)
+    _json_texts(name, values)
+    labels = _labels([plain(value) for value in values])
+    distinct = 0 < len(set(labels)) == len(labels)
     require(distinct, ArgumentError, f"axes.{name}", list(values), "empty or repeats a value", DOMAIN)
     return [{name: plain(value)} for value in values]
 
