@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINES = (
     ("errors", "_version"),
-    ("files",),
+    ("files", "log_mean"),
     ("spec", "stats", "results"),
     ("presets", "theory", "nn", "measure", "corpus", "summary"),
     ("hf", "simulate", "train", "diagnose", "evaluate"),
@@ -28,6 +28,7 @@ THIRD_PARTY = {
     "errors": set(),
     "files": set(),
     "spec": set(),
+    "log_mean": {"numpy"},
     "stats": {"numpy", "scipy"},
     "results": {"numpy", "xarray"},
     "theory": {"numpy", "scipy", "xarray"},

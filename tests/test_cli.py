@@ -39,6 +39,14 @@ def simulated(folder: Path) -> Path:
     return folder / "s.nc"
 
 
+def test_help_of_simulate_says_the_default_method_and_what_needs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("simulate", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "slower in narrow models (default explicit)" in text
+    assert "method explicit only" in text
+
+
 def test_the_main_path(predicted: Path, simulated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run("compare", predicted, simulated, "--resolution", 10, "--out", "c.nc")
     text = capsys.readouterr().out

@@ -15,6 +15,7 @@ from varprop import presets, results
 from varprop.compare import Check, check
 from varprop.errors import ArgumentError, SchemaError
 from varprop.simulate import grid, sample
+from varprop.spec import MaskSpec
 from varprop.theory import predict
 
 N_LAYERS = 3
@@ -27,7 +28,9 @@ def cells(value: float = 1.0) -> np.ndarray:
     return np.where(ABSENT, np.nan, value * (1 + np.arange(N_LAYERS + 1))[:, None] * np.ones(5))
 
 
-def theory(values: np.ndarray | None = None, error: float | None = None, variable: str = "second_moment", **about):
+def theory(
+    values: np.ndarray | None = None, error: float | np.ndarray | None = None, variable: str = "second_moment", **about
+):
     values = cells() if values is None else values
     variables = {variable: (("layer", "site"), values)}
     if error is not None:
@@ -89,6 +92,17 @@ def test_resolution_decides_between_agrees_and_underpowered():
     assert check(theory(), networks(), resolution=seen * 0.99).verdict == "underpowered"
 
 
+def test_headline_says_the_error_seen_beyond_the_claim():
+    """Claims differ between cells: the largest excess is compared with the resolution, not the largest error."""
+    error = np.where(np.arange(N_LAYERS + 1)[:, None] == 1, 0.3, 0.1)
+    outcome = check(theory(error=error), networks(), resolution=0.1)
+    excess = max(row["detectable"] - row["theory_error"] for row in outcome.rows())
+    assert outcome.verdict == "agrees"
+    assert excess < 0.1 < 0.3 < outcome.detectable
+    assert f"would see an error of {100 * excess:.2g} % beyond the claimed one in every cell" in outcome.headline()
+    assert "asked for 10 %" in outcome.headline()
+
+
 def test_seeds_count_as_replicates():
     assert check(theory(), networks(dim="seed")).n_networks == 64
 
@@ -118,13 +132,47 @@ def test_absent_parts_are_zero_on_both_sides_and_agree_exactly():
     assert row["detectable"] < 1e-12
 
 
-@pytest.mark.parametrize("side", ["prediction", "measurement"])
-def test_zero_against_nonzero_disagrees_and_can_be_saved(side, tmp_path):
+def test_a_prediction_of_zero_disagrees_with_networks_above_it_and_can_be_saved(tmp_path):
     mean, drawn = cells(), networks().second_moment.values
-    (mean if side == "prediction" else drawn)[..., 2, 1] = 0
+    mean[2, 1] = 0
     outcome = check(theory(mean, error=0.5), measured(drawn))
     assert cell(outcome, 2, "attn_out")["verdict"] == outcome.verdict == "disagrees"
     results.save(outcome.dataset, tmp_path / "check.nc")
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_networks_of_zeros_are_underpowered_and_can_be_saved(above, tmp_path):
+    """A prediction above 0 of which no network, or one, shows anything: nothing is known of the mean."""
+    drawn = networks().second_moment.values
+    drawn[above:, 2, 1] = 0
+    outcome = check(theory(), measured(drawn))
+    row = cell(outcome, 2, "attn_out")
+    assert (row["verdict"], row["p_adjusted"]) == ("underpowered", 1.0)
+    assert outcome.verdict == "underpowered"
+    results.save(outcome.dataset, tmp_path / "check.nc")
+
+
+def test_whole_matrices_masked_at_random_make_no_disagreement():
+    """One block a matrix, kept with probability 0.1: of 16 networks mostly none has a branch. 40 calls; a right program
+    fails with probability 0.06 at most, once (fixed seed); with exact zeros every call fails."""
+    mask = MaskSpec(kind="block", density=0.1, block_size=64)
+    linear = {"activation": "identity", "gated": False, "d_model": 64, "d_ff": 64, "n_layers": 2}
+    spec = presets.tiny().with_fields({"attention": None}).with_fields(linear | {"masks": {"up": mask, "down": mask}})
+    drawn, right = sample(spec, n_networks=640, n_tokens=4, progress=False), predict(spec, n_tokens=4)
+    outcomes = [check(right, drawn.isel(network=slice(i, i + 16))).verdict for i in range(0, 640, 16)]
+    assert outcomes.count("disagrees") <= 2
+
+
+@pytest.mark.parametrize("side", ["prediction", "measurement"])
+def test_the_error_of_sampling_without_matrices_belongs_to_the_band(side):
+    mean, drawn = theory(cells(1.1)), networks()
+    assert check(mean, drawn).verdict == "disagrees"
+    (mean if side == "prediction" else drawn).attrs["method_error"] = 0.1
+    outcome = check(mean, drawn)
+    assert outcome.verdict != "disagrees"
+    assert outcome.dataset.attrs["method_error"] == 0.1
+    assert cell(outcome, 2, "attn_out")["theory_error"] == 0.1
+    assert "of which 10 % of the sampling method" in outcome.headline()
 
 
 def test_cells_without_spread_are_decided_exactly():
@@ -342,3 +390,19 @@ def test_tokens_of_a_matrix_of_a_number_and_of_a_text_are_told_apart(tmp_path: P
         with pytest.raises(ArgumentError, match=r"^measured (token_correlation|inputs)=.* is .*; expected "):
             check(predicted, measured)
         check(predicted, measured, allow_other_spec=True)
+
+
+def test_a_side_without_sites_is_that_of_the_stream() -> None:
+    """The theory's gradients have no site; probes add a standard error for each network, which its spread holds."""
+    values = cells()[:, -1]
+    variables = {name: (("layer",), values * scale) for name, scale in (("g", 1.0), ("g_error", 0.0))}
+    predicted = results.new(variables, source="theory", **ABOUT, coords={"site": list(results.SITES)})
+    drawn = networks().rename(second_moment="g")
+    drawn["g_stderr"] = 0.1 * drawn.g
+    outcome = check(predicted, drawn, variable="g")
+    assert outcome.verdict == "agrees"
+    assert {row["site"] for row in outcome.rows()} == {"resid_post"}
+    assert len(outcome.rows()) == N_LAYERS + 1
+    assert check(predicted.assign(g=1.2 * predicted.g), drawn, variable="g").verdict == "disagrees"
+    alone = drawn.sel(site="resid_post", drop=True)
+    xr.testing.assert_allclose(check(predicted, alone, variable="g").dataset, outcome.dataset)

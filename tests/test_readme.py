@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from varprop import presets
+from varprop import presets, results
 from varprop.__main__ import main
 from varprop.theory import mitigation_table
 from varprop.theory.mitigation import as_markdown
+
+from .test_arrows import LEVEL, files_by_part
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,6 +51,17 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         elif kind == "python":
             exec(compile(body, "README.md", "exec"), session)
     assert (tmp_path / "report.html").is_file()
+    assert results.load(tmp_path / "verdict.nc").attrs["verdict"] == "agrees"  # 400 networks are enough
+    drawn = results.load(tmp_path / "grid.nc").n_networks.values
+    assert 16 == drawn.min() < drawn.max() == 48  # the rule ends points, as the text says
+
+
+def test_the_table_of_parts_is_complete_and_in_the_order_of_the_imports() -> None:
+    rows = re.findall(r"^\| (`varprop/[^|]*) \|", README, re.MULTILINE)
+    parts = [name for row in rows for name in re.findall(r"`varprop/(\w+)(?:/|\.py)`", row)]
+    expected = {part for part, _ in files_by_part()} - {"errors", "_version", "files", "__main__"}
+    assert sorted(parts) == sorted(expected)
+    assert [LEVEL[part] for part in parts] == sorted(LEVEL[part] for part in parts)
 
 
 def test_the_tables_of_mitigation_are_those_of_the_code() -> None:

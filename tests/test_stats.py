@@ -11,6 +11,7 @@ from scipy import stats as distributions
 
 from varprop import stats
 from varprop.errors import ArgumentError
+from varprop.log_mean import skewness_factor
 
 P_VALUES = hnp.arrays(float, st.integers(1, 12), elements=st.floats(0, 1))
 POSITIVE = hnp.arrays(float, st.integers(2, 12), elements=st.floats(0.5, 2.0))
@@ -31,7 +32,7 @@ def test_equal_replicates_have_exactly_no_spread():
     assert (found.value, found.stderr, found.delta) == (np.log(0.1), 0, 0)
 
 
-@pytest.mark.parametrize("function", [stats.mean_and_stderr, stats.log_mean, stats.t_interval, stats.skewness_factor])
+@pytest.mark.parametrize("function", [stats.mean_and_stderr, stats.log_mean, stats.t_interval, skewness_factor])
 def test_one_replicate_is_too_few(function):
     with pytest.raises(ArgumentError, match=r"n=1 is too few replicates; expected at least 2"):
         function([1.0])
@@ -46,16 +47,33 @@ def test_t_interval_is_that_of_scipy():
 EXACTLY = stats.known_log_mean(1.0)
 
 
-def test_log_mean_of_zeros_is_minus_infinity_without_error():
+def test_log_mean_of_zeros_is_minus_infinity_with_every_error():
     found = stats.log_mean(np.zeros((3, 2)))
     assert found.value.tolist() == [-np.inf, -np.inf]
-    assert found.stderr.tolist() == [0, 0]
+    assert found.stderr.tolist() == found.delta.tolist() == found.mean_log_stderr.tolist() == [np.inf, np.inf]
 
 
-def test_log_mean_with_some_zeros_uses_the_delta_method():
-    found = stats.log_mean([0.0, 1.0, 2.0])
-    assert found.value == found.mean_log == 0
-    assert float(found.stderr) == float(found.mean_log_stderr) == pytest.approx(1 / np.sqrt(3), rel=ROUNDING)
+def test_log_mean_with_some_zeros_adds_the_error_of_their_number():
+    found = stats.log_mean([0.0, 1.0, 1.0, 2.0])
+    logs = np.log([1.0, 1.0, 2.0])
+    v = logs.var(ddof=1)
+    assert float(found.delta) == pytest.approx(np.sqrt(1 / 6 + 2 / 12), rel=ROUNDING)  # s^2 = 2/3, m = 1
+    assert float(found.stderr) == max(float(found.delta), np.sqrt(v / 3 + v**2 / 4 + 1 / 12))
+    assert found.mean_log_stderr == np.inf
+    wide = stats.log_mean([0.0, 1e-3, 1.0, 1e3])  # three values from 1e-3 to 1e3: the log-normal law decides
+    v = np.log([1e-3, 1.0, 1e3]).var(ddof=1)
+    assert float(wide.stderr) == pytest.approx(np.sqrt(v / 3 + v**2 / 4 + 1 / 12), rel=ROUNDING)
+
+
+def test_one_value_above_zero_bounds_nothing():
+    found = stats.log_mean([0.0, 0.0, 0.0, 2.0])
+    assert found.stderr == np.inf
+    assert stats.log_band_p_value(found, stats.known_log_mean(1e9), 0.0, 3) == 1
+    assert stats.log_band_p_value(found, stats.known_log_mean(1e-9), 0.0, 3) > 0.3
+
+
+def test_a_known_zero_with_an_error_is_no_exact_zero():
+    assert stats.log_band_p_value(EXACTLY, stats.known_log_mean(0.0, 0.1), 0.0, 3) == 1
 
 
 def test_log_mean_refuses_negative_values():
@@ -87,8 +105,8 @@ def test_skewness_is_that_of_scipy_beyond_two_errors_and_that_of_a_log_normal_la
     excess = distributions.skew(values, bias=False) - 2 * error
     expected = 2 * excess * values.mean() / (3 * values.std(ddof=1)) - 1
     assert expected > 10
-    assert float(stats.skewness_factor(values)) == pytest.approx(expected, rel=1e-9)
-    assert stats.skewness_factor(np.full(9, 0.3)) == stats.skewness_factor([0.1, 0.9]) == 1
+    assert float(skewness_factor(values)) == pytest.approx(expected, rel=1e-9)
+    assert skewness_factor(np.full(9, 0.3)) == skewness_factor([0.1, 0.9]) == 1
 
 
 @given(st.floats(-2, 2), st.floats(0.01, 1), st.floats(0, 1), st.integers(1, 50))
@@ -142,11 +160,16 @@ def test_two_ensembles_are_compared_the_same_both_ways():
     assert stats.log_deviation(a, b) == -stats.log_deviation(b, a)
 
 
-def test_a_mean_of_zero_is_decided_exactly():
-    nothing = stats.log_mean(np.zeros(3))
-    assert stats.log_band_p_value(nothing, nothing, 0.0, 2) == 1
-    assert stats.log_band_p_value(nothing, EXACTLY, 0.5, 2) == stats.log_band_p_value(EXACTLY, nothing, 0.5, 2) == 0
-    assert stats.log_deviation(nothing, EXACTLY) == -stats.LARGEST_LOG
+def test_an_exact_zero_is_decided_exactly_and_a_sample_of_zeros_is_not():
+    nothing, zeros = stats.known_log_mean(0.0), stats.log_mean(np.zeros(3))
+    for one in (nothing, zeros):
+        assert stats.log_band_p_value(one, one, 0.0, 2) == stats.log_band_p_value(nothing, zeros, 0.0, 2) == 1
+        assert stats.log_detectable_error(one, one, 0.1, 2, 0.01) == 0.1
+    seen = stats.log_mean([0.0, 0.0, 1e-9])
+    assert stats.log_band_p_value(seen, nothing, 0.5, 2) == stats.log_band_p_value(nothing, seen, 0.5, 2) == 0
+    assert stats.log_band_p_value(zeros, EXACTLY, 0.5, 2) == stats.log_band_p_value(EXACTLY, zeros, 0.5, 2) == 1
+    assert stats.log_detectable_error(zeros, EXACTLY, 0.5, 2, 0.01) >= stats.LARGEST_LOG
+    assert stats.log_deviation(zeros, EXACTLY) == -stats.LARGEST_LOG
 
 
 def test_the_factor_below_is_the_second_order_of_the_log_normal_likelihood_ratio():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from varprop import presets, results
 from varprop._version import __version__
 from varprop.spec import ModelSpec
+from varprop.summary import summarise
 from varprop.theory import predict
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "report",
     "results",
     "simulate",
+    "summarise",
     "train",
 ]
 

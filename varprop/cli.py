@@ -301,7 +301,7 @@ def parser() -> argparse.ArgumentParser:
     _add_tokens(predict)
 
     predict.add_argument("--axis", action="append", default=[], metavar="field=a,b,c", help="predict over these values")
-    predict.add_argument("--method", default="auto", help="auto or sampled (attention heads are drawn)")
+    predict.add_argument("--method", default="auto", help="auto, or sampled: attention heads are drawn (default auto)")
     predict.add_argument("--backward", action="store_true", help="also gradients and Jacobians of the blocks")
 
     mitigate = command("mitigate", _mitigate, "When does sparsity mitigate: every mechanism, as a table.", None)
@@ -325,9 +325,21 @@ def parser() -> argparse.ArgumentParser:
     sample = command("simulate", _simulate, "Random networks of a spec, one entry per network.", "simulation.nc")
     _add_spec(sample)
     _add_tokens(sample)
-    sample.add_argument("--n-networks", type=int, default=400, help="independent networks (default %(default)s)")
-    sample.add_argument("--method", default="explicit", help="explicit or gram, without weight matrices")
-    sample.add_argument("--backward", action="store_true", help="also gradients and Jacobians of the blocks")
+    sample.add_argument(
+        "--n-networks",
+        type=int,
+        default=400,
+        help="independent networks, computed in blocks of 8, up to 256 on a GPU (default %(default)s)",
+    )
+    sample.add_argument(
+        "--method",
+        default="explicit",
+        help="explicit, or gram: no weight matrices, faster where d_model is several times the number of tokens, slower"
+        " in narrow models (default %(default)s)",
+    )
+    sample.add_argument(
+        "--backward", action="store_true", help="also gradients and Jacobians of the blocks (method explicit only)"
+    )
     sample.add_argument("--n-probes", type=int, help="random products for a Jacobian (default: exact, or 16 if large)")
     sample.add_argument("--dtype", default="float32", help="of stream and matrices (default %(default)s)")
     sample.add_argument("--device", default="cpu", help="torch device (default %(default)s)")

@@ -48,7 +48,7 @@ def run(
 ) -> str:
     """Run everything, write the Datasets and `report.html` into `folder`, return one screen of findings.
 
-    specs: label -> spec of the variants (default four variants of the preset `tiny`); the labels in `TRAINED` are
+    specs: the spec of each variant by label (default four variants of the preset `tiny`); the labels in `TRAINED` are
     also trained. Raises `ArgumentError` if the folder cannot be made.
     """
     started = time.monotonic()

@@ -127,7 +127,7 @@ def _git_state() -> tuple[str, str]:
 
 
 def validate(dataset: xr.Dataset, where: str = "result") -> None:
-    """Raise `SchemaError` unless `dataset` follows the schema; NaN only where a site does not exist."""
+    """Raise `SchemaError` unless `dataset` follows the schema; NaN only where a site or cell does not exist."""
     for name in ATTRIBUTES:
         if name not in dataset.attrs:
             raise SchemaError(f"{where}: attribute {name!r} is missing; expected a varprop result")
@@ -168,6 +168,8 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
+    if dataset.attrs["source"] == "comparison" and "verdict" in dataset and dataset.verdict.dims == values.dims:
+        absent = absent | (dataset.verdict == "absent").to_numpy()
     for dim, (extent, first) in EXTENT.items():
         if dim in values.dims and extent in dataset:
             beyond = dataset[dim] >= dataset[extent] + first

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,18 +16,13 @@ from scipy import optimize, special
 from scipy import stats as distributions
 
 from varprop.errors import ArgumentError, require
+from varprop.log_mean import LogMean, known_log_mean, log_mean, replicates, sample_spread
 
 Array = NDArray[np.float64]
 POWER = 0.9
 """Probability with which an error of the size called detectable is found."""
 LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
 """Stands for an infinite log ratio, since a result holds finite numbers only."""
-
-
-def _replicates(values: ArrayLike, axis: int) -> Array:
-    array = np.moveaxis(np.asarray(values, dtype=np.float64), axis, 0)
-    require(len(array) >= 2, ArgumentError, "n", len(array), "too few replicates", "at least 2")
-    return array
 
 
 def mean_and_stderr(values: ArrayLike, axis: int = 0) -> tuple[Array, Array]:
@@ -40,14 +35,8 @@ def mean_and_stderr(values: ArrayLike, axis: int = 0) -> tuple[Array, Array]:
     >>> float(mean), round(float(stderr), 4)
     (2.0, 0.5774)
     """
-    array = _replicates(values, axis)
-    return array.mean(axis=0), _spread(array) / math.sqrt(len(array))
-
-
-def _spread(array: Array) -> Array:
-    """Sample standard deviation over axis 0, and exactly 0 where all replicates are equal."""
-    constant = (array == array[0]).all(axis=0)
-    return np.where(constant, 0.0, array.std(axis=0, ddof=1))
+    array = replicates(values, axis)
+    return array.mean(axis=0), sample_spread(array) / math.sqrt(len(array))
 
 
 def t_interval(values: ArrayLike, axis: int = 0, level: float = 0.95) -> tuple[Array, Array]:
@@ -63,112 +52,6 @@ def t_interval(values: ArrayLike, axis: int = 0, level: float = 0.95) -> tuple[A
     mean, stderr = mean_and_stderr(values, axis)
     half = distributions.t.isf((1 - level) / 2, np.shape(values)[axis] - 1) * stderr
     return mean - half, mean + half
-
-
-@dataclass(frozen=True)
-class LogMean:
-    """Logarithm of the mean of positive replicates, with what is known of its error: arrays of one shape.
-
-    stderr: on the low side, where a sample has missed large values: the larger of the delta method, s / (m sqrt(n)),
-    and of the log-normal law, sqrt(v/n + v^2/(2(n-1))), v the sample variance of log x. The first is too small exactly
-    where m is low; the second does not share that fault. delta: s / (m sqrt(n)) alone. skewness: see `skewness_factor`.
-    mean_log, mean_log_stderr: mean of log x (below log m) and its standard error.
-    """
-
-    value: Array
-    stderr: Array
-    delta: Array
-    skewness: Array
-    mean_log: Array
-    mean_log_stderr: Array
-
-
-def log_mean(values: ArrayLike, axis: int = 0) -> LogMean:
-    """`LogMean` of positive replicates along `axis`.
-
-    Where some replicate is 0 only the delta method is used; where the mean is 0 its logarithm is -inf with error 0.
-    Raises `ArgumentError` for a negative value. Source: derived here; v-part of Cox in Land 1972.
-    Checked by: tests/statistical/test_check_calibration.py.
-
-    >>> found = log_mean([2.0, 2.0, 2.0])
-    >>> round(float(found.value), 4), float(found.stderr)
-    (0.6931, 0.0)
-    """
-    array = _replicates(values, axis)
-    n = len(array)
-    lowest = float(array.min(initial=0.0))
-    require(lowest >= 0, ArgumentError, "values", lowest, "negative", "numbers >= 0")
-    mean = array.mean(axis=0)
-    positive = (array > 0).all(axis=0)
-    logs = np.log(np.where(positive, array, 1.0))
-    variance = _spread(logs) ** 2
-    delta = _spread(array) / np.where(mean > 0, mean, 1.0) / math.sqrt(n)
-    # The first replicate stands for the mean where all are equal: no rounding of the sum.
-    centre = np.where((array == array[0]).all(axis=0), array[0], mean)
-    value = np.log(centre, out=np.full(centre.shape, -np.inf), where=centre > 0)
-    return LogMean(
-        value=value,
-        stderr=np.maximum(delta, np.sqrt(variance / n + variance**2 / (2 * (n - 1)))),
-        delta=delta,
-        skewness=skewness_factor(array),
-        mean_log=np.where(positive, logs.mean(axis=0), value),
-        mean_log_stderr=np.where(positive, np.sqrt(variance / n), delta),
-    )
-
-
-def known_log_mean(mean: ArrayLike, stderr: ArrayLike = 0.0) -> LogMean:
-    """`LogMean` of a mean that is known with this standard error (0 = exactly), both in the unit of the mean.
-
-    >>> float(known_log_mean(2.0, 0.1).stderr)
-    0.05
-    """
-    mean, stderr = np.broadcast_arrays(np.asarray(mean, dtype=np.float64), np.asarray(stderr, dtype=np.float64))
-    value = np.log(mean, out=np.full(mean.shape, -np.inf), where=mean > 0)
-    error = np.divide(stderr, mean, out=np.zeros(mean.shape), where=mean > 0)
-    return LogMean(value, error, error, np.ones(mean.shape), value, error)
-
-
-def expected_log_mean(spread: ArrayLike, n: int) -> LogMean:
-    """`LogMean` of n log-normal replicates of mean 1 and standard deviation `spread`, each part at its expectation.
-
-    >>> round(float(expected_log_mean(0.1, 100).stderr), 6), round(float(expected_log_mean(2.0, 100).stderr), 3)
-    (0.01, 0.2)
-    """
-    spread = np.asarray(spread, dtype=np.float64)
-    variance = np.log1p(spread**2)
-    delta = spread / math.sqrt(n)
-    return LogMean(
-        value=np.zeros(spread.shape),
-        stderr=np.maximum(delta, np.sqrt(variance / n + variance**2 / (2 * (n - 1)))),
-        delta=delta,
-        skewness=np.ones(spread.shape),
-        mean_log=-variance / 2,
-        mean_log_stderr=np.sqrt(variance / n),
-    )
-
-
-def skewness_factor(values: ArrayLike, axis: int = 0) -> Array:
-    """c = max(1, 2 (g - 2 e) / (3 s / m) - 1): the skewness g of the sample against that of a log-normal law.
-
-    g: adjusted Fisher-Pearson; e = sqrt(6 n (n - 1) / ((n - 2)(n + 1)(n + 3))), its standard error for normal
-    replicates: only what is beyond two of them counts. Student's statistic of replicates of skewness g lacks the term
-    g t^2 / (3 sqrt(n)) (Johnson 1978, Hall 1992); for the deviation D = log(m / truth) < 0 that divides D / stderr by
-    sqrt(1 + (2 g m / (3 s) - 1) |D|) to second order. A log-normal law of small spread has g = 3 s / m, hence the
-    least value 1: few networks miss the tail that they come from. n <= 2: 1.
-
-    >>> rare = 1 + 0.1 * np.random.default_rng(0).pareto(4, 4000)
-    >>> bool(skewness_factor(rare) > 10), float(skewness_factor([1.0, 2.0, 3.0]))
-    (True, 1.0)
-    """
-    array = _replicates(values, axis)
-    n, mean, spread = len(array), array.mean(axis=0), _spread(array)
-    if n <= 2:
-        return np.ones(mean.shape)
-    scale = np.where(spread > 0, spread, 1.0)
-    standard = (array - mean) / scale
-    skewness = (standard * standard * standard).sum(axis=0) * n / ((n - 1) * (n - 2))
-    error = math.sqrt(6 * n * (n - 1) / ((n - 2) * (n + 1) * (n + 3)))
-    return np.maximum(1.0, 2 * (skewness - 2 * error) * mean / (3 * scale) - 1)
 
 
 def band_p_value(deviation: ArrayLike, stderr: ArrayLike, band: ArrayLike, dof: int) -> Array:
@@ -242,10 +125,13 @@ def log_band_p_value(estimate: LogMean, prediction: LogMean, band: ArrayLike, do
 
     Student's t of a statistic that stays valid for skewed positive replicates: on the low side its error is widened for
     the large values that a sample missed; on the high side it is bounded, so that one huge replicate cannot reject.
-    One side known exactly is `known_log_mean`. band: log ratio >= 0. Source: derived here (`_statistic`).
-    Exactness: for log-normal and gamma replicates of any spread the rate of false rejection is at most the level, to a
-    tenth of it, from 3 replicates on; up to three times the level for inverse Gaussian ones with a spread of twice the
-    mean; without bound for rare large values that most samples miss, as for every test of a mean (Bahadur and Savage
+    One side known exactly is `known_log_mean`; exactly 0 against what is above 0 gives p = 0, an all-zero sample p = 1
+    against anything. band: log ratio >= 0. Source: derived here (`_statistic`).
+    Exactness: for log-normal and gamma replicates of any spread up to 3 of the logarithm, from 3 replicates on and at
+    levels from 1e-3 on, the rate of false rejection is at most the level, to a tenth of it; up to three times the level
+    for inverse Gaussian ones with a spread of twice the mean; where some replicates of the sample are 0, at most the
+    level. Without bound for rare large values that most samples miss, or rare zeros of which a sample of otherwise
+    nearly equal values holds none, as for every test of a mean (Bahadur and Savage
     1956). Checked by: tests/statistical/test_check_calibration.py.
 
     >>> networks = np.array([0.9, 1.0, 1.1, 1.0])
@@ -258,7 +144,13 @@ def log_band_p_value(estimate: LogMean, prediction: LogMean, band: ArrayLike, do
     excess = np.abs(deviation) - np.asarray(band, dtype=np.float64)
     statistic = _statistic(excess, *_sides(deviation, estimate, prediction))
     p_value = np.where(excess > 0, _two_sided(statistic, dof), 1.0)
-    return np.where(np.abs(deviation) == LARGEST_LOG, 0.0, p_value)  # one of the two is exactly 0
+    nothing = np.logical_or(exactly_zero(estimate), exactly_zero(prediction)) & (np.abs(deviation) == LARGEST_LOG)
+    return np.where(nothing, 0.0, p_value)  # 0 against what is above 0
+
+
+def exactly_zero(side: LogMean) -> NDArray[np.bool_]:
+    """Where a mean is known to be 0, which no sample shows."""
+    return np.isneginf(side.value) & (side.stderr == 0)
 
 
 def log_excess(statistic: ArrayLike, low: LogMean, high: LogMean) -> Array:
@@ -282,8 +174,9 @@ def log_ratio_interval(
 ) -> tuple[Array, Array]:
     """Ends of the interval of log(true mean / prediction): the values that `log_band_p_value` does not reject.
 
-    Longer upwards, for the large values that the sample may have missed. values > 0 along `axis`; prediction > 0, the
-    same unit. Raises `ArgumentError`.
+    Longer upwards, for the large values that the sample may have missed. values >= 0 along `axis`; prediction > 0, the
+    same unit. Where all values but one are 0 the upper end is `LARGEST_LOG`; where all are, the lower one is
+    -`LARGEST_LOG`. Raises `ArgumentError`.
 
     >>> low, high = log_ratio_interval([0.9, 1.0, 1.1, 1.0])
     >>> round(float(low), 3), round(float(high), 3)
@@ -294,7 +187,9 @@ def log_ratio_interval(
     exactly = known_log_mean(np.ones(found.value.shape))
     limit = distributions.t.isf((1 - level) / 2, np.shape(values)[axis] - 1)
     centre = found.value - np.log(np.asarray(prediction, dtype=np.float64))
-    return centre - log_excess(limit, exactly, found), centre + log_excess(limit, found, exactly)
+    low, high = centre - log_excess(limit, exactly, found), centre + log_excess(limit, found, exactly)
+    high = np.where(np.isinf(found.stderr), LARGEST_LOG, high)
+    return np.clip(low, -LARGEST_LOG, LARGEST_LOG), np.clip(high, -LARGEST_LOG, LARGEST_LOG)
 
 
 def widened_below(half: ArrayLike) -> Array:
@@ -349,7 +244,7 @@ def log_detectable_error(
 ) -> Array:
     """Smallest |log ratio| that `log_band_p_value` would reject at `level` with probability `power`, on either side.
 
-    band + the larger of the two excesses whose statistic is `detectable_factor`.
+    band + the larger of the two excesses whose statistic is `detectable_factor`; the band where both means are 0.
 
     >>> exactly = known_log_mean(1.0)
     >>> round(float(log_detectable_error(known_log_mean(1.0, 0.01), exactly, 0.05, 63, 0.01)), 4)
@@ -357,7 +252,8 @@ def log_detectable_error(
     """
     k = detectable_factor(dof, level, power)
     worse = np.maximum(log_excess(k, estimate, prediction), log_excess(k, prediction, estimate))
-    return np.asarray(band, dtype=np.float64) + worse
+    both_zero = (estimate.value == -np.inf) & (prediction.value == -np.inf)
+    return np.asarray(band, dtype=np.float64) + np.where(both_zero, 0.0, worse)
 
 
 def holm(p_values: ArrayLike, level: float) -> tuple[NDArray[np.bool_], Array]:

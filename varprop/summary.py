@@ -58,7 +58,8 @@ def summarise(
     `quantile_interval`; `n_networks`, the replicates of each cell. The interval of the mean is that of
     `stats.log_ratio_interval` where no replicate is negative, longer upwards for heavy spreads and Student's for small
     ones, so that no spread has to be chosen as the limit; for correlations, and where a replicate is negative, it is
-    Student's. Attribute `interval_scale` says which: `log` or `linear`.
+    Student's. Attribute `interval_scale` says which: `log` or `linear`. Where all replicates but one are 0 the interval
+    ends at the largest float, and where all are it begins at 0: n zeros do not show that a mean is 0.
 
     dataset: with a dimension `network` or `seed`; any others, such as the axes of a grid, are kept. A replicate that is
     NaN in a cell is left out there: points of a grid with fewer networks are padded so. level: coverage in (0, 1);
@@ -109,7 +110,8 @@ def _moments(values: Array, level: float, log_scale: bool) -> tuple[Array, Array
     mean, stderr = stats.mean_and_stderr(values)
     if log_scale:
         ends = stats.log_ratio_interval(values, level=level)
-        low, high = (np.where(mean > 0, np.exp(np.minimum(end, stats.LARGEST_LOG)), 0.0) for end in ends)
+        low, high = (np.exp(end) for end in ends)
+        low = np.where(mean > 0, low, 0.0)
     else:
         low, high = stats.t_interval(values, level=level)
     return mean, stderr, low, high, stderr * np.sqrt(len(values))

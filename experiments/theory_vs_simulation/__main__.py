@@ -14,6 +14,7 @@ factors and more, at 16 (`points._deepest`).
     python -m experiments.theory_vs_simulation --dry-run
     python -m experiments.theory_vs_simulation --stage simulate --device cuda --n-workers 12 --max-seconds 540
     python -m experiments.theory_vs_simulation --stage compare --n-workers 2
+    python -m experiments.theory_vs_simulation --stage page     # again from results/, with other causes or explanations
 
 Rounds and shards: simulation.py. A later call goes on where the deadline ended this one; a job that has begun ends, so
 leave a margin of a minute. Networks do not depend on the theory: another theory needs `--stage compare` alone.
@@ -31,22 +32,24 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from experiments.common import options
 from experiments.theory_vs_simulation import figure, verdict
-from experiments.theory_vs_simulation.comparison import compare_all
+from experiments.theory_vs_simulation.comparison import NUMBERS, compare_all
 from experiments.theory_vs_simulation.points import points
 from experiments.theory_vs_simulation.simulation import print_work, simulate
 from varprop.files import replacing, write_text
 
 HERE = Path(__file__).resolve().parent
+LEFT_OUT = ("missing", "refused")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(out=HERE)
-    parser.add_argument("--stage", choices=("all", "simulate", "compare"), default="all")
+    parser.add_argument("--stage", choices=("all", "simulate", "compare", "page"), default="all")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="K N: points K, K + N, ... (default 0 1)")
     parser.add_argument("--most-seconds", type=float, default=8, help="of a device for a point (default %(default)s)")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="wall clock of the simulations")
@@ -65,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.dry_run:
         print_work(todo, chosen.n_devices)
         return 0
+    if chosen.stage == "page":
+        _page(chosen.out)
+        return 0
     if chosen.stage != "compare":
         most = 0.01 if chosen.smoke else chosen.most_seconds
         simulate(todo, chosen.runs, chosen.device, chosen.n_workers, most, deadline, len(everything))
@@ -80,15 +86,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with replacing(folder / "rows.csv.gz") as temporary:
         compression = {"method": "gzip", "mtime": 0}
         rows.to_csv(temporary, index=False, float_format="%.4g", compression=compression)
-    found = verdict.summary(table["rows"], table["missing"], table["refused"])
-    write_text(folder / "verdict.json", json.dumps(found, indent=1) + "\n")
-    explanations = HERE / "explanations.md"
-    write_text(chosen.out / "VERDICT.md", verdict.page(found, explanations.read_text()))
+    write_text(folder / "left_out.json", json.dumps({name: table[name] for name in LEFT_OUT}, indent=1) + "\n")
+    print(json.dumps(_page(chosen.out)["all"], indent=1))
     figure.heat_maps(rows, "resid_post").savefig(folder / "ratios.png", dpi=130)
     figure.deviations(rows).savefig(folder / "deviations.png", dpi=130)
     figure.profiles(rows, figure.CASES).savefig(folder / "profiles.png", dpi=130)
-    print(json.dumps(found["all"], indent=1))
     return 0
+
+
+def _page(out: Path) -> dict[str, Any]:
+    """`verdict.json` and VERDICT.md, from the rows saved."""
+    folder = out / "results"
+    absent = {name: [""] for name in NUMBERS}
+    rows = pd.read_csv(folder / "rows.csv.gz", keep_default_na=False, na_values=absent, dtype={"density": str})
+    left_out = json.loads((folder / "left_out.json").read_text())
+    found = verdict.summary(rows.to_dict("records"), left_out["missing"], left_out["refused"])
+    write_text(folder / "verdict.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / "VERDICT.md", verdict.page(found, (HERE / "explanations.md").read_text()))
+    return found
 
 
 if __name__ == "__main__":

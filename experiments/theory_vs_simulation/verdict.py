@@ -138,7 +138,7 @@ def page(found: Mapping[str, Any], explanations: str) -> str:
     lines = [
         "# Theory against simulation",
         "",
-        "Written by `python -m experiments.theory_vs_simulation --stage compare` from `results/verdict.json`.",
+        "Written by `python -m experiments.theory_vs_simulation --stage page` from `results/rows.csv.gz`.",
         "",
         f"{found['n_points']} points, {found['n_networks']:,} networks, {found['n_tests']:,} tests;"
         f" false-fail rate {found['false_fail_rate']:g} for all of them together. A test agrees if it is within the"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,36 @@ def test_the_smoke_run_resumes_and_reports(tmp_path, capsys):
     assert calibration.main(["--smoke", "--stage", "report", *folders]) == 0
     assert (tmp_path / "out" / "calibration.json").read_text() == first
     found = json.loads(first)
-    assert found["all"]["false_fails"]["trials"] == 16
-    assert found["all"]["power"]["trials"] == 4
+    assert found["all"]["false_fails"]["trials"] == found["all"]["underpowered_at_few"]["trials"] == 12
+    assert found["all"]["power"]["trials"] == found["all"]["false_fails_with_power"]["trials"] == 4
+    assert sum(found["all"]["seen_by_side"].values()) == found["all"]["power"]["successes"]
+    assert found["missing"] == []
+    assert found["command"].startswith("python -m experiments.calibration --smoke --runs")
+    assert len({row["seed"] for row in found["rows"]}) == 3
     assert (tmp_path / "out" / "calibration.png").stat().st_size > 10_000
-    rows = (tmp_path / "out" / "calibration.md").read_text().splitlines()
-    assert rows[2].startswith("| all | ")
+    text = (tmp_path / "out" / "calibration.md").read_text()
+    assert text.splitlines()[2].startswith("| all | 4 | ")
+    # The report again from the result alone; a part of the cells does not replace the whole.
+    assert calibration.main(["--smoke", "--stage", "table", "--out", folders[-1], "--runs", str(tmp_path)]) == 0
+    assert (tmp_path / "out" / "calibration.md").read_text() == text
+    assert calibration.main(["--smoke", "--max-depth", "1", *folders]) == 2
+    assert "holds 3 cells and is kept" in capsys.readouterr().err
+    assert (tmp_path / "out" / "calibration.json").read_text() == first
+    part = [*folders[:2], "--out", str(tmp_path / "part")]
+    assert calibration.main(["--smoke", "--max-depth", "1", *part]) == 0
+    missing = json.loads((tmp_path / "part" / "calibration.json").read_text())["missing"]
+    assert missing == ["mlp relu L=2 d=64", "masked L=2 d=64"]
+
+
+def test_the_committed_report_is_that_of_its_rows():
+    folder = Path(calibration.__file__).parent / "results"
+    found = json.loads((folder / "calibration.json").read_text())
+    assert (folder / "calibration.md").read_text() == calibration.markdown(found)
+    again = calibration.table(found["rows"])
+    assert json.loads(json.dumps(again["all"])) == found["all"]
+    assert (again["all"]["false_fails"]["successes"], again["all"]["false_fails"]["trials"]) == (23, 6060)
+    assert found["missing"] == []
+    assert len(found["not_drawn"]) == 4
 
 
 def test_a_deadline_starts_no_cell(tmp_path, capsys):

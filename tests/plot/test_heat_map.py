@@ -1,4 +1,4 @@
-"""Heat maps show the mean of each cell, its ratio to the theory, and which cells are underpowered."""
+"""Heat maps show the mean of each cell, its ratio to the theory, and which cells have wide intervals."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_correlations_are_compared_by_their_difference():
 
 def test_a_point_with_fewer_networks_and_layers_is_compared_at_its_own_last_layer():
     grid, predicted = over(simulation, n=40), over(theory)
-    grid.second_moment[0, 1, 5:] = np.nan  # 5 networks: underpowered
+    grid.second_moment[0, 1, 5:] = np.nan  # 5 networks: a wide interval
     grid.second_moment[1, 0, :, 3:] = np.nan  # 2 layers
     grid.second_moment[2, 0] = np.nan  # not run
     figure = plot.plot_heat_map(grid, x="density", y="d_ff", theory=predicted)
@@ -102,9 +102,10 @@ def test_a_point_with_fewer_networks_and_layers_is_compared_at_its_own_last_laye
     assert hatched(figure) == {(0.0, 1.0)}  # 5 % spread: 0.062 at 5 networks, 0.016 at 40
 
 
-def test_one_network_is_underpowered():
+def test_one_network_is_a_wide_interval_and_no_verdict():
     figure = plot.plot_heat_map(over(simulation, n=1), x="density", y="d_ff", theory=over(theory))
     assert len(hatched(figure)) == 6
+    assert figure.legends[0].get_texts()[0].get_text() == "wide interval (beyond ±0.05)"
 
 
 def test_scale_is_logarithmic_beyond_a_decade():

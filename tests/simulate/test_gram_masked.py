@@ -142,6 +142,40 @@ def test_neglected_fourth_moment_of_a_branch(name: str) -> None:
     assert np.log1p(0.5 * method_error(spec)) - 5 * stderr < ratio < np.log1p(1.5 * method_error(spec)) + 5 * stderr
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_the_claim_holds_for_second_moments_and_not_for_fourth(activation: str) -> None:
+    """Gated branches of one layer, 3,000 networks: second moments within the claim, fourth ones beyond it."""
+    part = FeedForwardSpec(d_ff=256, activation=activation)  # type: ignore[arg-type]
+    spec = masked(
+        BASE.with_fields({"d_model": 64, "n_layers": 1, "attention": None, "feed_forward": part}), "bernoulli", 0.5
+    )
+    samples = both(spec, 3000, n_tokens=8)
+    second, fourth = (
+        log_ratio(*(d[name].sel(layer=1, site="mlp_out").values for d in samples))
+        for name in ("second_moment", "fourth_moment")
+    )
+    claim = np.log1p(method_error(spec))
+    assert second[1] < claim / 10
+    assert abs(second[0]) < claim - 5 * second[1]
+    expected = {"silu": 0.098, "relu2": 0.367}[activation]  # 12,000 networks: stderr 0.004 and 0.011
+    assert abs(fourth[0] - expected) < 5 * 1.2 * fourth[1]
+    assert expected > claim
+    assert fourth[0] > 5 * fourth[1]
+
+
+def test_variances_of_fourth_moments_exceed_the_spread_claimed() -> None:
+    """1,500 networks of one layer: those of second moments are within it, five standard errors allowed."""
+    spec = masked(DENSE.with_fields(n_layers=1), "bernoulli", 0.5)
+    samples = both(spec, 1500, n_tokens=8)
+    ratios = {}
+    for name in ("second_moment", "fourth_moment"):
+        values = (d[name].sel(layer=1, site="mlp_out").values for d in samples)
+        ratios[name] = log_ratio(*((x - x.mean()) ** 2 for x in values))
+    claim = np.log1p(method_spread_error(spec, 8))
+    assert ratios["second_moment"][0] < claim + 5 * ratios["second_moment"][1]
+    assert ratios["fourth_moment"][0] > claim + 3 * ratios["fourth_moment"][1]
+
+
 def test_the_error_falls_with_width_and_density() -> None:
     """Leading order in 1/(density fan_in), blocks counting as one entry."""
     narrow = masked(DENSE.with_fields(feed_forward=None), "bernoulli", 0.1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 
 from experiments.benchmarks import calibration_small as calibration
 from varprop import presets
-from varprop.errors import ArgumentError, SchemaError
+from varprop.errors import AccuracyWarning, ArgumentError, SchemaError
 from varprop.simulate import required_networks, sample
 from varprop.simulate.required import PILOT, cell_spread, networks_for, pilot_spread
 from varprop.stats import POWER, clopper_pearson
@@ -103,3 +104,20 @@ def test_a_pilot_of_another_model_is_refused():
     pilot = sample(SPEC, n_networks=8, n_tokens=4)
     with pytest.raises(SchemaError, match="pilot: n_tokens=4 is another; expected 8"):
         required_networks(SPEC, 0.1, n_tokens=8, pilot=pilot)
+
+
+def test_a_pilot_that_lacks_the_spread_of_its_masks_is_refused():
+    masked = SPEC.with_fields(density=0.25)
+    pilot = sample(masked, n_networks=8, n_tokens=8, method="gram")
+    with pytest.raises(SchemaError, match=r"pilot: method_spread_error=.* is not 0; expected a sample with method"):
+        required_networks(masked, 0.1, n_tokens=8, pilot=pilot)
+
+
+def test_a_wide_spread_is_warned_of():
+    """Narrow ungated relu2: the law of its networks is more skewed than the log-normal one of the same spread."""
+    wide = SPEC.with_fields({"activation": "relu2", "gated": False, "d_model": 16, "d_ff": 16, "n_heads": 2})
+    with pytest.warns(AccuracyWarning, match=r"spread=.* above 0.8"):
+        required_networks(wide, 1.0, n_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        required_networks(SPEC, 0.1, n_tokens=8)

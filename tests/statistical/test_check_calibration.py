@@ -1,6 +1,6 @@
 """Whether `check` keeps its false-fail rate and its power over ensembles whose mean is known exactly (small version).
 
-The full one, 4,000 calls of each of 84 settings, is experiments/benchmarks/calibration_small.py with its JSON result.
+The full one, 4,000 calls of each of 96 settings, is experiments/benchmarks/calibration_small.py with its JSON result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from experiments.benchmarks import calibration_small as calibration
 from varprop.compare import check
 from varprop.stats import POWER, clopper_pearson
 
-# Each bound below is a 1 - 1e-4 interval: over the 21 assertions a correct program fails with probability 2e-3 at most.
+# Each bound below is a 1 - 1e-4 interval: over the 24 assertions a correct program fails with probability 2e-3 at most.
 LEVEL = 1 - 2e-4
 
 
@@ -30,6 +30,13 @@ def test_false_fail_rate_and_power(family, n_networks, spread, edge):
     assert clopper_pearson(row["failed"], row["calls"], LEVEL)[0] <= calibration.FALSE_FAIL_RATE
     for name in ("power_measured_high", "power_measured_low") if spread < 1 else ():
         assert clopper_pearson(round(1000 * row[name]), 1000, LEVEL)[1] >= POWER
+
+
+@pytest.mark.parametrize("n_networks, spread", [(16, 0.05), (16, 0.3), (64, 0.05)])
+def test_false_fail_rate_of_branches_that_are_mostly_zero(n_networks, spread):
+    """2,000 calls; each branch is 0 in 70 % of the networks. A true rate above 0.025 fails with probability 0.98."""
+    row = calibration.measure("zeros", spread, n_networks, 0.0, calls=2000)
+    assert clopper_pearson(row["failed"], row["calls"], LEVEL)[0] <= calibration.FALSE_FAIL_RATE
 
 
 @pytest.mark.parametrize("factor", [1e2, 1e6, 1e12])
@@ -86,13 +93,16 @@ def test_ensembles_have_the_mean_that_they_state():
 
 
 def test_committed_result_supports_the_claim():
-    """The two families outside the claim are there too, and fail as stated: no test of a mean can cover them."""
+    """The families outside the claim are there too, and fail as stated: no test of a mean can cover them."""
     rows = json.loads(Path(calibration.__file__).with_suffix(".json").read_text())["rows"]
     assert [(r["family"], r["spread"], r["n_networks"], r["theory_error"]) for r in rows] == list(calibration.SETTINGS)
     assert all(row["calls"] == calibration.CALLS for row in rows)
     inside = [row for row in rows if row["family"] in calibration.FAMILIES]
     assert all(row["interval"][0] <= calibration.FALSE_FAIL_RATE for row in inside)
     assert sum(row["failed"] for row in inside) <= calibration.FALSE_FAIL_RATE / 2 * sum(r["calls"] for r in inside)
+    zeros = [row for row in rows if row["family"] == "zeros" and row["n_networks"] >= 16]
+    assert len(zeros) == 4
+    assert all(row["interval"][0] <= calibration.FALSE_FAIL_RATE for row in zeros)
     for row in inside:
         power = min(row["power_measured_low"], row["power_measured_high"])
         assert power >= 0.88 or row["detectable"] > 1 or row["spread"] > 1

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from varprop import stats
 from varprop.errors import ArgumentError, require
-from varprop.plot.reading import INTERVAL, REPLICATES, at_place, place_of
+from varprop.plot.reading import INTERVAL, at_place, place_of
 from varprop.plot.style import label, new_figure
+from varprop.summary import REPLICATES
 
 ABSENT = "0.85"
 HATCH = "////"
@@ -27,10 +28,10 @@ HATCH = "////"
 
 @dataclass(frozen=True)
 class Cells:
-    """What is drawn, (y, x): numbers (NaN where there are none) and whether too few networks stand behind them."""
+    """What is drawn, (y, x): numbers (NaN where there are none) and whether their intervals are wide."""
 
     values: NDArray[np.float64]
-    underpowered: NDArray[np.bool_]
+    wide: NDArray[np.bool_]
 
 
 def plot_heat_map(
@@ -50,9 +51,9 @@ def plot_heat_map(
     `.sel(density=1.0)`. layer: None = the last one that a point has. site: or a branch. Networks and layers that a
     point lacks (NaN) are left out; a point without any is grey. theory: a prediction with the same two axes; then the
     ratio of the mean to it at the same layer is drawn (the difference for a correlation), with colours that part at 1
-    (0). Hatched: underpowered, the 95 % interval over networks reaches further than `resolution` from the estimate, as
-    a log ratio (an absolute difference), or there is one network only. No verdict: that is `compare.check`, point by
-    point. Source: intervals of `stats`. Checked by: tests/plot/test_heat_map.py.
+    (0). Hatched: a wide interval, the 95 % interval over networks reaches further than `resolution` from the estimate,
+    as a log ratio (an absolute difference), or there is one network only. No verdict: that is `compare.check`, point
+    by point. Source: intervals of `stats`. Checked by: tests/plot/test_heat_map.py.
     Raises `ArgumentError` for unknown names, other axes left, and a prediction over another grid.
     """
     require(resolution > 0, ArgumentError, "resolution", resolution, "outside the domain", "a number > 0")
@@ -83,8 +84,8 @@ def plot_heat_map(
         axis.set_label_text(name)
     words = variable.replace("_", " "), "last layer" if layer is None else f"layer {layer}"
     axes.set_title(", ".join(filter(None, (*words, place_of(dataset, variable, site)))), fontsize=9)
-    if cells.underpowered.any():
-        text = f"underpowered (interval beyond ±{resolution:g})"
+    if cells.wide.any():
+        text = f"wide interval (beyond ±{resolution:g})"
         key = Patch(facecolor="none", edgecolor="0.3", hatch=HATCH, lw=0, label=text)
         figure.legend(handles=[key], loc="outside lower center", frameon=False, fontsize=9)
     return figure
@@ -187,7 +188,7 @@ def _write(axes: Axes, cells: Cells, norm: Normalize, colours: Colormap) -> None
         red, green, blue, _ = ground = colours(norm(value)) if np.isfinite(value) else to_rgba(ABSENT)
         ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
         plain = None
-        if cells.underpowered[row, column]:
+        if cells.wide[row, column]:
             box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch=HATCH, edgecolor="0.4", lw=0)
             axes.add_patch(box)
             plain = {"facecolor": ground, "edgecolor": "none", "pad": 1.5}

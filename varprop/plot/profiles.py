@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from varprop.errors import ArgumentError, require
-from varprop.plot.reading import INTERVAL, QUANTILES, at_place, curve, place_of
+from varprop.plot.reading import BAND, INTERVAL, at_place, curve, place_of
 from varprop.plot.style import (
     COLOURS,
     decorate,
@@ -30,7 +30,7 @@ from varprop.plot.style import (
 BANDS = {
     None: "",
     "interval": f" ({100 * INTERVAL:g} % interval of the mean)",
-    "quantiles": f" ({100 * QUANTILES[0]:g} to {100 * QUANTILES[1]:g} % of the networks)",
+    "quantiles": f" ({100 * BAND[0]:g} to {100 * BAND[1]:g} % of the networks)",
 }
 """What a band shows, as the legend says it."""
 

@@ -19,7 +19,7 @@ from varprop.plot.reading import INTERVAL
 from varprop.plot.style import decorate, new_figure
 
 VERDICT_STYLE = {"agrees": ("#009E73", "o"), "underpowered": ("#E69F00", "s"), "disagrees": ("#D55E00", "X")}
-SITES = ("attn_out", "resid_mid", "mlp_out", "resid_post")
+DRAWN_SITES = ("attn_out", "resid_mid", "mlp_out", "resid_post")
 """Drawn by default; `resid_pre` is left out, being `resid_post` of the layer before."""
 GRID_COLUMNS = 4
 
@@ -36,7 +36,7 @@ def plot_ratio(comparison: Any, sites: Sequence[str] | None = None) -> Figure:
     if not points:
         raise ArgumentError("comparison is empty; expected at least one outcome of check")
     single = list(points) == [""]
-    wanted = sites if sites is not None else SITES if single else ("resid_post",)
+    wanted = sites if sites is not None else DRAWN_SITES if single else ("resid_post",)
     shown = []
     for (name, dataset), site in itertools.product(points.items(), wanted):
         if site not in dataset.site.values:
@@ -64,7 +64,7 @@ def plot_ratio(comparison: Any, sites: Sequence[str] | None = None) -> Figure:
 
 
 def _points(comparison: Any) -> Iterator[tuple[str, xr.Dataset]]:
-    """Name -> Dataset over (layer, site); one without a name for a single comparison."""
+    """Names with Datasets over (layer, site); one without a name for a single comparison."""
     if isinstance(comparison, Mapping) and not isinstance(comparison, xr.Dataset):
         for name, one in comparison.items():
             for inner, dataset in _points(one):
@@ -102,7 +102,8 @@ def _draw(axes: Axes, cells: xr.Dataset) -> set[str]:
     half = half * cells.deviation_stderr.values[exists]
     absolute = "ratio" not in cells
     low, high = centre - half, centre + (half if absolute else stats.widened_below(half))
-    scale = (lambda x: x) if absolute else np.exp
+    # No bar where nothing bounds the mean.
+    scale = (lambda x: x) if absolute else (lambda x: np.exp(np.where(x < stats.LARGEST_LOG, x, np.inf)))
     axes.fill_between(layer, scale(-claimed), scale(claimed), color="0.5", alpha=0.25, lw=0, zorder=1)
     axes.axhline(scale(0.0), color="0.3", lw=0.8, zorder=1)
     for name, (colour, marker) in VERDICT_STYLE.items():

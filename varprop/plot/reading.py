@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from varprop import stats
 from varprop.errors import ArgumentError
+from varprop.summary import QUANTILES, REPLICATES
 
 INTERVAL = 0.95
 """Level of the intervals of a mean."""
-QUANTILES = (0.05, 0.95)
-"""Ends of the quantile bands over replicates."""
-REPLICATES = ("network", "seed")
+BAND = (QUANTILES[0], QUANTILES[-1])
+"""Ends of the quantile bands over replicates: the outer ones of `summarise`."""
 Curve = tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -58,5 +58,5 @@ def curve(values: xr.DataArray, along: str, band: str | None = "interval") -> Cu
     mean = array.mean(axis=0)
     if len(array) < 2 or band is None:
         return x, mean, mean, mean
-    low, high = stats.t_interval(array, level=INTERVAL) if band == "interval" else np.quantile(array, QUANTILES, axis=0)
+    low, high = stats.t_interval(array, level=INTERVAL) if band == "interval" else np.quantile(array, BAND, axis=0)
     return x, mean, low, high

@@ -129,7 +129,7 @@ class Run:
 
 
 def block_statistics(run: Run, block: int) -> dict[str, np.ndarray]:
-    """Statistics of the networks of one block, name -> (networks, layer, ...), float64.
+    """Statistics of the networks of one block, by name, (networks, layer, ...), float64.
 
     Where memory is too short, the block is cut into halves, quarters and so on, which have the same random numbers.
     """

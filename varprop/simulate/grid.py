@@ -55,7 +55,7 @@ def grid(
 ) -> xr.Dataset:
     """`sample` at every combination of `axes`, as one Dataset with the axes as its first dimensions.
 
-    axes: field name -> distinct values. Names are those that `ModelSpec.with_fields` takes, `n_tokens`, and
+    axes: distinct values by field name. Names are those that `ModelSpec.with_fields` takes, `n_tokens`, and
     `token_correlation` (as dimension `input_token_correlation`); or a name of your own with named sets of changes,
     `model={"dense": {}, "moe": {"feed_forward": None, "n_experts": 8, "top_k": 2}}`. Values that are not all numbers or
     all text are labelled by their JSON. n_networks: at every point; with `stop` at most. text: read that many

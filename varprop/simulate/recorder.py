@@ -71,7 +71,7 @@ class Recorder:
             self._observed[name][:, layer] = statistic(values)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Name -> (B, L + 1, site), (B, L + 1, branch) or (B, L + 1)."""
+        """By name, (B, L + 1, site), (B, L + 1, branch) or (B, L + 1)."""
         sums = PowerSums(*self._shape, *self._sums.unbind(dim=-1))
         found = {name: getattr(sums, name)() for name in AT_SITES}
         # Layer 0 has only a stream: a comparison would turn its missing sums into numbers.

@@ -67,11 +67,15 @@ def sample(
     inputs, instead: embedding outputs ([n_sequences,] n_tokens, d_model), or token ids ([n_sequences,] n_tokens), of
     which each network draws its own embedding rows. Network i reads sequence i mod n_sequences: take a multiple of
     n_sequences; the spread over networks then holds that between the sequences, too.
+    n_networks: they are computed in whole blocks, of which the last is cut: multiples of a block cost no more, 8 on a
+    CPU, 256 drawn on an accelerator, fewer where layers are large (`block.networks_per_block`).
     seed: network i is bitwise the same for every n_networks, first_network and number of threads, on one device.
     first_network: number of the first one, so that a sample can be continued. method: `explicit` draws every matrix;
     `gram` (varprop.simulate.gram) draws what they make of the tokens, exact in law at a cost of T^2 in place of T d per
-    unit, and treats a weight mask to leading order in 1/(density fan_in). Attributes `exactness`, `method_error` and
-    `method_spread_error` say what this neglects, in means and in variances over networks (`gram_claims`; 0 if exact).
+    unit: faster from a d_model of several n_tokens and some hundreds on, slower in narrower models, and without
+    weights, so not for `backward`. It treats a weight mask to leading order in 1/(density fan_in): attributes
+    `exactness`, `method_error` and `method_spread_error` say what this neglects in means and in variances over networks
+    of the second moments of one layer (`gram_claims`; 0 if exact).
     dtype: type of the stream and of the matrices, multiplied in full (no TF32); statistics accumulate in float64.
     draw_device: where the weights are drawn, None = `device`. An accelerator draws a thousand times faster than the
     CPU, but other numbers from the same seeds: the same law, other networks. "cpu" gives the same networks, to

@@ -50,8 +50,9 @@ def gradient_second_moment(
     middle_...: before each feed-forward, (n_layers,) (not read by a parallel block). gradient_token_correlation: of the
     gradient that arrives at the last layer; 0 gives E||dx_L / dx_l||_F^2 / d of one output token against all inputs.
     Leading order in 1/d: real gradients of relu stacks exceed q_L / q_0 by 2 % to 4 % (se 1 % to 2 %) at d = 64, 16 and
-    64 layers, and d = 256, 16 layers. Causal attention averages over positions: 7 % off after 4 layers at d = 512 with
-    correlated gradients (0.5), where full attention is 2 % off. Raises `AssumptionError` as `block_jacobian` does.
+    64 layers, and d = 256, 16 layers. Causal and windowed attention are averaged over positions here, which misses
+    that gradients gather on the first ones: 4 % too low after 4 layers and 15 % to 40 % after 16 at 8 to 32 tokens.
+    `gradient_by_position` resolves them, and `predict` takes it. Raises `AssumptionError` as `block_jacobian` does.
     Source: derived in proofs/prove_backward.py. Checked by: tests/theory/test_backward.py, autograd.
 
     >>> from varprop.spec import FeedForwardSpec

@@ -27,11 +27,14 @@ from varprop.theory.exchangeable import (
 from varprop.theory.gram import GramRecursion
 from varprop.theory.jacobian import DEFINITIONS, jacobian_error
 from varprop.theory.moments import Moments
+from varprop.theory.position_gradient import gradient_by_position
 
 METHODS = ("auto", "sampled")
 MAX_INTEGER = 10**15
 MAX_GRAM_TOKENS = 4096
 """A position-resolved recursion holds several (n_tokens, n_tokens) matrices."""
+MAX_GRADIENT_NUMBERS = 2**29
+"""The way back reads two such matrices for each layer, in float32: 2 GB."""
 WARN_ABOVE = 0.05
 """Claimed relative error of the stream beyond which `predict` warns."""
 NUMBERS = (
@@ -51,6 +54,8 @@ class _Point:
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
     exactness: np.ndarray = field(default_factory=lambda: np.empty(0))
     backward: dict[str, np.ndarray] = field(default_factory=dict)
+    grams: list[tuple[np.ndarray, np.ndarray]] | None = None
+    """Kept for the gradients where positions are resolved: before the attention and the feed-forward of each layer."""
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -82,7 +87,7 @@ class _Point:
         first = np.array([["", "", "", "", "exact"]])
         self.exactness = np.concatenate([first, claimed.exactness]).astype("<U10")
 
-    def write_backward(self) -> None:
+    def write_backward(self, documents: np.ndarray | None) -> None:
         """Add the gradients and the Jacobians of the blocks, from the profile stored."""
         q, c = self.numbers["second_moment"], np.clip(self.numbers["token_correlation"], 0.0, 1.0)
         moments: dict[str, Any] = {
@@ -91,9 +96,12 @@ class _Point:
         }
         jacobian = jacobian_profile(self.spec, n_tokens=self.n_tokens, **moments)
         absent = np.full((1, len(DEFINITIONS)), np.nan)
-        gradient = gradient_second_moment(self.spec, n_tokens=self.n_tokens, **moments)
+        if self.grams is None:
+            gradient = gradient_second_moment(self.spec, n_tokens=self.n_tokens, **moments).second_moment
+        else:
+            gradient = gradient_by_position(self.spec, self.grams, documents=documents).mean(axis=-1)
         self.backward["jacobian_deviation"] = np.concatenate([absent, jacobian])
-        self.backward["grad_second_moment"] = gradient.second_moment
+        self.backward["grad_second_moment"] = gradient
         errors = np.array([jacobian_error(self.spec, layer) for layer in range(1, self.spec.n_layers + 1)])
         power = jacobian[:, DEFINITIONS.index("all_sources")]
         passed = np.cumsum((errors * power / (1 + power))[::-1])[::-1]
@@ -123,7 +131,8 @@ def predict(
     definition), ||J - I||_F^2 / d of each block in the three definitions of `block_jacobian`, with its relative error
     `jacobian_deviation_error`, and `grad_second_moment`
     (layer), of the gradient of the stream relative to that of the last layer, with `grad_second_moment_error`, the sum
-    of the former's over the layers above. progress: called with the layers done and
+    of the former's over the layers above (causal and windowed attention: the Gram matrix of the gradients of all
+    positions goes back through the layers). progress: called with the layers done and
     their number.
     method: "auto" takes the two-scalar recursion where tokens are exchangeable (full attention without positions), the
     deterministic closure of the token Gram matrix where it holds, and else draws attention heads; "sampled" draws them
@@ -135,8 +144,11 @@ def predict(
     error; `second_moment_stderr` and `token_correlation_stderr`, the standard errors from drawn heads (0 where nothing
     was drawn); `exactness`, "exact", "quadrature" or "O(1/width)" of `second_moment`.
 
-    The same seed gives bitwise the same result. Warns (`AccuracyWarning`) where the claimed error of the stream passes
-    5 %. Raises `AssumptionError` outside the domain, naming the parameter. Source: proofs/ of each component.
+    Not claimed: for n_tokens > d_model in full attention the correlations of single pairs of tokens, which couple
+    values and keys, vary more with every layer, and attention outputs are up to several times as large as predicted
+    (experiments/theory_vs_simulation). Warns (`AccuracyWarning`) there, and where the claimed error of the stream
+    passes 5 %. The same seed gives bitwise the same result. Raises `AssumptionError` outside the domain, naming the
+    parameter. Source: proofs/ of each component.
     Checked by: experiments/theory_accuracy.py, tests/theory/test_depth.py.
 
     >>> from varprop.spec import FeedForwardSpec, ModelSpec
@@ -167,10 +179,15 @@ def predict(
     others = [p for p in points if id(p) not in chosen]
     _exchangeable(exchangeable)
     for index, point in enumerate(others):
+        if backward:
+            _keep_grams(point)
         _position_resolved(point, None if method == "auto" else seed, seed, ids, (index, len(others)), progress)
+        if backward:
+            point.write_backward(ids)
+            point.grams = None  # as large as all the rest together
     _warn(points)
-    for point in points if backward else ():
-        point.write_backward()
+    for point in exchangeable if backward else ():
+        point.write_backward(ids)
     return _dataset(spec, axes, points, seed)
 
 
@@ -194,6 +211,15 @@ def _exchangeable(points: Sequence[_Point]) -> None:
         correlation = np.divide(covariance, second_moment, out=np.zeros_like(covariance), where=present)
         for index, point in enumerate(group):
             point.write(second_moment[index], correlation[index])
+
+
+def _keep_grams(point: _Point) -> None:
+    numbers = 2 * point.spec.n_layers * point.n_tokens**2
+    largest = int((MAX_GRADIENT_NUMBERS / (2 * point.spec.n_layers)) ** 0.5)
+    domain = f"at most {largest} with backward=True and {point.spec.n_layers} layers"
+    good, wrong = numbers <= MAX_GRADIENT_NUMBERS, "too many for position-resolved gradients"
+    require(good, AssumptionError, "n_tokens", point.n_tokens, wrong, domain)
+    point.grams = []
 
 
 def _position_resolved(
@@ -220,6 +246,8 @@ def _position_resolved(
         for site, gram in enumerate(sites):
             tokens = Moments(gram, n_tokens)
             moments[layer, site], correlations[layer, site] = tokens.second_moment, tokens.token_correlation
+        if point.grams is not None:
+            point.grams.append(tuple(sites[site].mean(axis=0).astype(np.float32) for site in (0, 2)))
         if progress is not None:
             progress(place[0] * spec.n_layers + layer + 1, place[1] * spec.n_layers)
     weight = moments.sum(axis=-1)
@@ -235,6 +263,15 @@ def _position_resolved(
 
 
 def _warn(points: Sequence[_Point]) -> None:
+    for spec, n_tokens in ((p.spec, p.n_tokens) for p in points):
+        full = spec.attention is not None and spec.attention.pattern == "full"
+        if full and n_tokens > spec.d_model and spec.n_layers > 1:
+            message = (
+                f"n_tokens={n_tokens} in full attention is more than d_model={spec.d_model}, where attention after the "
+                "first layer is larger than predicted and claimed; expected n_tokens <= d_model"
+            )
+            warnings.warn(message, AccuracyWarning, stacklevel=3)
+            break
     worst = max(points, key=lambda p: float(p.numbers["theory_error"][-1, 4]))
     error = float(worst.numbers["theory_error"][-1, 4])
     if error > WARN_ABOVE:

@@ -35,8 +35,10 @@ CORRELATION_BIAS = {"attn_out": 0.2, "mlp_out": 0.1, "stream": 0.1}
 IRREGULAR_PASSED = 2
 """Error of the stream's token correlation per irregular error of an attention layer: 1.5 on a text of the demo's words
 (experiments/LOG.md), and no more in deeper layers."""
-GATE_VARIANCE = 0.5
-"""Relative variance over tokens of a mixture's power, which a norm after it feels: 0.4 for 2 of 8 experts."""
+GATE_VARIANCE = 1.5
+"""Relative variance over tokens and networks of a mixture's power, which a norm after it feels: over the tokens of one
+network 0.4 for 2 of 8 experts and 0.8 for 8 of 64 narrow ones; the largest that a point of
+experiments/theory_vs_simulation needs is 1.45."""
 QUADRATURE_ERROR = 3e-6
 MLP_MATRICES = ("gate", "up", "down", "router")
 INPUT_POWER = 3

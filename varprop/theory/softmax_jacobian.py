@@ -30,6 +30,8 @@ N_QUERY = 8
 """Nodes of the average over the squared norm of a query."""
 EXACT_COUNTS = 32
 """Prefixes up to this length are taken one by one, longer ones by Gauss-Legendre in log n (error 1e-4)."""
+N_LONG = 16
+"""Steps in log n beyond EXACT_COUNTS for single queries."""
 PAIR_POSITIONS = 64
 """Pairs of positions are resolved on at most this many, longer sequences are shrunk: 1 % of a
 term O(1/T), 15 % of it for windows near T/64."""
@@ -128,6 +130,40 @@ def softmax_averages(
         pair_overlap=overlap,
         pair_square=pair_square,
         pair_spread=trace**2,
+    )
+
+
+@dataclass(frozen=True)
+class QueryAverages:
+    """participation, square, key_square and spread of `SoftmaxAverages` for single queries, (T,) each."""
+
+    participation: np.ndarray
+    square: np.ndarray
+    key_square: np.ndarray
+    spread: np.ndarray
+
+
+def query_averages(spec: ModelSpec, n_keys: np.ndarray, logit_std: np.ndarray) -> QueryAverages:
+    """`QueryAverages` of queries with these numbers of keys and standard deviations of the logits, both (T,).
+
+    Quadrature as in `softmax_averages`, linear in log n between N_LONG + 1 numbers beyond `EXACT_COUNTS`: relative
+    error below 1e-3.
+    """
+    ratio, probability = _query_nodes(spec)
+    std = logit_std[:, None] * np.sqrt(ratio)  # (T, query)
+    nodes, largest = np.unique(np.minimum(n_keys, EXACT_COUNTS)), float(n_keys.max())
+    if largest > EXACT_COUNTS:
+        nodes = np.append(nodes, np.geomspace(nodes[-1], largest, N_LONG + 1)[1:])
+    table = _table(tuple(nodes.tolist()), _table_limit(float(std.max(initial=0.0))))
+    logs = np.log(np.maximum(table.at(std), TINY))  # (3, T, query, node)
+    place = np.interp(np.log(n_keys), np.log(nodes), np.arange(len(nodes)))
+    token, low = np.arange(len(n_keys)), np.floor(place).astype(int)
+    high, share = np.minimum(low + 1, len(nodes) - 1), (place - low)[:, None]
+    left, right = (logs.transpose(1, 3, 0, 2)[token, node] for node in (low, high))  # (T, 3, query)
+    between = (1 - share[..., None]) * left + share[..., None] * right
+    participation, square, spread = np.exp(between).swapaxes(0, 1)
+    return QueryAverages(
+        participation @ probability, square @ probability, square @ (probability * ratio), spread @ probability
     )
 
 
