@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_whole_rounds_and_the_run_goes_on(small_disk: Path, t
 
 
 def test_without_a_right_to_write_a_finished_grid_is_read(small_disk: Path) -> None:
-    options = {"n_networks": 2, "n_tokens": 5}
+    options: dict[str, Any] = {"n_networks": 2, "n_tokens": 5}
     first = grid(SPEC, {"density": [0.5]}, directory=small_disk, **options)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert results.identical(grid(SPEC, {"density": [0.5]}, directory=small_disk, **options), first)
