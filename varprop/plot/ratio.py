@@ -105,7 +105,7 @@ def _draw(axes: Axes, cells: xr.Dataset) -> set[str]:
     # No bar where nothing bounds the mean.
     scale = (lambda x: x) if absolute else (lambda x: np.exp(np.where(x < stats.LARGEST_LOG, x, np.inf)))
     axes.fill_between(layer, scale(-claimed), scale(claimed), color="0.5", alpha=0.25, lw=0, zorder=1)
-    axes.axhline(scale(0.0), color="0.3", lw=0.8, zorder=1)
+    axes.axhline(0.0 if absolute else 1.0, color="0.3", lw=0.8, zorder=1)
     for name, (colour, marker) in VERDICT_STYLE.items():
         of = verdict == name
         if of.any():
