@@ -135,4 +135,4 @@ def test_work_is_proportional_to_networks_and_tokens() -> None:
     one, two = device_work(spec, 64, size), device_work(spec, 64, 2 * size)
     assert all(two[name] == pytest.approx(2 * one[name]) for name in one)
     per_token = spec.parameter_counts()["active_body"]  # each weight is a multiplication and an addition
-    assert one["flops"] / (8 * 64) == pytest.approx(2 * per_token, rel=0.1)
+    assert one["flops"] / (size * 64) == pytest.approx(2 * per_token, rel=0.1)
