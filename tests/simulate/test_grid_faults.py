@@ -86,7 +86,7 @@ def test_kills_at_random_moments_leave_the_same_dataset(
         process.join()
     assert results.identical(program(tmp_path), undisturbed)
     assert len(files(tmp_path)) == n_files
-    # Nothing half written. A kill between the file and the removal of its lock leaves an empty lock, which nobody holds.
+    # Nothing half written. A kill before the removal of a lock leaves an empty one, which nobody holds.
     assert {path.suffix for path in tmp_path.glob("*/*")} <= {".nc", ".lock"}
 
 
