@@ -88,14 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.to_csv(temporary, index=False, float_format="%.4g", compression=compression)
     write_text(folder / "left_out.json", json.dumps({name: table[name] for name in LEFT_OUT}, indent=1) + "\n")
     print(json.dumps(_page(chosen.out)["all"], indent=1))
-    figure.heat_maps(rows, "resid_post").savefig(folder / "ratios.png", dpi=130)
-    figure.deviations(rows).savefig(folder / "deviations.png", dpi=130)
-    figure.profiles(rows, figure.CASES).savefig(folder / "profiles.png", dpi=130)
     return 0
 
 
 def _page(out: Path) -> dict[str, Any]:
-    """`verdict.json` and VERDICT.md, from the rows saved."""
+    """`verdict.json`, VERDICT.md and the figures, from the rows saved."""
     folder = out / "results"
     absent = {name: [""] for name in NUMBERS}
     rows = pd.read_csv(folder / "rows.csv.gz", keep_default_na=False, na_values=absent, dtype={"density": str})
@@ -103,6 +100,10 @@ def _page(out: Path) -> dict[str, Any]:
     found = verdict.summary(rows.to_dict("records"), left_out["missing"], left_out["refused"])
     write_text(folder / "verdict.json", json.dumps(found, indent=1) + "\n")
     write_text(out / "VERDICT.md", verdict.page(found, (HERE / "explanations.md").read_text()))
+    numbers = rows.assign(density=pd.to_numeric(rows.density))  # a component has none
+    figure.heat_maps(numbers, "resid_post").savefig(folder / "ratios.png", dpi=130)
+    figure.deviations(numbers).savefig(folder / "deviations.png", dpi=130)
+    figure.profiles(numbers, figure.CASES).savefig(folder / "profiles.png", dpi=130)
     return found
 
 

@@ -92,8 +92,9 @@ def profiles(table: Table, cases: Sequence[tuple[str, dict[str, object]]]) -> Fi
         axes.axhline(0, color="0.3", lw=0.8)
         axes.set_xscale("log", base=2)
         axes.set_title(title, fontsize=8)
-        axes.set(xlabel="layer", ylabel="log(measured / predicted)")
-        axes.label_outer()
+        axes.tick_params(labelsize=8)  # each panel has a scale of its own
+    figure.supxlabel("layer")
+    figure.supylabel("log(measured / predicted)")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -129,13 +130,11 @@ def cell_spread(
     From the theory or from a pilot: see `required_networks`.
     """
     if pilot is None and spec.d_model >= NARROWEST and n_tokens <= spec.d_model and not _has_block_masks(spec):
-        try:
-            spread = fluctuation(spec, n_tokens=n_tokens, token_correlation=token_correlation, seed=seed).second_moment
-        except AssumptionError:
-            pass  # what the theory does not cover is drawn
-        else:
-            inside = 4 * n_tokens <= spec.d_model and not spec.masks.any
-            return spread * (1 + (1 if inside else 2) * SPREAD_ERROR)
+        inside = 4 * n_tokens <= spec.d_model and not spec.masks.any
+        raised = 1 + (1 if inside else 2) * SPREAD_ERROR
+        with contextlib.suppress(AssumptionError):  # what the theory does not cover is drawn below
+            found = fluctuation(spec, n_tokens=n_tokens, token_correlation=token_correlation, seed=seed)
+            return raised * found.second_moment
     if not isinstance(pilot, xr.Dataset):
         count = PILOT if pilot is None else positive_integer("pilot", pilot, minimum=8)
         options: dict[str, Any] = {"n_tokens": n_tokens, "token_correlation": token_correlation, "seed": seed}
