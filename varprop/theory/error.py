@@ -37,8 +37,8 @@ IRREGULAR_PASSED = 2
 (experiments/LOG.md), and no more in deeper layers."""
 GATE_VARIANCE = 1.5
 """Relative variance over tokens and networks of a mixture's power, which a norm after it feels: over the tokens of one
-network 0.4 for 2 of 8 experts and 0.8 for 8 of 64 narrow ones (tests/experiments/test_theory_vs_simulation.py). Set after 0.5 had failed in
-experiments/theory_vs_simulation, to cover every point there."""
+network 0.4 for 2 of 8 experts and 0.8 for 8 of 64 narrow ones. Set after 0.5 had failed in the validation grid, to
+cover every point there (tests/experiments/test_theory_vs_simulation.py)."""
 QUADRATURE_ERROR = 3e-6
 MLP_MATRICES = ("gate", "up", "down", "router")
 INPUT_POWER = 3

@@ -6,194 +6,18 @@ Errors are |log(measured / predicted)|, which is the relative error where it is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import xarray as xr
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from varprop import results, stats
+from varprop import results
+from varprop.compare.cells import Side, degrees_of_freedom, judge, side_of
+from varprop.compare.outcome import VERDICTS, Check
 from varprop.errors import ArgumentError, SchemaError, require
 
 ABSOLUTE = ("token_correlation",)
 """Variables compared by their difference: they lie in [-1, 1] and may be 0."""
 REPLICATES = ("network", "seed")
-VERDICTS = ("disagrees", "underpowered", "agrees", "absent")
-SHOWN_ROWS = 12
-
-
-@dataclass(frozen=True)
-class Check:
-    """The outcome of `check`. `dataset` holds all of it, so that `Check(results.load(path))` is the saved outcome."""
-
-    dataset: xr.Dataset
-
-    @property
-    def verdict(self) -> str:
-        """`disagrees` if any cell does, else `underpowered` if any cell is, else `agrees`."""
-        return str(self.dataset.attrs["verdict"])
-
-    @property
-    def detectable(self) -> float:
-        """The error that every cell would have shown with probability 0.9: the largest over the cells."""
-        return float(self.dataset.attrs["detectable"])
-
-    @property
-    def false_fail_rate(self) -> float:
-        """The chance that a correct prediction gets the verdict `disagrees`."""
-        return float(self.dataset.attrs["false_fail_rate"])
-
-    @property
-    def resolution(self) -> float:
-        """The error beyond the claimed one that the check was asked to resolve."""
-        return float(self.dataset.attrs["resolution"])
-
-    @property
-    def n_networks(self) -> int:
-        """Independent networks (or trainings) measured."""
-        return int(self.dataset.attrs["n_networks"])
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One dictionary per cell that exists: layer, site and every variable of `dataset`."""
-        names = [str(name) for name in self.dataset.data_vars]
-        columns = {name: self.dataset[name].transpose("layer", "site").values for name in names}
-        layers, sites = self.dataset.layer.values, self.dataset.site.values
-        return [
-            {"layer": int(layers[i]), "site": str(sites[j]), **{name: columns[name][i, j] for name in names}}
-            for i, j in np.argwhere(columns["verdict"] != "absent")
-        ]
-
-    def headline(self) -> str:
-        """The verdict, with what it rests on, in one line."""
-        counts = [str(row["verdict"]) for row in self.rows()]
-        parts = ", ".join(f"{counts.count(name)} {name}" for name in VERDICTS if name in counts)
-        excess = max((row["detectable"] - row["theory_error"] for row in self.rows()), default=np.nan)
-        neglected = float(self.dataset.attrs.get("method_error", 0.0))
-        method = f", of which {_percent(neglected)} of the sampling method" if neglected else ""
-        return (
-            f"{self.dataset.attrs['variable']}: {self.verdict} ({parts}; {self.n_networks} networks, false-fail rate"
-            f" {self.false_fail_rate:.3g}, would see an error of {_percent(excess)} beyond the"
-            f" claimed one{method} in every cell, asked for {_percent(self.resolution)})"
-        )
-
-    def table(self) -> str:
-        """Every cell as a text table."""
-        return "\n".join(_lines(self.rows()))
-
-    def telling_rows(self) -> list[dict[str, Any]]:
-        """The `SHOWN_ROWS` rows nearest to trouble, in the order of the layers."""
-        return sorted(sorted(self.rows(), key=_urgency)[:SHOWN_ROWS], key=lambda row: row["layer"])
-
-    def __str__(self) -> str:
-        shown, total = self.telling_rows(), len(self.rows())
-        lines = [self.headline(), *_lines(shown)]
-        if total > len(shown):
-            lines.append(f"... and {total - len(shown)} cells less telling than these; table() has all")
-        return "\n".join(lines)
-
-
-def _urgency(row: dict[str, Any]) -> tuple[int, float, float]:
-    """Disagreeing cells first by p-value, then underpowered by what they would miss, then those nearest the edge."""
-    verdict = row["verdict"]
-    room = row["theory_error"] - abs(row["deviation"])
-    return VERDICTS.index(verdict), -row["detectable"] if verdict == "underpowered" else row["p_value"], room
-
-
-def _percent(error: float) -> str:
-    return f"{100 * error:.2g} %" if error < 1 else f"{100 * error:,.0f} %"
-
-
-def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Aligned columns; ratio where there is one, else the difference."""
-    head = f"{'layer':>5} {'site':<10} {'prediction':>11} {'estimate':>11} {'stderr':>9} "
-    head += f"{'ratio' if rows and 'ratio' in rows[0] else 'difference':>10} {'claimed':>8} {'p-value':>8} "
-    lines = [head + f"{'detectable':>10}  verdict"]
-    for row in rows:
-        compared = row["ratio"] if "ratio" in row else row["deviation"]
-        line = f"{row['layer']:>5} {row['site']:<10} {row['prediction']:>11.5g} {row['estimate']:>11.5g} "
-        line += f"{row['stderr']:>9.2g} {compared:>10.4g} {_percent(row['theory_error']):>8} {row['p_value']:>8.2g} "
-        lines.append(line + f"{_percent(row['detectable']):>10}  {row['verdict']}")
-    return lines
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison over its cells, which are NaN where they do not exist; build it with `side_of`."""
-
-    mean: NDArray[np.float64]
-    stderr: NDArray[np.float64]  # of the mean
-    log: stats.LogMean | None  # on the log scale alone
-    replicates: int  # 0 = a closed form
-
-
-def side_of(values: NDArray[np.float64], *, log_scale: bool, stderr: ArrayLike = 0.0, replicated: bool = True) -> Side:
-    """Means and standard errors of `values` (replicate, ...cells), or of known means (cells) with their `stderr`."""
-    present = ~(np.isnan(values).any(axis=0) if replicated else np.isnan(values))
-    filled = np.where(present, values, 0.0)
-    if replicated and len(values) > 1:
-        mean, mean_stderr = stats.mean_and_stderr(filled)
-        log = stats.log_mean(filled) if log_scale else None
-    else:
-        mean, mean_stderr = filled[0] if replicated else filled, np.where(present, stderr, 0.0)
-        log = stats.known_log_mean(mean, mean_stderr) if log_scale else None
-    return Side(np.where(present, mean, np.nan), mean_stderr, log, len(values) if replicated else 0)
-
-
-def judge(
-    prediction: Side,
-    estimate: Side,
-    claimed: NDArray[np.float64],
-    *,
-    rounding: float,
-    false_fail_rate: float,
-    resolution: float,
-) -> dict[str, NDArray[Any]]:
-    """The arithmetic of `check` on arrays over cells: every variable of its Dataset by name."""
-    absent = np.isnan(estimate.mean) | np.isnan(prediction.mean)
-    dof, band = _degrees_of_freedom(prediction, estimate), claimed + rounding
-    if estimate.log is None or prediction.log is None:
-        deviation = np.where(absent, 0.0, estimate.mean - prediction.mean)
-        stderr = np.hypot(estimate.stderr, prediction.stderr)
-        p_value = stats.band_p_value(deviation, stderr, band, dof)
-    else:
-        deviation = np.where(absent, 0.0, stats.log_deviation(estimate.log, prediction.log))
-        stderr = np.hypot(estimate.log.stderr, prediction.log.stderr)
-        both_zero = (estimate.mean == 0) & (prediction.mean == 0)
-        known = both_zero | stats.exactly_zero(estimate.log) | stats.exactly_zero(prediction.log)
-        stderr = np.where(known, 0.0, np.minimum(stderr, stats.LARGEST_LOG))
-        p_value = stats.log_band_p_value(estimate.log, prediction.log, band, dof)
-    tested = ~absent & (stderr > 0)
-    rejected, adjusted = p_value == 0, p_value.copy()  # known without error: p is 0 or 1
-    rejected[tested], adjusted[tested] = stats.holm(p_value[tested], false_fail_rate)
-    level = false_fail_rate / max(1, int(tested.sum()))
-    if estimate.log is None or prediction.log is None:
-        detectable = stats.detectable_error(stderr, band, dof, level)
-    else:
-        detectable = stats.log_detectable_error(estimate.log, prediction.log, band, dof, level)
-        detectable = np.where(tested, detectable, band)
-    powerless = detectable > claimed + resolution
-    verdict = np.select([absent, rejected, powerless], ["absent", "disagrees", "underpowered"], "agrees")
-    cells: dict[str, NDArray[Any]] = {
-        "prediction": prediction.mean,
-        "theory_error": claimed,
-        "estimate": estimate.mean,
-        "stderr": estimate.stderr,
-        "deviation": deviation,
-        "deviation_stderr": stderr,
-        "p_value": p_value,
-        "p_adjusted": adjusted,
-        "detectable": detectable,
-    }
-    if estimate.log is not None:
-        both_zero = (estimate.mean == 0) & (prediction.mean == 0)
-        cells["ratio"] = np.where((estimate.mean == 0) & ~both_zero, 0.0, np.exp(deviation))
-    return {**{name: np.where(absent, np.nan, values) for name, values in cells.items()}, "verdict": verdict}
-
-
-def _degrees_of_freedom(prediction: Side, estimate: Side) -> int:
-    """Of the smaller ensemble, which is the careful choice."""
-    return min(side.replicates for side in (prediction, estimate) if side.replicates) - 1
 
 
 def check(
@@ -277,7 +101,7 @@ def check(
         "resolution": float(resolution),
         "method_error": method_error,
         "n_networks": estimate.replicates,
-        "degrees_of_freedom": _degrees_of_freedom(prediction, estimate),
+        "degrees_of_freedom": degrees_of_freedom(prediction, estimate),
         "predicted_source": predicted.attrs["source"],
         "measured_source": measured.attrs["source"],
         "measured_spec_id": measured.attrs["spec_id"],
