@@ -56,9 +56,16 @@ class Task:
 def tasks(smoke: bool = False, device: str = "auto") -> list[Task]:
     """Every density with every seed."""
     base = presets.tiny().with_fields(d_model=32, n_layers=2, d_ff=48) if smoke else presets.d256()
-    size = {"n_steps": 4, "batch_size": 2, "n_tokens": 16, "log_every": 2, "warmup_steps": 1, "n_validation_batches": 1}
+    size = {
+        "n_steps": 4,
+        "batch_size": 2,
+        "n_tokens": 16,
+        "record_every": 2,
+        "warmup_steps": 1,
+        "n_evaluation_sequences": 2,
+    }
     if not smoke:
-        size = {"n_steps": 600, "batch_size": 32, "n_tokens": 256, "log_every": 50, "warmup_steps": 60}
+        size = {"n_steps": 600, "batch_size": 32, "n_tokens": 256, "record_every": 50, "warmup_steps": 60}
     return [
         Task(density, base.with_fields(density=density), train.TrainConfig(seed=seed, device=device, **size))  # type: ignore[arg-type]
         for density in (DENSITIES[:2] if smoke else DENSITIES)

@@ -79,7 +79,7 @@ def test_presets_are_listed_and_described(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_training_writes_one_result(folder: Path) -> None:
-    options = ["n_steps=2", "batch_size=2", "n_tokens=16", "log_every=1", "n_validation_batches=1", "warmup_steps=1"]
+    options = ["n_steps=2", "batch_size=2", "n_tokens=16", "record_every=1", "warmup_steps=1"]
     arguments = [text for option in options for text in ("--config", option)]
     assert run("train", *SMALL, *arguments, "--out", "t.nc") == 0
     dataset = results.load("t.nc")

@@ -89,7 +89,7 @@ def _measure(variants: Mapping[str, ModelSpec], target: Path, n_steps: int, n_ne
         results.save(predicted[label], target / f"predicted-{_file_name(label)}.nc")
         results.save(simulated[label], target / f"simulated-{_file_name(label)}.nc")
         results.save(checks[label].dataset, target / f"check-{_file_name(label)}.nc")
-    config = train.TrainConfig(n_steps=n_steps, warmup_steps=max(1, n_steps // 10), log_every=max(1, n_steps // 12))
+    config = train.TrainConfig(n_steps=n_steps, warmup_steps=max(1, n_steps // 10), record_every=max(1, n_steps // 12))
     for label in TRAINED:
         console.print(f"[bold]{label}[/bold]: {n_steps} training steps on the embedded text")
         expected[label] = _expected_at_start(variants[label], config)

@@ -67,7 +67,7 @@ def test_kill_and_resume_twice_is_bitwise_the_same(spec: ModelSpec, config: Trai
 @pytest.mark.long
 def test_many_kills_at_random_steps(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    config = dataclasses.replace(config, n_steps=40, log_every=5)
+    config = dataclasses.replace(config, n_steps=40, record_every=5)
     undisturbed = fit(spec, config)
     done = 0
     for _ in range(8):

@@ -107,8 +107,8 @@ def test_same_seed_same_result_and_another_seed_another(spec: ModelSpec, config:
 
 
 def test_recording_does_not_change_the_run(spec: ModelSpec, config: TrainConfig) -> None:
-    often = fit(spec, dataclasses.replace(config, log_every=1))
-    seldom = fit(spec, dataclasses.replace(config, log_every=5))
+    often = fit(spec, dataclasses.replace(config, record_every=1))
+    seldom = fit(spec, dataclasses.replace(config, record_every=5))
     assert often.sel(step=[0, 5, 10]).equals(seldom)
 
 
@@ -130,7 +130,7 @@ def test_loss_falls_on_the_embedded_text() -> None:
         feed_forward=FeedForwardSpec(d_ff=64),
         init=InitSpec(embedding_std=0.2),  # logits of order one: the first loss is near ln 8192 = 9.01
     )
-    config = dataclasses.replace(CPU, n_steps=20, warmup_steps=2, learning_rate=1e-2, n_validation_batches=1)
+    config = dataclasses.replace(CPU, n_steps=20, warmup_steps=2, learning_rate=1e-2, n_evaluation_sequences=2)
     ds = fit(spec, config)
     # measured: 2.3 to 2.5 nats below, seeds 0 to 4
     assert float(ds.validation_loss[0, -1]) < float(ds.validation_loss[0, 0]) - 1.0
@@ -160,7 +160,7 @@ MOE = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n
     ids=lambda changes: ",".join(changes),
 )
 def test_other_architectures_train(spec: ModelSpec, config: TrainConfig, changes: dict[str, Any]) -> None:
-    ds = fit(spec.with_fields(changes), dataclasses.replace(config, n_steps=6, log_every=3))
+    ds = fit(spec.with_fields(changes), dataclasses.replace(config, n_steps=6, record_every=3))
     assert np.isfinite(ds.train_loss).all()
     assert np.isfinite(ds.variance.sel(layer=slice(1, None))).all()
     assert len(np.unique(ds.train_loss)) == 3
@@ -190,11 +190,11 @@ def test_bfloat16_is_near_float32(spec: ModelSpec, config: TrainConfig) -> None:
     assert not narrow.equals(wide)
 
 
-@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("record_every", [1, 100])
 def test_diverging_run_stops_with_one_line(
-    spec: ModelSpec, config: TrainConfig, tmp_path: Path, log_every: int
+    spec: ModelSpec, config: TrainConfig, tmp_path: Path, record_every: int
 ) -> None:
-    config = dataclasses.replace(config, learning_rate=1e30, log_every=log_every, clip_norm=None)
+    config = dataclasses.replace(config, learning_rate=1e30, record_every=record_every, clip_norm=None)
     with pytest.raises(ArgumentError, match=r"^loss or gradient at step \d is not finite; expected") as error:
         fit(spec, config, run_dir=tmp_path)
     assert "\n" not in str(error.value)

@@ -5,28 +5,50 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from varprop.errors import ArgumentError, SpecError, require
 from varprop.spec import serialise
 
 Decay = Literal["matrices", "everything"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Schedule = Literal["cosine", "wsd", "constant"]
+Parallel = Literal["ddp", "fsdp"]
+EXECUTION_FIELDS = (
+    *("micro_batch_size", "device", "compile", "compile_layers", "parallel", "activation_checkpointing"),
+    *("checkpoint_every", "deterministic"),
+)
+"""Fields that say how a run is computed and not what: a run may be resumed with others, equal to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, all of it: the same config and spec give the same result on the same device.
 
-    n_steps: parameter updates, each on `batch_size` sequences of `n_tokens` tokens. learning_rate: the peak;
-    it rises linearly over `warmup_steps` updates and falls as a cosine to `final_lr_fraction` of the peak at `n_steps`.
-    weight_decay, betas, eps: AdamW. decay: what decays: `matrices` (every tensor with two or more dimensions except
-    the embedding and the unembedding) or `everything`. clip_norm: largest global gradient norm, None = no clipping.
-    seed: of the initial weights and of the data order. log_every: steps between records; the first and the last step
-    are always recorded. n_validation_batches: batches of each validation loss. checkpoint_every: steps between
-    checkpoints, where a run directory is given. corpus: see `load_corpus`. precision: of the matrix products;
-    weights, gradients and optimiser are float32; auto = bfloat16 on CUDA, else float32. device: a torch device, auto =
-    CUDA where there is one, else the CPU. compile: torch.compile for the steps without a record.
+    Budget, exactly one of them (200 steps where none is given): n_steps parameter updates; total_tokens tokens;
+    total_flops training FLOP as `flops_per_token` counts them. Each update reads batch_size sequences of n_tokens tokens,
+    over all devices; a forward pass has at most micro_batch_size sequences on a device (None = all of its share).
+
+    learning_rate: the peak; it rises linearly over `warmup_steps` updates. schedule: `cosine` then falls to
+    `final_lr_fraction` of the peak at the end, `wsd` stays and falls linearly over the last `decay_fraction` of the
+    updates, `constant` stays. weight_decay, betas, eps: AdamW. decay: what decays: `matrices` (every tensor with two or
+    more dimensions except the embedding and the unembedding) or `everything`. clip_norm: largest global gradient norm,
+    None = no clipping. base_d_model, base_n_layers: the shape that learning_rate, eps and weight_decay were tuned at, to
+    transfer them by CompleteP (arXiv 2505.01618); None = as they are. load_balance_weight, router_z_weight: of the two
+    auxiliary losses of every mixture layer, the same at every layer and depth.
+
+    seed: of the initial weights and of the data order. corpus: see `load_corpus`. document_mask: attention stays within
+    a document. record_every, probe_every, evaluate_every: updates between records of the training batch, of the fixed
+    probe batch of n_probe_sequences, and evaluations on n_evaluation_sequences held-out sequences of
+    evaluation_length (and as many tokens at the training length); the first and the last state are always measured.
+    max_loss_rise: a loss this many nats above the mean of the last records stops the run, None = never.
+
+    How it is computed (`EXECUTION_FIELDS`, which a resumed run may change): precision of the matrix products and the
+    stream (weights, gradients and optimiser are float32; auto = bfloat16 on CUDA, else float32; not to be changed);
+    device: a torch device, auto = CUDA where there is one, else the CPU. compile: torch.compile, compile_layers layers
+    at a time. parallel: how several processes share the work. activation_checkpointing: blocks are computed again in
+    the backward pass. checkpoint_every: updates between checkpoints, where a run directory is given. deterministic:
+    deterministic kernels alone.
 
     A field outside its domain raises `ArgumentError`.
 
@@ -36,60 +58,90 @@ class TrainConfig:
     3
     """
 
-    n_steps: int = 200
+    n_steps: int | None = None
+    total_tokens: int | None = None
+    total_flops: float | None = None
     batch_size: int = 8
+    micro_batch_size: int | None = None
     n_tokens: int = 128
     learning_rate: float = 3e-3
+    schedule: Schedule = "cosine"
     warmup_steps: int = 20
     final_lr_fraction: float = 0.1
+    decay_fraction: float = 0.2
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip_norm: float | None = 1.0
     decay: Decay = "matrices"
+    base_d_model: int | None = None
+    base_n_layers: int | None = None
+    load_balance_weight: float = 0.01
+    router_z_weight: float = 0.001
     seed: int = 0
-    log_every: int = 20
-    n_validation_batches: int = 4
-    checkpoint_every: int = 100
     corpus: str = "embedded"
+    document_mask: bool = False
+    record_every: int = 10
+    probe_every: int = 100
+    n_probe_sequences: int = 4
+    evaluate_every: int = 100
+    evaluation_length: int = 128
+    n_evaluation_sequences: int = 32
+    max_loss_rise: float | None = 3.0
     precision: Precision = "auto"
     device: str = "auto"
     compile: bool = False
+    compile_layers: int = 1
+    parallel: Parallel = "ddp"
+    activation_checkpointing: bool = False
+    checkpoint_every: int = 100
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            hint = hints[field.name]
-            if hint is int:
+            if field.name in _MINIMUM and not (value is None and hints[field.name] is not int):
                 _whole(field.name, value, _MINIMUM[field.name])
-            elif isinstance(value, int) and not isinstance(value, bool) and field.name in _INTERVALS:
+            elif field.name in _INTERVALS and not (value is None and hints[field.name] is not float):
+                low, high, domain = _INTERVALS[field.name]
+                _number(field.name, value, low, high, domain)
                 object.__setattr__(self, field.name, float(value))  # one canonical form
-        for name, (low, high, domain) in _INTERVALS.items():
-            if not (name == "clip_norm" and self.clip_norm is None):
-                _number(name, getattr(self, name), low, high, domain)
+            elif hints[field.name] is bool:
+                require(isinstance(value, bool), ArgumentError, field.name, value, "not a boolean", "true or false")
+            elif get_origin(hints[field.name]) is Literal:
+                allowed = get_args(hints[field.name])
+                require(value in allowed, ArgumentError, field.name, value, "unknown", "one of " + ", ".join(allowed))
+            elif hints[field.name] is str:
+                text = isinstance(value, str) and value != ""
+                require(text, ArgumentError, field.name, value, "not a name", "a non-empty string")
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         require(pair, ArgumentError, "betas", self.betas, "not a pair", "two numbers in [0, 1)")
         for beta in self.betas:
             _number("betas", beta, 0.0, math.nextafter(1.0, 0.0), "two numbers in [0, 1)")
         object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
-        fits = self.warmup_steps <= self.n_steps
-        require(fits, ArgumentError, "warmup_steps", self.warmup_steps, "too large", f"at most n_steps={self.n_steps}")
-        for name, choices in (("decay", Decay), ("precision", Precision)):
-            allowed = get_args(choices)
-            known = getattr(self, name) in allowed
-            require(known, ArgumentError, name, getattr(self, name), "unknown", "one of " + ", ".join(allowed))
-        for name in ("corpus", "device"):
-            text = isinstance(getattr(self, name), str) and getattr(self, name) != ""
-            require(text, ArgumentError, name, getattr(self, name), "not a name", "a non-empty string")
-        require(
-            isinstance(self.compile, bool), ArgumentError, "compile", self.compile, "not a boolean", "true or false"
-        )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if not given:
+            object.__setattr__(self, "n_steps", 200)
+        wrong = "given with " + " and ".join(given[:-1])
+        name = given[-1] if given else "n_steps"
+        require(len(given) < 2, ArgumentError, name, getattr(self, name), wrong, "one of " + ", ".join(BUDGETS))
+        if self.n_steps is not None:
+            domain = f"at most n_steps={self.n_steps}"
+            good = self.warmup_steps <= self.n_steps
+            require(good, ArgumentError, "warmup_steps", self.warmup_steps, "too large", domain)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one update."""
         return self.batch_size * self.n_tokens
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that say what is computed: all but `EXECUTION_FIELDS`."""
+        return {k: v for k, v in serialise.to_dict(self).items() if k not in EXECUTION_FIELDS}
 
     def to_json(self) -> str:
         """The canonical JSON: every field, keys sorted, no white space."""
@@ -104,23 +156,21 @@ class TrainConfig:
             raise ArgumentError(str(error)) from None
 
 
+BUDGETS = ("n_steps", "total_tokens", "total_flops")
 _MINIMUM = {
-    "n_steps": 1,
-    "batch_size": 1,
-    "n_tokens": 2,  # the correlation between tokens needs two
-    "warmup_steps": 0,
-    "seed": 0,
-    "log_every": 1,
-    "n_validation_batches": 1,
-    "checkpoint_every": 1,
+    **dict.fromkeys(("n_steps", "total_tokens", "batch_size", "micro_batch_size", "base_d_model", "base_n_layers"), 1),
+    **dict.fromkeys(("record_every", "probe_every", "evaluate_every", "checkpoint_every", "compile_layers"), 1),
+    **dict.fromkeys(("n_probe_sequences", "n_evaluation_sequences"), 1),
+    **dict.fromkeys(("n_tokens", "evaluation_length"), 2),  # the correlation between tokens needs two
+    **dict.fromkeys(("warmup_steps", "seed"), 0),
 }
 _POSITIVE = (5e-324, 1.7e308, "a finite number > 0")
+_NOT_NEGATIVE = (0.0, 1.7e308, "a finite number >= 0")
+_FRACTION = (0.0, 1.0, "a number in [0, 1]")
 _INTERVALS = {
-    "learning_rate": _POSITIVE,
-    "final_lr_fraction": (0.0, 1.0, "a number in [0, 1]"),
-    "weight_decay": (0.0, 1.7e308, "a finite number >= 0"),
-    "eps": _POSITIVE,
-    "clip_norm": (5e-324, 1.7e308, "a finite number > 0, or null"),
+    **dict.fromkeys(("total_flops", "learning_rate", "eps", "clip_norm", "max_loss_rise"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "load_balance_weight", "router_z_weight"), _NOT_NEGATIVE),
+    **dict.fromkeys(("final_lr_fraction", "decay_fraction"), _FRACTION),
 }
 
 

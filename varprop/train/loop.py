@@ -55,22 +55,22 @@ def fit(
     trainer = Trainer(spec, config, corpus)
     run = None if run_dir is None else RunDirectory(run_dir, spec, config, corpus)
     start, history = (0, History()) if run is None else run.restore(trainer.model, trainer.optimizer)
-    with _progress_bar(config.n_steps, progress) as show:
-        for step in range(start, config.n_steps + 1):
+    with _progress_bar((config.n_steps or 0), progress) as show:
+        for step in range(start, (config.n_steps or 0) + 1):
             if run is not None and step % config.checkpoint_every == 0 and step > start:
                 trainer.require_finite()
                 run.save(step, trainer.model, trainer.optimizer, history)
-            recording = step % config.log_every == 0 or step == config.n_steps
+            recording = step % config.record_every == 0 or step == (config.n_steps or 0)
             record = trainer.forward_backward(step, recording)
             if recording:
                 trainer.require_finite()
                 history.append(step, record)
-            if step < config.n_steps:
+            if step < (config.n_steps or 0):
                 trainer.update(step)
             show(step, history)
-    if run is not None and start <= config.n_steps:
+    if run is not None and start <= (config.n_steps or 0):
         run.save_model(trainer.model)
-        run.save(config.n_steps + 1, trainer.model, trainer.optimizer, history)  # nothing is left to do
+        run.save((config.n_steps or 0) + 1, trainer.model, trainer.optimizer, history)  # nothing is left to do
     return dataset(history, spec, config, corpus, device=trainer.device.type, dtype=trainer.dtype)
 
 
@@ -85,7 +85,11 @@ class Trainer:
         self.optimizer = optim.adamw(self.model, spec, config)
         self._spec, self._config, self._corpus = spec, config, corpus
         self._validation = validation_batches(
-            corpus, config.n_validation_batches, config.batch_size, config.n_tokens, self.device
+            corpus,
+            -(-config.n_evaluation_sequences // config.batch_size),
+            config.batch_size,
+            config.n_tokens,
+            self.device,
         )
         self._table = dict(self.model.named_parameters())["embed" if spec.tied_embeddings else "unembed"]
         self._chunk = chunk_size(self.device.type, spec.vocab_size)

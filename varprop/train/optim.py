@@ -26,7 +26,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    u = (step - config.warmup_steps) / max(1, config.n_steps - config.warmup_steps)
+    u = (step - config.warmup_steps) / max(1, (config.n_steps or 0) - config.warmup_steps)
     floor = config.final_lr_fraction
     return config.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * min(u, 1.0))) / 2)
 
