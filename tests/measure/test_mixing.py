@@ -9,7 +9,7 @@ import torch
 
 from varprop.measure import balance_bias, expert_load, load_balance_loss, router_z_loss
 from varprop.nn import Transformer
-from varprop.nn.block import block_forward
+from varprop.nn.block import Block, block_forward
 from varprop.nn.init import make_generator
 
 from ..reference.specs import SPECS
@@ -90,6 +90,7 @@ def test_every_router_has_the_same_gradient_at_every_depth() -> None:
         model = Transformer(spec, seed=3, dtype=torch.float64)
         x = torch.randn(2, 9, spec.d_model, generator=make_generator(5), dtype=torch.float64)
         for layer, block in enumerate(model.layers, start=1):
+            assert isinstance(block, Block)
             seen: dict[str, torch.Tensor] = {}
             x = block_forward(
                 x, block.weights(), spec, layer, observe=lambda _, what, values, seen=seen: seen.update({what: values})

@@ -69,8 +69,8 @@ def expert_load(gates: Tensor) -> Tensor:
 def load_balance_loss(logits: Tensor, load: Tensor, router: str = "softmax") -> Tensor:
     """E sum_e f_e P_e, a scalar, differentiable in the logits: 1 when balanced, E when one expert takes everything.
 
-    f_e = load_e / sum(load), which with k experts a token is (tokens of e / tokens) / k; P_e the mean over tokens of the
-    probability of e: the softmax of the logits, or, for a sigmoid router, its scores divided by their sum over all
+    f_e = load_e / sum(load), which with k experts a token is (tokens of e / tokens) / k; P_e the mean over tokens of
+    the probability of e: the softmax of the logits, or, for a sigmoid router, its scores divided by their sum over all
     experts (arXiv 2412.19437, equation 18).
 
     logits: (*lead, T, E). load: (E), as from `expert_load`, no gradient; with the load of all ranks and micro-batches,
@@ -86,9 +86,9 @@ def load_balance_loss(logits: Tensor, load: Tensor, router: str = "softmax") -> 
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of (log sum_e exp logit_e)^2, a scalar, differentiable; the same for softmax and sigmoid routers.
+    """Mean over tokens of (log sum_e exp logit_e)^2, a scalar, differentiable.
 
-    logits: (*lead, T, E). Source: arXiv 2202.08906, equation 5. Checked by: tests/measure/test_mixing.py.
+    logits: (*lead, T, E), of a softmax router or a sigmoid one. Source: arXiv 2202.08906, equation 5. Checked by: tests/measure/test_mixing.py.
 
     >>> round(router_z_loss(torch.zeros(3, 4)).item() ** 0.5, 4)  # log 4
     1.3863

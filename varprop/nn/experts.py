@@ -16,7 +16,7 @@ from torch.nn import functional
 from varprop.nn.activation import ACTIVATIONS
 from varprop.nn.linear import Weights
 
-_grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
+_grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
 ALIGNMENT = 8
 """Rows in bfloat16 start at multiples of 16 bytes, or the grouped kernel refuses them."""
 
@@ -88,9 +88,9 @@ def apply_experts(x: Tensor, pairs: Assignments, experts: Weights, activation: s
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows[i] W_e^T for the expert e of row i, (R, out). rows: (R, in); weight: (E, out, in); ends: as in `Assignments`.
+    """rows[i] W_e^T for the expert e of row i, (R, out).
 
-    bfloat16 goes to the grouped kernel, padded with zeros where a width is no multiple of 8. Other types take one
+    rows: (R, in), by expert; weight: (E, out, in); ends: as in `Assignments`. bfloat16 goes to the grouped kernel, padded with zeros where a width is no multiple of 8. Other types take one
     product per expert, which waits for the device once: the kernel has no float64, and no float32 when compiled.
     """
     if rows.dtype != torch.bfloat16:
@@ -159,7 +159,7 @@ def _collect(y: Tensor, pairs: Assignments, n_tokens: int) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """x[source], whose transpose is `_Collect`: autograd's own would add atomically. places: where source is i, (n, K)."""
+    """x[source], whose transpose is `_Collect`: autograd's own would add atomically. places[i]: where source is i."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
