@@ -88,7 +88,8 @@ def load_balance_loss(logits: Tensor, load: Tensor, router: str = "softmax") -> 
 def router_z_loss(logits: Tensor) -> Tensor:
     """Mean over tokens of (log sum_e exp logit_e)^2, a scalar, differentiable.
 
-    logits: (*lead, T, E), of a softmax router or a sigmoid one. Source: arXiv 2202.08906, equation 5. Checked by: tests/measure/test_mixing.py.
+    logits: (*lead, T, E), of a softmax router or a sigmoid one. Source: arXiv 2202.08906, equation 5. Checked by:
+    tests/measure/test_mixing.py.
 
     >>> round(router_z_loss(torch.zeros(3, 4)).item() ** 0.5, 4)  # log 4
     1.3863
