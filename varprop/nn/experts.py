@@ -90,7 +90,7 @@ def apply_experts(x: Tensor, pairs: Assignments, experts: Weights, activation: s
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows[i] W_e^T for the expert e of row i, (R, out).
 
-    rows: (R, in), by expert; weight: (E, out, in); ends: as in `Assignments`. bfloat16 goes to the grouped kernel, padded
+    rows: (R, in), by expert; weight: (E, out, in); ends: as in `Assignments`. bfloat16 takes the grouped kernel, padded
     with zeros where a width is no multiple of 8. Other types take one product per expert, which waits for the device:
     the kernel has no float64, and no float32 when compiled.
     """
