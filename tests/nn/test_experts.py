@@ -112,6 +112,17 @@ def test_router_is_in_float32_for_a_bfloat16_stream() -> None:
     torch.testing.assert_close(routing.logits, x.float() @ router.mT, rtol=0, atol=0)
 
 
+def test_autocast_is_the_narrow_type() -> None:
+    spec = SPECS["moe"]
+    x, weights = setting(spec)
+    x, weights = x.bfloat16().float(), {name: w.float() for name, w in weights.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        y, gradients = outcome(spec, x, weights)
+    expected, others = outcome(spec, x.bfloat16(), weights)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradients["moe.experts.up"], others["moe.experts.up"], rtol=0, atol=0)
+
+
 def test_permuted_tokens_and_permuted_experts() -> None:
     spec = SPECS["moe_normalised"]
     x, weights = setting(spec)

@@ -70,9 +70,11 @@ def assign_experts(chosen: Tensor, gates: Tensor, n_tokens: int) -> Assignments:
 def apply_experts(x: Tensor, pairs: Assignments, experts: Weights, activation: str) -> Tensor:
     """Sum over the assignments of a token of gate times expert output, (n, D), of x (n, D).
 
-    experts: (E, out, in) by the names `moe.experts.up`, `down` and, where present, `gate`; used in the type of x. The
-    gate multiplies the inner activations before they are rounded, so that it needs no pass over the outputs.
+    experts: (E, out, in) by the names `moe.experts.up`, `down` and, where present, `gate`; used in the type of x, or
+    that of autocast. The gate multiplies the inner activations before they are rounded: no pass over the outputs.
     """
+    device = x.device.type
+    x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
     phi = ACTIVATIONS[activation]
     up, down = experts["moe.experts.up"], experts["moe.experts.down"]
     gated = "moe.experts.gate" in experts
@@ -147,16 +149,21 @@ _looped_outer.register_autograd(_outer_backward, setup_context=_save_inputs)
 
 def _spread(x: Tensor, pairs: Assignments) -> Tensor:
     """The row of x of each assignment, (R, D)."""
-    if pairs.places is None:
-        return x.index_select(0, pairs.token)
+    if pairs.places is None:  # in float32 or better, for the sum in the backward pass
+        return x.to(_wide(x)).index_select(0, pairs.token).to(x.dtype)
     return _Spread.apply(x, pairs.token, pairs.places)
 
 
 def _collect(y: Tensor, pairs: Assignments, n_tokens: int) -> Tensor:
     """The sum over the assignments of each token, (n, D), of their rows y (R, D)."""
     if pairs.places is None:  # added in no fixed order on CUDA, unless torch is asked for deterministic algorithms
-        return y.new_zeros(n_tokens, y.shape[1]).index_add(0, pairs.token, y)
+        zeros = y.new_zeros(n_tokens, y.shape[1], dtype=_wide(y))
+        return zeros.index_add(0, pairs.token, y.to(zeros.dtype)).to(y.dtype)
     return _Collect.apply(y, pairs.token, pairs.places)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Spread(torch.autograd.Function):
