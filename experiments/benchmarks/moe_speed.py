@@ -30,7 +30,7 @@ import argparse
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,14 +171,14 @@ def measure(
     return row
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one line of JSON per shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--d-model", type=int, choices=SHAPES, help="one width, not all")
     parser.add_argument("--n-tokens", type=int, default=65536)
     parser.add_argument("--n-calls", type=int, default=20, help="passes in one timing")
     parser.add_argument("--smoke", action="store_true", help="d_model 32, 256 tokens, not compiled")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     shapes = {arguments.d_model: SHAPES[arguments.d_model]} if arguments.d_model else SHAPES
     n_tokens, n_calls = arguments.n_tokens, arguments.n_calls
     if arguments.smoke:

@@ -1,7 +1,7 @@
 """The experts of a mixture on their own tokens: assignments sorted by expert, then products of one matrix per expert.
 
-Gather, products and gather back: no atomic additions, so that the result does not depend on the order of threads, and
-for bfloat16 static shapes and no wait for the device. Shape suffixes: `n` tokens of all sequences, `D` d_model, `E`
+Gather, products and gather back: where tokens choose, no atomic additions, so that the result does not depend on the
+order of threads. In bfloat16 all shapes are static and nothing waits for the device. Shape suffixes: `n` tokens of all sequences, `D` d_model, `E`
 experts, `K` active experts, `R` assignments (token, expert) in all, R = n K where tokens choose.
 """
 
@@ -107,16 +107,19 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("varprop::looped_linear", mutates_args=())
 def _looped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    groups = rows.tensor_split(ends[:-1].long().cpu())
-    return torch.cat([group @ w.mT for group, w in zip(groups, weight, strict=True)])
+    out, splits = rows.new_empty(len(rows), weight.shape[1]), ends[:-1].long().cpu()
+    for group, w, part in zip(rows.tensor_split(splits), weight, out.tensor_split(splits), strict=True):
+        torch.mm(group, w.mT, out=part)
+    return out
 
 
 @torch.library.custom_op("varprop::looped_outer", mutates_args=())
 def _looped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Sum of left_i right_i^T over the rows of each expert, (E, left, right)."""
-    splits = ends[:-1].long().cpu()
-    groups = zip(left.tensor_split(splits), right.tensor_split(splits), strict=True)
-    return torch.stack([a.mT @ b for a, b in groups])
+    out, splits = left.new_empty(len(ends), left.shape[1], right.shape[1]), ends[:-1].long().cpu()
+    for a, b, part in zip(left.tensor_split(splits), right.tensor_split(splits), out, strict=True):
+        torch.mm(a.mT, b, out=part)
+    return out
 
 
 @_looped_linear.register_fake

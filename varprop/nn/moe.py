@@ -31,7 +31,7 @@ class Routing(NamedTuple):
     def dense(self, part: MoESpec) -> tuple[Tensor, Tensor]:
         """Gates, zero where an expert does not act, and whether it does, both (*lead, T, E).
 
-        One pass of 4 T E bytes each; the products do not need them.
+        For statistics: the products do not need them. 4 bytes a number: 17 MB for 65,536 tokens and 64 experts.
         """
         axis = _axis(part)
         active = torch.zeros_like(self.logits, dtype=torch.bool).scatter(axis, self.chosen, True)
