@@ -1,11 +1,11 @@
 """Speed of one mixture layer, forward and backward, beside a dense feed-forward of as many active FLOP and beside the
 bare products: bfloat16, compiled, 65,536 tokens, one GPU.
 
-Claim: dropless experts cost what their products cost, plus a few passes over the tokens. Cost: about 6 minutes on one
+Claim: dropless experts cost what their products cost, plus a few passes over the tokens. Cost: a few minutes on one
 H200, most of it compiling; seconds with --smoke, on a CPU, where only the program is tested.
 
-    python -m experiments.benchmarks.moe_speed                      # all shapes
-    python -m experiments.benchmarks.moe_speed --d-model 512        # one width
+    python -m experiments.benchmarks.moe_speed                         # all shapes
+    python -m experiments.benchmarks.moe_speed --d-model 512 --pieces  # one width, with the parts of the mixture
     python -m experiments.benchmarks.moe_speed --smoke
 
 Predicted for an H200, before any measurement: dense products at 600, 650 and 700 TFLOP/s for d_model 512, 1024 and
@@ -20,8 +20,8 @@ forward and as many backward; the sort of n K keys takes 50 us. In milliseconds:
        2048  8192   30.7     38 (0.81)              44 (0.70)
 
 One line of JSON per shape: `*_s` seconds of a forward and backward pass, `*_tflops` 18 n D d_ff FLOP over them (the
-router's not counted), `ratio` dense over mixture time, `pieces_us` the kernels of the mixture's parts, each compiled
-alone, forward, and `kernels_us` the kernels of a whole pass, longest first.
+router's not counted), `ratio` dense over mixture time, `kernels_us` the kernels of a pass of the mixture, longest
+first, `pieces_us` those of its parts, each compiled alone, forward.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def kernel_times(run: Callable[[int], object], n_calls: int) -> dict[str, float]
     times: dict[str, float] = defaultdict(float)
     for event in recorded.events() or []:
         if event.device_type == DeviceType.CUDA:
-            times[event.name[:90]] += event.self_device_time_total / n_calls
+            times[event.name[:90]] += event.time_range.elapsed_us() / n_calls
     return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
@@ -94,11 +94,11 @@ def calls(spec: ModelSpec, x: Tensor, compile_: Callable[..., Any]) -> Iterator[
     weights = weights_of(spec, "moe.", x.device)
     mixture = compile_(lambda x, weights: moe(x, weights, spec, 1))
     yield "mixture", forward_backward(functools.partial(mixture, x, weights), [x, *weights.values()])
-    chosen = route(x, weights, spec.moe)
-    pairs = assign_tokens(chosen.chosen.flatten(0, -2), chosen.gates.flatten(0, -2), spec.moe.n_experts)
+    with torch.no_grad():
+        routing = route(x, weights, spec.moe)
+        pairs = assign_tokens(routing.chosen.flatten(0, -2), routing.gates.flatten(0, -2), spec.moe.n_experts)
     up, gate, down = (weights[f"moe.experts.{name}"].detach().to(x.dtype) for name in ("up", "gate", "down"))
-    inputs = [torch.cat((gate, up), dim=1), down]
-    inputs = [w.requires_grad_() for w in inputs]
+    inputs = [w.requires_grad_() for w in (torch.cat((gate, up), dim=1), down)]
     rows = [torch.randn(len(pairs.token), w.shape[2], device=x.device).to(x.dtype).requires_grad_() for w in inputs]
     passes = [
         forward_backward(functools.partial(grouped_linear, row, w, pairs.ends), [row, w])
@@ -142,7 +142,7 @@ def pieces(spec: ModelSpec, x: Tensor, compile_: Callable[..., Any], n_calls: in
 
 
 def measure(
-    d_model: int, d_ff: int, n_experts: int, top_k: int, n_tokens: int, n_calls: int, compiled: bool
+    d_model: int, d_ff: int, n_experts: int, top_k: int, n_tokens: int, n_calls: int, compiled: bool, with_pieces: bool
 ) -> dict[str, Any]:
     """One row: speeds of the layers of a shape."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,7 +167,8 @@ def measure(
         if name == "mixture":
             row["kernels_us"] = dict(list(kernel_times(run, n_calls).items())[:24])
     row["ratio"] = row["dense_s"] / row["mixture_s"]
-    row["pieces_us"] = pieces(spec, x, compile_, n_calls)
+    if with_pieces:
+        row["pieces_us"] = pieces(spec, x, compile_, n_calls)
     return row
 
 
@@ -177,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--d-model", type=int, choices=SHAPES, help="one width, not all")
     parser.add_argument("--n-tokens", type=int, default=65536)
     parser.add_argument("--n-calls", type=int, default=20, help="passes in one timing")
+    parser.add_argument(
+        "--pieces", action="store_true", help="also each part of the mixture alone, which compiles longer"
+    )
     parser.add_argument("--smoke", action="store_true", help="d_model 32, 256 tokens, not compiled")
     arguments = parser.parse_args(argv)
     shapes = {arguments.d_model: SHAPES[arguments.d_model]} if arguments.d_model else SHAPES
@@ -185,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shapes, n_tokens, n_calls = {32: 64}, 256, 1
     for d_model, d_ff in shapes.items():
         for n_experts, top_k in MIXTURES:
-            row = measure(d_model, d_ff, n_experts, top_k, n_tokens, n_calls, not arguments.smoke)
+            row = measure(d_model, d_ff, n_experts, top_k, n_tokens, n_calls, not arguments.smoke, arguments.pieces)
             print(json.dumps(row, default=float), flush=True)
 
 

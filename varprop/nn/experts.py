@@ -1,8 +1,10 @@
 """The experts of a mixture on their own tokens: assignments sorted by expert, then products of one matrix per expert.
 
 Gather, products and gather back: where tokens choose, no atomic additions, so that the result does not depend on the
-order of threads. In bfloat16 all shapes are static and nothing waits for the device. Shape suffixes: `n` tokens of all sequences, `D` d_model, `E`
-experts, `K` active experts, `R` assignments (token, expert) in all, R = n K where tokens choose.
+order of threads. In bfloat16 all shapes are static and nothing waits for the device.
+
+Shape suffixes: `n` tokens of all sequences, `D` d_model, `E` experts, `K` active experts of a token, `R` assignments
+(token, expert) in all, R = n K where tokens choose.
 """
 
 from __future__ import annotations
