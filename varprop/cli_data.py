@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from varprop import corpus
-from varprop.corpus.tokenize import DOCUMENT_END, VALIDATION_FRACTION
+from varprop.corpus.build import DOCUMENT_END, VALIDATION_FRACTION
 
 DESCRIPTION = """\
 Tokenize text files into a corpus directory: train and validation token ids, manifest.json, tokenizer.json.
