@@ -1,7 +1,7 @@
 """The optimiser: AdamW in groups by role, learning-rate schedules, transfer of rates over width and depth, clipping.
 
 Transfer follows CompleteP (arXiv 2505.01618, table 1): with m_N = d_model / base_d_model, m_L = n_layers /
-base_n_layers (1 where no base is given) and branches scaled by m_L^-alpha,
+base_n_layers (1 where no base is given) and branches scaled by m_L^-alpha (its eq. 1),
 
     group         tensors                             rate                     weight decay  eps
     matrices      q k v o gate up down router ...     m_N^-1 m_L^(alpha - 1)   m_N           m_N^-1 m_L^-alpha
@@ -10,11 +10,11 @@ base_n_layers (1 where no base is given) and branches scaled by m_L^-alpha,
     final_norm    its gain and bias                   1                        1             m_N^-1
     unembedding   unembed                             m_N^-1                   m_N           1
 
-Why (their sections 3 and 4, in short). An entry of Adam's update has the size of the rate, whatever the gradient's. A
-matrix sums its update coherently over a fan-in proportional to m_N, a vector does not: the factors m_N^-1. The 2 L
-branches add their updates coherently, each through L^-alpha: L L^-alpha rate is of order one for m_L^(alpha - 1). A
-decayed weight shrinks by rate * decay a step, which m_N leaves as it is. eps follows the gradient: of an entry of the
-stream m_N^-1, of a branch another m_L^-alpha.
+Why, derived again. An entry of Adam's update has the size of the rate, whatever the gradient's. A matrix sums its
+update coherently over a fan-in proportional to m_N, a vector does not: the factors m_N^-1. The 2 L branches add their
+updates coherently, each through L^-alpha: L L^-alpha rate is of order one for m_L^(alpha - 1). A decayed weight shrinks
+by rate * decay a step, which m_N leaves as it is. eps follows the gradient: of an entry of the stream m_N^-1, of a
+branch another m_L^-alpha.
 
 What is ours. alpha is 1 for the residual rule `inverse_L` (CompleteP) and 1/2 for `inverse_sqrt_L` and
 `inverse_sqrt_2L` (depth-muP). The rule `one` is, for a Pre-LN stack, the network of `inverse_sqrt_L` whose embedding
