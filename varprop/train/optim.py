@@ -9,6 +9,7 @@ import torch
 
 from varprop.spec import ModelSpec
 from varprop.train.config import TrainConfig
+from varprop.train.distributed import global_norm
 
 EMBEDDINGS = ("embed", "unembed")
 
@@ -68,7 +69,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], clip_norm: float | None) -> torch.Tensor:
     """The global gradient norm before clipping, a tensor on the device; gradients are scaled down to `clip_norm`."""
     present = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in present if p.grad is not None])
+    norm = global_norm(p.grad for p in present if p.grad is not None)
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(present, clip_norm, norm)
     return norm
