@@ -158,8 +158,8 @@ class TensorBoard:
     def __init__(self, folder: str | Path, resume_step: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard", "varprop[tensorboard]") from None
+        except ImportError as error:
+            raise _missing("tensorboard", "varprop[tensorboard]", error) from None
         with writing(Path(folder)):
             self._writer = SummaryWriter(str(folder), purge_step=resume_step)
 
@@ -181,8 +181,8 @@ class WandB:
     def __init__(self, run_dir: str | Path) -> None:
         try:
             wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise _missing("wandb", "wandb") from None
+        except ImportError as error:
+            raise _missing("wandb", "wandb", error) from None
         folder = Path(run_dir).resolve()
         with writing(folder / "wandb"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -198,5 +198,5 @@ class WandB:
         self._run.finish()
 
 
-def _missing(name: str, package: str) -> ArgumentError:
-    return ArgumentError(f"log={name!r} is not installed; expected it after: pip install '{package}'")
+def _missing(name: str, package: str, error: ImportError) -> ArgumentError:
+    return ArgumentError(f"log={name!r} cannot be used ({error}); expected it after: pip install '{package}'")

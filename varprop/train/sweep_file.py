@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ class Sweep:
     def values(self) -> list[dict[str, Any]]:
         """Labels of each run along the axes and `seed`."""
         labels = dimensions(self.axes) | {"seed": list(self.seeds)}
-        return combinations(labels)
+        return [dict(zip(labels, point, strict=True)) for point in itertools.product(*labels.values())]
 
 
 def describe() -> str:
