@@ -12,8 +12,7 @@ import pytest
 
 from varprop import results
 from varprop.__main__ import main
-from varprop.spec import ModelSpec
-from varprop.train import TrainConfig, fit
+from varprop.train import fit
 from varprop.train.sweep_file import read_sweep
 
 ROOT = str(Path(__file__).resolve().parents[1])

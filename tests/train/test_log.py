@@ -49,7 +49,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     lines = JsonLines(tmp_path / "log.jsonl")
-    lines._file = open("/dev/full", "ab", buffering=0)
+    lines._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
     with pytest.raises(ArgumentError, match="No space left on device"):
         lines.write(0, {"train/loss": 1.0})
 

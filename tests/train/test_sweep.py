@@ -106,6 +106,8 @@ def test_the_runs_of_a_sweep_are_those_of_fit(spec: ModelSpec, fields: dict[str,
         assert point.sel(seed=[values["seed"]]).drop_vars(["n_layers", "budget"], errors="ignore").equals(alone)
         assert point.attrs["spec_id"] == run.spec.spec_id
         assert point.attrs["n_tokens"] == run.config.n_tokens
+        config = dataclasses.replace(TrainConfig.from_json(point.attrs["config"]), seed=values["seed"])
+        assert config == run.config
 
 
 def test_collecting_a_part(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:

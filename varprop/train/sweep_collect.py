@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def collect(sweep: Sweep, directory: str | Path, *, partial: bool = False) -> xr
     if missing:
         there = np.array([run is not None for run in runs])
         variables[results.HAS + "seed"] = ((*axes, "seed"), there.reshape(*shape, len(seeds)))
-    own = [_agreed([run.attrs for run in point if run is not None]) for point in points]
+    own = [_of_point([run.attrs for run in point if run is not None]) for point in points]
     variables[results.POINT] = (tuple(axes), results.point_variable(own).reshape(shape))
     return _dataset(sweep, variables, axes | {"seed": seeds} | labels, _agreed(own), bool(missing))
 
@@ -105,6 +106,15 @@ def _labels(runs: Sequence[xr.Dataset]) -> dict[str, list[Any]]:
 def _own(point: Sequence[xr.Dataset | None], dim: str) -> list[Any]:
     """Labels of a dimension in the runs of a point, which differ in their seed alone."""
     return next((run[dim].values.tolist() for run in point if run is not None and dim in run.dims), [])
+
+
+def _of_point(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Lasting attributes of a point: what its seeds share, and the config without the seed if there are several."""
+    agreed = {name: value for name, value in _agreed(seeds).items() if name not in results.VOLATILE_ATTRIBUTES}
+    if len(seeds) > 1:
+        config = {name: value for name, value in json.loads(seeds[0]["config"]).items() if name != "seed"}
+        agreed["config"] = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return agreed
 
 
 def _agreed(several: Sequence[dict[str, Any]]) -> dict[str, Any]:

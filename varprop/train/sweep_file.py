@@ -31,7 +31,7 @@ from varprop.corpus import load_corpus
 from varprop.errors import ArgumentError, require
 from varprop.results import DIMENSIONS, VARIABLES
 from varprop.spec import ModelSpec
-from varprop.spec.axes import CONFIG, Axes, check_names, combinations, dimensions
+from varprop.spec.axes import CONFIG, Axes, check_names, combinations, dimensions, plain
 from varprop.spec.plan_file import nulls, read_plan, require_known, spec_name
 from varprop.train.config import TrainConfig
 
@@ -122,14 +122,14 @@ def make_sweep(
         require_known(CONFIG, fields, FIELDS)
         changed = spec.with_fields(changes)
         for seed in seeds:
-            own = TrainConfig.from_json(json.dumps(given | fields | {"seed": seed}))
+            own = TrainConfig.from_json(json.dumps(given | fields | {"seed": seed}, default=plain))
             sha256, vocab_size = corpus_hash(own.corpus)
             fits = vocab_size <= changed.vocab_size
             expected = f"a vocab_size of at least {vocab_size}, that of the corpus {own.corpus}"
             require(fits, ArgumentError, "vocab_size", changed.vocab_size, "too small", expected)
             task = {"spec": changed.to_dict(), "config": own.identity(), "corpus": sha256}
             runs.append(SweepRun(changed, own, json.dumps(task, sort_keys=True, separators=(",", ":"))))
-    return Sweep(spec, axes, tuple(seeds), tuple(runs), corpus_dir)
+    return Sweep(spec, axes, tuple(map(plain, seeds)), tuple(runs), corpus_dir)
 
 
 def _checked_corpus(name: str, corpus_dir: str | None) -> tuple[str, int]:

@@ -55,6 +55,11 @@ def failure(run_dir: Path) -> str:
     return ""
 
 
+def _keep_failure(run_dir: Path, line: str) -> None:
+    with contextlib.suppress(ArgumentError):  # a full disk: the line is in the log, if anywhere
+        write_text(run_dir / FAILED, line + "\n")
+
+
 def write_task(sweep: Sweep, run: SweepRun, directory: Path) -> Path:
     """Make the directory of a run, from which `work` trains it; return it."""
     folder = directory / run.id
@@ -87,7 +92,7 @@ def work(run_dir: str | Path) -> None:
                 results.save(dataset, folder / RESULT)
         except Exception as error:
             if first and not isinstance(error, Stopped):
-                write_text(folder / FAILED, _line(error) + "\n")
+                _keep_failure(folder, _line(error))
             raise
 
 
@@ -119,7 +124,7 @@ def run_sweep(
     (mod their number) alone. Runs that processes of other commands are at are left to them; a killed run is resumed; a
     failed one is left as it is unless `retry`. report: takes a line for each beginning and end.
 
-    On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end. 0: nothing is left to do here. 1: a run failed.
+    On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end; if this process is killed they go on. 0: nothing is left to do here. 1: a run failed.
     3: a signal came.
     """
     folder, places = Path(directory), _places()
@@ -132,13 +137,13 @@ def run_sweep(
         _discard_damaged(run_dir, report)
     left = list(folders)
     todo = ("waiting", "stopped", *(("failed",) if retry else ()))
-    children: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     with _Workers(places, count, report) as workers, stop_on_signals() as stop_requested:
         while True:
             workers.note_ends()
             if stop_requested():
                 workers.stop()
             for slot in () if stop_requested() else workers.free():
+                left = [id for id in left if state(folders[id]) in (*todo, "running")]
                 id = next((id for id in left if state(folders[id]) in todo), None)
                 if id is not None:
                     left.remove(id)
@@ -216,7 +221,7 @@ class _Workers:
 def _end(run_dir: Path, code: int) -> str:
     """What became of a run; the line of a failure that its process could not keep is kept here."""
     if code > 0 and code != STOPPED and state(run_dir) in ("waiting", "stopped"):
-        write_text(run_dir / FAILED, f"the process ended with exit code {code}; its last lines are in {LOG}\n")
+        _keep_failure(run_dir, f"the process ended with exit code {code}; its last lines are in {LOG}")
     found = state(run_dir)
     if found == "failed":
         return f"failed: {failure(run_dir)}"
