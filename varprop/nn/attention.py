@@ -36,7 +36,7 @@ def attention(
     observe: called with `attention` and the probabilities (*lead, N, T, T) that multiply the values.
     """
     part = spec._attention()
-    q, k, v = (_heads(x, weights, spec, name) for name in ("q", "k", "v"))  # (*lead, N, T, H)
+    q, k, v = (heads(x, weights, spec, name) for name in ("q", "k", "v"))  # (*lead, N, T, H)
     scale = part.logit_scale or spec.head_dim**-0.5
     allowed = allowed_keys(spec, layer, x.shape[-2], x.device)
     kept = draw_kept_keys(q, part.key_mask_density, generator) if part.key_mask_density < 1 else None
@@ -58,7 +58,7 @@ def attention(
     return linear(mixed.transpose(-3, -2).flatten(-2), weights, "attention.o")
 
 
-def _heads(x: Tensor, weights: Weights, spec: ModelSpec, name: str) -> Tensor:
+def heads(x: Tensor, weights: Weights, spec: ModelSpec, name: str) -> Tensor:
     """Queries, keys or values, (*lead, N, T, H): projected, normalised, rotated, repeated for the group."""
     part = spec._attention()
     y = linear(x, weights, f"attention.{name}")
