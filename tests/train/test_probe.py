@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from varprop import measure, results
+from varprop import results
 from varprop.measure.tokens import QUANTILES
 from varprop.nn import Transformer, block_forward
 from varprop.nn.init import make_generator
@@ -145,8 +145,8 @@ def test_chunks_do_not_change_the_numbers(spec: ModelSpec, monkeypatch: pytest.M
     """Chunks of sequences, of queries and of tokens, the last of them smaller."""
     model = network(spec)
     whole = probe(model, tokens(), spec=spec, chunk=N_SEQUENCES)
-    monkeypatch.setattr(measure.attention, "CHUNK_NUMBERS", 4 * spec.n_heads * N_TOKENS)
-    monkeypatch.setattr(measure.overlap, "CHUNK_NUMBERS", 5 * 4 * spec.d_model)
+    monkeypatch.setattr("varprop.measure.attention.CHUNK_NUMBERS", 4 * spec.n_heads * N_TOKENS)
+    monkeypatch.setattr("varprop.measure.overlap.CHUNK_NUMBERS", 5 * 4 * spec.d_model)
     for chunk in (1, 2):
         for name, value in probe(model, tokens(), spec=spec, chunk=chunk).items():
             torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-13, equal_nan=True)
