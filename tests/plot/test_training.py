@@ -38,7 +38,7 @@ def test_what_the_probe_read() -> None:
     by_label = {axes.get_ylabel().splitlines()[0]: axes for axes in figure.axes if axes.get_ylabel() != "layer"}
     tokens = next(axes for axes in figure.axes if axes.get_title() == "step 1,000, sinks left out")
     expected = dataset.variance_quantile.isel(probe_step=-1, quantile=2).sel(site="resid_post").mean("seed")
-    np.testing.assert_allclose(tokens.get_lines()[0].get_ydata(), expected)
+    np.testing.assert_allclose(tokens.get_lines()[-1].get_ydata(), expected)
     assert len(tokens.collections) == 2
     attention = by_label["attention concentration (dimensionless)"].get_lines()
     assert [line.get_ydata()[0] for line in attention] == pytest.approx([0.2, 0.3, 0.4, 0.5])  # type: ignore[index]

@@ -83,11 +83,14 @@ def _by_layer(figure: Figure, axes: Axes, values: xr.DataArray, y_label: str) ->
     for rank, layer in enumerate(layers):
         x, y, _, _ = curve(values.sel(layer=layer), step_dimension(values))
         axes.plot(x, y, color=colours(rank), lw=1.2)
+    finish(axes, "step", y_label, legend=False)
+    if len(layers) == 1:
+        axes.set_title(f"layer {layers[0]}", fontsize=9)
+        return
     edges = np.array([*layers, layers[-1] + 1]) - 0.5
     bar = figure.colorbar(ScalarMappable(BoundaryNorm(edges, len(layers)), colours), ax=axes, label="layer", pad=0.02)
     bar.locator = MaxNLocator(9, integer=True)
     bar.update_ticks()
-    finish(axes, "step", y_label, legend=False)
 
 
 def _token_quantiles(axes: Axes, dataset: xr.Dataset) -> None:
@@ -100,6 +103,7 @@ def _token_quantiles(axes: Axes, dataset: xr.Dataset) -> None:
         name = f"{100 * levels[i]:g} to {100 * levels[-1 - i]:g} % of the tokens"
         low, high = curves[i][1], curves[-1 - i][1]
         axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.15 + 0.15 * i, lw=0, label=name)
+        axes.plot(x, low, x, high, color=COLOURS[0], lw=0.4)
     axes.plot(x, curves[len(levels) // 2][1], color=COLOURS[0], lw=1.5, label="median token")
     axes.set_title(f"step {int(last.probe_step):,}, sinks left out", fontsize=9)
     finish(axes, "layer (0 = embedding)", f"{label('variance')}\nat resid_post")
