@@ -5,7 +5,8 @@ Legend: S sequences, T tokens, D d_model, L layers (0 = embedding), N query head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +14,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from varprop.measure import (
+    BRANCH_STREAM,
+    QUANTILES,
     AttentionStatistics,
-    attention_statistics,
+    TokenMoments,
+    expert_load,
     expert_load_concentration,
     gate_second_moment,
     overlap_sums,
+    router_entropy,
     sink_positions,
     token_correlation,
     token_moments,
     token_quantiles,
 )
-from varprop.measure.tokens import QUANTILES
-from varprop.nn import Transformer
-from varprop.nn.attention import allowed_keys, attention_probabilities, draw_kept_keys, heads
-from varprop.nn.block import KEY_MASK_STREAM, Block
+from varprop.nn import Transformer, block_forward
+from varprop.nn.attention import Shared, allowed_keys
+from varprop.nn.block import KEY_MASK_STREAM, Block, effective_weights
 from varprop.nn.init import make_generator
-from varprop.nn.moe import route
 from varprop.nn.residual import branch_input
 from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
+from varprop.train.probe_attention import sequence_attention
+from varprop.train.weights import whole
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "token_correlation": ("layer", "site"),
@@ -61,7 +66,7 @@ def probe(
     model: Transformer,
     tokens: Tensor,
     *,
-    spec: ModelSpec,
+    documents: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     chunk: int = 1,
 ) -> dict[str, Tensor]:
@@ -82,115 +87,98 @@ def probe(
     with gate 1. expert_load: share of each expert in all assignments, NaN in layers without a mixture.
     What the spec lacks is absent.
 
-    compute_dtype: of the matrix products, by autocast; float32 whatever the training uses, unless told. The stream and
-    the weights are as the network has them; statistics are summed in float64 in a fixed order, so that ranks with the
-    same weights get the same numbers. chunk: sequences in one forward pass. Memory beside the forward pass:
-    (2 L + 1) chunk T D numbers of the branches and what `attention_statistics` and `overlap_sums` hold. Queries, keys
-    and gates are computed again from the stream, one norm and three products a layer. Under a sharded model all ranks
-    have to call it.
+    documents: (S, T), the document that each token is of; attention then stays within it. compute_dtype: of the stream
+    and the matrix products, float32 whatever the training uses, unless told. chunk: sequences in one forward pass.
+    Nothing is compiled; statistics are summed in float64 in a fixed order, so that ranks with the same weights get the
+    same numbers. Memory beside the forward pass: (2 L + 1) chunk T D numbers of the branches and what
+    `attention_statistics` and `overlap_sums` hold. Queries and keys are computed again from the stream. Of a sharded
+    model one layer at a time is gathered, so all ranks have to call it.
     Checked by: tests/train/test_probe.py, float64 numpy definitions.
     """
-    recorder = _Recorder(model, spec, tokens)
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.autocast(tokens.device.type, compute_dtype, enabled=compute_dtype != torch.float32),
-    ):
-        for rows in tokens.split(chunk):
-            model.hidden(rows, recorder)
-            recorder.end_of_sequences()
+    recorder = _Recorder(model.spec, tokens)
+    embedding = whole(model.get_parameter("embed"))
+    for number in range(0, len(tokens), chunk):
+        rows = slice(number, number + chunk)
+        masks = None if documents is None else _document_masks(model.spec, documents[rows])
+        x = (functional.embedding(tokens[rows], embedding) * model.spec.embedding_scale).to(compute_dtype)
+        recorder(0, "resid_post", x)
+        for block in model.layers:
+            assert isinstance(block, Block)
+            x = _pass(x, block, recorder, masks, compute_dtype)
+        recorder.end_of_sequences()
     return recorder.values()
 
 
-class _Recorder:
-    """Collects the statistics of all sequences: pass it as `record`, chunk by chunk."""
+def _pass(
+    x: Tensor, block: Block, recorder: _Recorder, masks: Mapping[int, Tensor] | None, compute_dtype: torch.dtype
+) -> Tensor:
+    """The stream after a block, which is recorded with its attention."""
+    spec, layer = block.spec, block.layer
+    parameters = {name: whole(parameter) for name, parameter in block.named_parameters()}
+    weights = effective_weights(spec, layer, parameters, dict(block.named_buffers()), compute_dtype)
 
-    def __init__(self, model: Transformer, spec: ModelSpec, tokens: Tensor) -> None:
-        self._spec, self._model = spec, model
+    def generator() -> torch.Generator:
+        return make_generator(block.seed, layer, KEY_MASK_STREAM)
+
+    if spec.attention is not None:
+        y = branch_input(x, weights, spec, layer, "attention")
+        recorder.attention(layer, sequence_attention(y, weights, spec, layer, masks, generator()))
+    shared = Shared(masks=masks)
+    return block_forward(
+        x, weights, spec, layer, recorder, generator(), recorder.observe, observe_attention=False, shared=shared
+    )
+
+
+class _Recorder:
+    """Collects the statistics of all sequences, chunk by chunk: `record` and `observe` of the blocks."""
+
+    def __init__(self, spec: ModelSpec, tokens: Tensor) -> None:
+        self._spec = spec
         self._n_sequences, self._n_tokens = tokens.shape
         self._n_done = 0
-        shape = (spec.n_layers + 1, len(SITES))
-        self._by_token = {
-            name: torch.full((*shape, *tokens.shape), torch.nan, dtype=torch.float64, device=tokens.device)
-            for name in ("second_moment", "variance", "skewness", "excess_kurtosis")
-        }
-        self._correlation = torch.full(
-            (*shape, self._n_sequences), torch.nan, dtype=torch.float64, device=tokens.device
-        )
+        places = (spec.n_layers + 1, len(SITES))
+        self._empty = torch.full((), torch.nan, dtype=torch.float64, device=tokens.device)
+        self._by_token = {name: self._empty.repeat(*places, *tokens.shape) for name in TokenMoments._fields}
+        self._correlation = self._empty.repeat(*places, self._n_sequences)
         n_contributions = 1 + len(BRANCHES) * spec.n_layers
-        self._overlap = torch.zeros(n_contributions, n_contributions, dtype=torch.float64, device=tokens.device)
+        self._overlap = self._empty.new_zeros(n_contributions, n_contributions)
         self._contributions: list[Tensor] = []
-        self._streams: dict[str, Tensor] = {}
-        self._attention: dict[int, list[AttentionStatistics]] = {}
-        self._mixture: dict[int, list[tuple[Tensor, ...]]] = {}
+        self._attention: dict[int, list[AttentionStatistics]] = defaultdict(list)
+        self._mixture: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
     def __call__(self, layer: int, site: str, x: Tensor) -> None:
-        self._n_chunk = len(x)
-        if site == "resid_pre":
-            self._copy_from_the_layer_before(layer)
-            self._attend(layer, x)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                self._of_tokens(layer, site, x)
-        if site == "resid_mid" and self._spec.is_moe(layer):
-            parallel = self._spec.block == "parallel" and self._spec.attention is not None
-            self._mix(layer, self._streams["resid_pre"] if parallel else x)
-        if site.startswith("resid"):
-            self._streams[site] = x
-        if layer == 0 or site in ("attn_out", "mlp_out"):
-            self._contributions.append(x)
-
-    def end_of_sequences(self) -> None:
-        """Add the overlaps of the chunk that went through all layers."""
-        with torch.autocast(self._overlap.device.type, enabled=False):
-            self._overlap += overlap_sums(self._contributions)
-        self._contributions.clear()
-        self._n_done += self._n_chunk
-
-    def _chunk(self) -> slice:
-        return slice(self._n_done, self._n_done + self._n_chunk)
-
-    def _of_tokens(self, layer: int, site: str, x: Tensor) -> None:
-        place, rows = SITES.index(site), self._chunk()
-        for number, sequence in zip(range(rows.start, rows.stop), x, strict=True):
+        place, rows = SITES.index(site), slice(self._n_done, self._n_done + len(x))
+        if site == "resid_pre":  # the stream after the block before, measured there
+            for values in (*self._by_token.values(), self._correlation):
+                values[layer, place, rows] = values[layer - 1, SITES.index("resid_post"), rows]
+            return
+        for number, sequence in enumerate(x, start=rows.start):
             for name, values in token_moments(sequence)._asdict().items():
                 self._by_token[name][layer, place, number] = values
             self._correlation[layer, place, number] = token_correlation(sequence)
+        if layer == 0 or site in BRANCH_STREAM:
+            self._contributions.append(x)
 
-    def _copy_from_the_layer_before(self, layer: int) -> None:
-        here, before, rows = SITES.index("resid_pre"), SITES.index("resid_post"), self._chunk()
-        for values in (*self._by_token.values(), self._correlation):
-            values[layer, here, rows] = values[layer - 1, before, rows]
+    def attention(self, layer: int, found: Sequence[AttentionStatistics]) -> None:
+        """Take the attention of the sequences of a chunk."""
+        self._attention[layer].extend(found)
 
-    def _attend(self, layer: int, x: Tensor) -> None:
-        if self._spec.attention is None:
-            return
-        weights = self._block(layer).weights()
-        y = branch_input(x, weights, self._spec, layer, "attention")
-        q, k = (heads(y, weights, self._spec, name) for name in ("q", "k"))
-        kept = _kept_keys(q, self._block(layer))
-        sink = weights.get("attention.sink")
-        for number in range(len(x)):
-            found = _attention(q[number], k[number], sink, None if kept is None else kept[number], self._block(layer))
-            self._attention.setdefault(layer, []).append(found)
+    def observe(self, layer: int, what: str, values: Tensor) -> None:
+        """Take the router's logits and gates, (chunk, T, E)."""
+        assert self._spec.moe is not None
+        for sequence in values:
+            if what == "router_logits":
+                self._mixture[layer, "router_entropy"].append(router_entropy(sequence, self._spec.moe.router))
+            elif what == "gates":
+                self._mixture[layer, "gate_second_moment"].append(gate_second_moment(sequence))
+                self._mixture[layer, "expert_load_concentration"].append(expert_load_concentration(sequence))
+                self._mixture[layer, "expert_load"].append(expert_load(sequence).double())
 
-    def _mix(self, layer: int, x: Tensor) -> None:
-        part = self._spec.moe
-        assert part is not None
-        weights = self._block(layer).weights()
-        y = branch_input(x, weights, self._spec, layer, "mlp")
-        gates, active = route(y, weights, part)
-        wide = torch.promote_types(y.dtype, torch.float32)
-        logits = functional.linear(y.to(wide), weights["moe.router"].to(wide))
-        for g, a, z in zip(gates, active, logits, strict=True):
-            scores = (z.softmax(dim=-1) if part.router == "softmax" else z.sigmoid()).double()
-            entropy = torch.special.entr(scores / scores.sum(dim=-1, keepdim=True)).sum(dim=-1).mean()
-            found = (gate_second_moment(g), expert_load_concentration(g), entropy, a.sum(dim=0).double())
-            self._mixture.setdefault(layer, []).append(found)
-
-    def _block(self, layer: int) -> Block:
-        block = self._model.layers[layer - 1]
-        assert isinstance(block, Block)
-        return block
+    def end_of_sequences(self) -> None:
+        """Add the overlaps of the chunk that went through all layers."""
+        self._overlap += overlap_sums(self._contributions)
+        self._n_done += len(self._contributions[0])
+        self._contributions.clear()
 
     def values(self) -> dict[str, Tensor]:
         """Every statistic of all sequences by the names of `DIMENSIONS`."""
@@ -205,68 +193,47 @@ class _Recorder:
             "sink_second_moment": self._by_token["second_moment"][..., sinks].mean(dim=-1),
             "sink_count": sinks.sum().double(),
             **self._overlaps(),
-            **(self._attention_values() if self._attention else {}),
-            **(self._mixture_values() if self._mixture else {}),
+            **(self._attention_values() if self._spec.attention is not None else {}),
+            **(self._mixture_values() if self._spec.moe is not None else {}),
         }
 
     def _overlaps(self) -> dict[str, Tensor]:
-        n_layers = self._spec.n_layers
+        n_layers, n_branches = self._spec.n_layers, len(BRANCHES)
         overlap = self._overlap / (self._n_sequences * self._n_tokens * self._spec.d_model)
         # The contributions stand in the order embedding, then attention and feed-forward of each layer.
         layer_of = torch.tensor([0, *(i for i in range(1, n_layers + 1) for _ in BRANCHES)], device=overlap.device)
         into_blocks = functional.one_hot(layer_of).double().mT
-        by_branch = torch.full((len(BRANCHES), n_layers + 1, n_layers + 1), torch.nan, dtype=torch.float64)
-        by_branch = by_branch.to(overlap.device)
-        for number in range(len(BRANCHES)):
-            by_branch[number, 1:, 1:] = overlap[1 + number :: len(BRANCHES), 1 + number :: len(BRANCHES)]
+        by_branch = self._empty.repeat(n_branches, n_layers + 1, n_layers + 1)
+        for number in range(n_branches):
+            by_branch[number, 1:, 1:] = overlap[1 + number :: n_branches, 1 + number :: n_branches]
         return {"branch_overlap": by_branch, "block_overlap": into_blocks @ overlap @ into_blocks.mT}
 
     def _attention_values(self) -> dict[str, Tensor]:
-        rows = [[torch.stack(s) for s in self._attention[layer]] for layer in range(1, self._spec.n_layers + 1)]
-        means = _from_layer_0([torch.stack(found).mean(dim=0) for found in rows])  # (L + 1, statistics, N)
+        rows = [torch.stack([torch.stack(s) for s in found]).mean(dim=0) for found in self._attention.values()]
+        means = _from_layer_0(rows)  # (L + 1, statistics, N)
         by_head = dict(zip(OF_HEADS, means.unbind(dim=1), strict=True))
         return {**by_head, **dict(zip(OF_LAYERS, means.mean(dim=-1).unbind(dim=1), strict=True))}
 
     def _mixture_values(self) -> dict[str, Tensor]:
         assert self._spec.moe is not None
-        device = self._overlap.device
-        alone = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device=device)
-        nothing = torch.full((self._spec.moe.n_experts,), torch.nan, dtype=torch.float64, device=device)
-        scalars, loads = [], []
-        for layer in range(1, self._spec.n_layers + 1):
-            found = self._mixture.get(layer, [])
-            scalars.append(torch.stack([torch.stack(f[:3]) for f in found]).mean(dim=0) if found else alone)
-            load = torch.stack([f[3] for f in found]).sum(dim=0) if found else nothing
-            loads.append(load / load.sum().clamp(min=1) if found else nothing)
-        names = ("gate_second_moment", "expert_load_concentration", "router_entropy")
-        by_name = dict(zip(names, _from_layer_0(scalars).unbind(dim=1), strict=True))
-        return {**by_name, "expert_load": _from_layer_0(loads)}
+        layers = range(1, self._spec.n_layers + 1)
+        values = {}
+        for name, alone in (("gate_second_moment", 1.0), ("expert_load_concentration", 1.0), ("router_entropy", 0.0)):
+            found = [self._mixture.get((layer, name), [torch.full_like(self._empty, alone)]) for layer in layers]
+            values[name] = _from_layer_0([torch.stack(of_sequences).mean() for of_sequences in found])
+        nothing = self._empty.repeat(self._spec.moe.n_experts)
+        loads = [torch.stack(self._mixture.get((layer, "expert_load"), [nothing])).sum(dim=0) for layer in layers]
+        return {**values, "expert_load": _from_layer_0([load / load.sum().clamp(min=1) for load in loads])}
 
 
-def _kept_keys(q: Tensor, block: Block) -> Tensor | None:
-    """The key mask that the forward pass drew for these queries, (chunk, N, T, T); None where the spec has none."""
-    density = block.spec._attention().key_mask_density
-    if density == 1:
-        return None
-    return draw_kept_keys(q, density, make_generator(block.seed, block.layer, KEY_MASK_STREAM))
-
-
-def _attention(q: Tensor, k: Tensor, sink: Tensor | None, kept: Tensor | None, block: Block) -> AttentionStatistics:
-    """Statistics of one sequence from its queries and keys, (N, T, H)."""
-    spec, layer = block.spec, block.layer
-    part, n_tokens = spec._attention(), q.shape[-2]
-    scale = part.logit_scale or spec.head_dim**-0.5
-    allowed = allowed_keys(spec, layer, n_tokens, q.device)
-    after_softmax = kept is not None and part.key_mask_place == "after_softmax"
-    if kept is not None and not after_softmax:
-        allowed = kept if allowed is None else kept & allowed
-
-    def probabilities(queries: slice) -> Tensor:
-        rows = None if allowed is None else allowed[..., queries, :]
-        found = attention_probabilities(q[:, queries], k, rows, scale, part.logit_softcap, sink)
-        return found * kept[:, queries] if kept is not None and after_softmax else found
-
-    return attention_statistics(probabilities, n_tokens, spec.n_heads * n_tokens)
+def _document_masks(spec: ModelSpec, documents: Tensor) -> dict[int, Tensor]:
+    """By window (0 = none), which earlier token of its own document a token sees, (S, 1, T, T)."""
+    own = (documents[:, :, None] == documents[:, None, :]).unsqueeze(1)
+    masks: dict[int, Tensor] = {}
+    for layer in range(1, spec.n_layers + 1):
+        allowed = allowed_keys(spec, layer, documents.shape[-1], documents.device)
+        masks.setdefault(spec.window(layer) or 0, own if allowed is None else own & allowed)
+    return masks
 
 
 def _from_layer_0(rows: Sequence[Tensor]) -> Tensor:

@@ -80,7 +80,7 @@ def gradient_norms(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
         gradient = parameters[row.name].grad
         if gradient is None:
             raise ArgumentError(f"gradient={row.name!r} is missing; expected one: call it after the backward pass")
-        table[place] = torch.linalg.vector_norm(_whole(gradient), dtype=torch.float64)
+        table[place] = torch.linalg.vector_norm(whole(gradient), dtype=torch.float64)
     return {"matrix_gradient_norm": table}
 
 
@@ -137,10 +137,10 @@ def _table(model: nn.Module, spec: ModelSpec) -> Tensor:
 
 def _effective(tensor: Tensor, row: TensorRow, model: nn.Module) -> Tensor:
     """The whole tensor, times its mask and the factor on kept entries."""
-    whole = _whole(tensor)
+    whole = whole(tensor)
     return whole if row.mask is None else whole * model.get_buffer(row.name + MASK_SUFFIX) * row.mask.factor
 
 
-def _whole(tensor: Any) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """The full tensor of a DTensor, any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
