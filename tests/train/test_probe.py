@@ -47,6 +47,12 @@ def network(spec: ModelSpec, seed: int = 1) -> Transformer:
     return model
 
 
+def read(model: Transformer, rows: torch.Tensor | None = None, **options: Any) -> dict[str, torch.Tensor]:
+    """The probe in the type of the weights."""
+    dtype = next(model.parameters()).dtype
+    return probe(model, tokens() if rows is None else rows, **{"compute_dtype": dtype, **options})
+
+
 class Observed:
     """Streams, attention probabilities and gates of the forward pass of one sequence after another, in numpy."""
 
@@ -93,7 +99,7 @@ def test_probe_equals_the_definitions(spec: ModelSpec, changes: dict[str, Any]) 
     """In float64, to the rounding of sums in another order."""
     spec = spec.with_fields(changes)
     model = network(spec)
-    found = {name: value.numpy() for name, value in probe(model, tokens(), spec=spec).items()}
+    found = {name: value.numpy() for name, value in read(model).items()}
     seen = Observed(model, spec)
     layers = range(1, spec.n_layers + 1)
     for layer, site in seen.streams[0]:
@@ -144,17 +150,17 @@ def test_probe_equals_the_definitions(spec: ModelSpec, changes: dict[str, Any]) 
 def test_chunks_do_not_change_the_numbers(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of sequences, of queries and of tokens, the last of them smaller."""
     model = network(spec)
-    whole = probe(model, tokens(), spec=spec, chunk=N_SEQUENCES)
+    whole = read(model, chunk=N_SEQUENCES)
     monkeypatch.setattr("varprop.measure.attention.CHUNK_NUMBERS", 4 * spec.n_heads * N_TOKENS)
     monkeypatch.setattr("varprop.measure.overlap.CHUNK_NUMBERS", 5 * 4 * spec.d_model)
     for chunk in (1, 2):
-        for name, value in probe(model, tokens(), spec=spec, chunk=chunk).items():
+        for name, value in read(model, chunk=chunk).items():
             torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-13, equal_nan=True)
 
 
 def test_block_overlaps_sum_to_the_second_moment_of_the_stream(spec: ModelSpec) -> None:
     model = network(spec)
-    overlap = probe(model, tokens(), spec=spec)["block_overlap"]
+    overlap = read(model)["block_overlap"]
     seen = Observed(model, spec)
     for layer in range(spec.n_layers + 1):
         expected = float((seen.stream(layer, "resid_post") ** 2).mean())
@@ -167,7 +173,7 @@ def test_massive_activations_are_sinks_at_every_layer(spec: ModelSpec) -> None:
     rows = tokens()
     rows[0, 4] = rows[2, 0] = 31
     model.get_parameter("embed").data[31] *= 30
-    found = probe(model, rows, spec=spec)
+    found = read(model, rows)
     massive = rows == 31
     massive[:, 0] = True
     assert int(found["sink_count"]) == int(massive.sum()) > N_SEQUENCES
@@ -180,7 +186,7 @@ def test_massive_activations_are_sinks_at_every_layer(spec: ModelSpec) -> None:
 def test_nothing_of_the_network_changes_and_it_repeats(spec: ModelSpec) -> None:
     model = network(spec)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = (probe(model, tokens(), spec=spec) for _ in range(2))
+    first, second = (read(model) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value.nan_to_num(7.0), second[name].nan_to_num(7.0))
         assert not value.requires_grad
@@ -192,8 +198,8 @@ def test_nothing_of_the_network_changes_and_it_repeats(spec: ModelSpec) -> None:
 def test_bfloat16_is_near(spec: ModelSpec) -> None:
     """A product of numbers rounded to 8 bits is off by 2^-8 of itself; medians of sums of them by less than 3 %."""
     model = Transformer(spec, seed=1)
-    wide = probe(model, tokens(), spec=spec)
-    narrow = probe(model, tokens(), spec=spec, compute_dtype=torch.bfloat16)
+    wide = read(model)
+    narrow = probe(model, tokens(), compute_dtype=torch.bfloat16)
     median = QUANTILES.index(0.5)
     ratio = narrow["variance_quantile"][..., median] / wide["variance_quantile"][..., median]
     assert float((ratio - 1).nan_to_num().abs().max()) < 0.03
@@ -203,7 +209,7 @@ def test_bfloat16_is_near(spec: ModelSpec) -> None:
 @pytest.mark.parametrize("changes", [{}, MOE, {"attention": None}, {"feed_forward": None}], ids=lambda c: ",".join(c))
 def test_every_variable_has_its_dimensions_and_passes_the_schema(spec: ModelSpec, changes: dict[str, Any]) -> None:
     spec = spec.with_fields(changes)
-    found = probe(Transformer(spec), tokens(), spec=spec)
+    found = read(Transformer(spec))
     variables = {}
     for name, value in found.items():
         dims = probing.DIMENSIONS[name]

@@ -37,6 +37,7 @@ def attention_statistics(
     summed in their own type, over rows in float64. The mean over heads of the first two are `attention_concentration`
     and `attention_entropy` of all probabilities, to rounding.
 
+    >>> import torch
     >>> uniform = lambda queries: torch.full((2, 8, 8), 0.125)[:, queries]
     >>> [value.tolist() for value in attention_statistics(uniform, 8, 16)][::2]
     [[0.125, 0.125], [0.125, 0.125]]

@@ -39,7 +39,9 @@ def sequence_attention(
     k = k.repeat_interleave(spec.kv_group_size, dim=-3)
     density = spec._attention().key_mask_density
     kept = [None] * len(y) if density == 1 else draw_kept_keys(q, density, generator)
-    seen = [allowed_keys(spec, layer, y.shape[-2], y.device)] * len(y) if masks is None else masks[spec.window(layer) or 0]
+    seen = (
+        [allowed_keys(spec, layer, y.shape[-2], y.device)] * len(y) if masks is None else masks[spec.window(layer) or 0]
+    )
     sink = weights.get("attention.sink")
     return [_of_sequence(*parts, sink, spec) for parts in zip(q, k, seen, kept, strict=True)]
 

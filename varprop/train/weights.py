@@ -137,8 +137,8 @@ def _table(model: nn.Module, spec: ModelSpec) -> Tensor:
 
 def _effective(tensor: Tensor, row: TensorRow, model: nn.Module) -> Tensor:
     """The whole tensor, times its mask and the factor on kept entries."""
-    whole = whole(tensor)
-    return whole if row.mask is None else whole * model.get_buffer(row.name + MASK_SUFFIX) * row.mask.factor
+    w = whole(tensor)
+    return w if row.mask is None else w * model.get_buffer(row.name + MASK_SUFFIX) * row.mask.factor
 
 
 def whole(tensor: Any) -> Tensor:
