@@ -18,7 +18,7 @@ LINES = (
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),
     ("demo",),
-    ("cli_grid",),
+    ("cli_grid", "cli_hf"),
     ("cli",),
     ("__main__",),
 )
