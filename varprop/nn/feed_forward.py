@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from varprop.nn.activation import ACTIVATIONS
-from varprop.nn.linear import Weights, linear
+from varprop.nn.linear import Weights, linear, linear_together
 from varprop.spec import ModelSpec
 
 
@@ -18,7 +18,9 @@ def feed_forward(x: Tensor, weights: Weights, spec: ModelSpec, layer: int) -> Te
 def two_layers(x: Tensor, weights: Weights, prefix: str, activation: str) -> Tensor:
     """The feed-forward whose weights are `<prefix>.up`, `<prefix>.down` and, where present, `<prefix>.gate`."""
     phi = ACTIVATIONS[activation]
-    up = linear(x, weights, f"{prefix}.up")
-    gated = f"{prefix}.gate" in weights
-    inner = phi(linear(x, weights, f"{prefix}.gate")) * up if gated else phi(up)
+    if f"{prefix}.gate" in weights:
+        gate, up = linear_together(x, weights, (f"{prefix}.gate", f"{prefix}.up"))
+        inner = phi(gate) * up
+    else:
+        inner = phi(linear(x, weights, f"{prefix}.up"))
     return linear(inner, weights, f"{prefix}.down")

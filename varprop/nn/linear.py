@@ -6,9 +6,10 @@ a batch with shared weights (training) and a stack of networks with their own (s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +36,18 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     y = multiply(x, weights[name])
     bias = f"{name}_bias"
     return y + per_token(weights[bias]) if bias in weights else y
+
+
+def linear_together(x: Tensor, weights: Weights, names: Sequence[str]) -> list[Tensor]:
+    """`linear` for several matrices that read the same x: one product where the sequences share their weights."""
+    matrices = [weights[name] for name in names]
+    if not all(isinstance(matrix, Tensor) and matrix.dim() == 2 for matrix in matrices):
+        return [linear(x, weights, name) for name in names]
+    y = x @ torch.cat(matrices).mT
+    biases = [weights.get(f"{name}_bias") for name in names]
+    if biases[0] is not None:
+        y = y + torch.cat(biases)
+    return list(y.split([len(matrix) for matrix in matrices], dim=-1))
 
 
 def per_token(vector: Tensor) -> Tensor:
