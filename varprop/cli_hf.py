@@ -41,7 +41,7 @@ def add(command: Command) -> None:
     evaluating.add_argument("--limit", type=int, default=None, help="BLiMP pairs of each paradigm (default all)")
     evaluating.add_argument("--n-items", type=int, default=2000, help="of each cloze question (default %(default)s)")
     evaluating.add_argument("--seed", type=int, default=0, help="of windows and cloze items")
-    evaluating.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    evaluating.add_argument("--device", default="auto", help="torch device (default CUDA where there is one)")
     evaluating.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     written = "write BLiMP as a task of lm_eval into a new folder, and do nothing else"
     evaluating.add_argument("--write-lm-eval-task", default=None, metavar="FOLDER", help=written)
@@ -51,7 +51,9 @@ def _export(arguments: argparse.Namespace) -> int:
     from varprop import hf  # brings the tokenizer library in
 
     tokenizer = None if arguments.no_tokenizer else _tokenizer(Path(arguments.run))
-    longest = arguments.max_positions or _n_tokens_of(Path(arguments.run)) or hf.MAX_POSITIONS
+    longest = arguments.max_positions
+    if longest is None:
+        longest = _n_tokens_of(Path(arguments.run)) or hf.MAX_POSITIONS
     model = hf.load(arguments.run)
     done = hf.export(model, arguments.out, dtype=arguments.dtype, tokenizer=tokenizer, max_positions=longest)
     if done.folded:
@@ -86,7 +88,10 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    import torch
+
     from varprop import evaluate, hf
+    from varprop.train.loop import resolve_device
 
     if arguments.write_lm_eval_task is not None:
         pairs = evaluate.load_pairs(_corpus_dir(arguments), arguments.limit)
@@ -99,27 +104,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         require(task in TASKS, ArgumentError, "tasks", task, "unknown", "some of " + ", ".join(TASKS))
     require(arguments.model is not None, ArgumentError, "model", None, "missing", "a finished run or a model folder")
     lengths = _lengths(arguments.lengths)
-    model, tokenizer = hf.load(arguments.model, device=arguments.device), _tokenizer(Path(arguments.model))
+    compute_dtype = torch.bfloat16 if arguments.precision == "bfloat16" else None
+    model = hf.load(arguments.model, device=resolve_device(arguments.device), compute_dtype=compute_dtype)
+    tokenizer = _tokenizer(Path(arguments.model))
     hf.require_fit(tokenizer, model.spec.vocab_size)
     with_corpus = [task for task in tasks if task != "blimp"]
     if with_corpus:
         evaluate.require_same_tokenizer(tokenizer, hf.load_tokenizer(), with_corpus)
     parts = []
-    common: dict[str, Any] = {"precision": arguments.precision}
     if "loss" in tasks:
         for text in texts:
             held_out = corpus.load_corpus(text, arguments.corpus_dir)
             sized = {"bytes_per_token": held_out.bytes_per_token, "n_sequences": arguments.n_sequences}
             for length in lengths:
-                options = {**common, **sized, "text": text, "seed": arguments.seed}
+                options = {**sized, "text": text, "seed": arguments.seed}
                 parts.append(evaluate.packed_loss(model, held_out.validation, length, **options))
     if "blimp" in tasks:
         pairs = evaluate.load_pairs(_corpus_dir(arguments), arguments.limit)
-        parts.append(evaluate.blimp(model, pairs, tokenizer, **common))
+        parts.append(evaluate.blimp(model, pairs, tokenizer))
     if "cloze" in tasks:
         books = corpus.load_corpus("books", arguments.corpus_dir).validation
-        options = {**common, "n_items": arguments.n_items, "seed": arguments.seed}
-        parts.append(evaluate.cloze(model, books, tokenizer, **options))
+        parts.append(evaluate.cloze(model, books, tokenizer, n_items=arguments.n_items, seed=arguments.seed))
     dataset = evaluate.join(parts)
     results.save(dataset, out)
     print(f"{evaluate.table(dataset)}\nwrote {out}")

@@ -65,7 +65,7 @@ def test_bfloat16_is_near_and_is_another() -> None:
     model = Transformer(SPEC, seed=1)
     sequences, n_scored = _sequences()
     exact, _ = score(model, sequences, n_scored)
-    rounded, _ = score(model, sequences, n_scored, precision="bfloat16")
+    rounded, _ = score(Transformer(SPEC, seed=1, compute_dtype=torch.bfloat16), sequences, n_scored)
     assert 1e-5 < np.abs(rounded / exact - 1).max() < 0.1
 
 

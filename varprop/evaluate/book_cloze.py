@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from varprop.errors import ArgumentError, require
 from varprop.evaluate.common import dataset, share
-from varprop.evaluate.score import Precision, score
+from varprop.evaluate.score import score
 from varprop.nn import Transformer
 
 DOCUMENT_END = 0
@@ -31,7 +31,6 @@ def cloze(
     n_context: int = 128,
     n_next: int = 32,
     seed: int = 0,
-    precision: Precision = "float32",
 ) -> xr.Dataset:
     """Share of right answers to two questions about books that were held out.
 
@@ -48,14 +47,14 @@ def cloze(
     for name, value in (("n_context", n_context), ("n_next", n_next)):
         require(value >= 1, ArgumentError, name, value, "too small", "an integer >= 1")
     passages = _passages(tokens, n_items, n_context, n_next, rng)
-    sums, _ = score(model, passages, [n_next] * len(passages), precision=precision)
+    sums, _ = score(model, passages, [n_next] * len(passages))
     best = sums.reshape(-1, N_CHOICES).argmax(axis=1) == 0
     asked = _last_words(tokens, tokenizer, n_context)
     wrong, expected = f"too many for a text with {len(asked)} repeated words", "fewer items or more text"
     require(len(asked) >= n_items, ArgumentError, "n_items", n_items, wrong, expected)
     chosen = [asked[i] for i in sorted(rng.choice(len(asked), n_items, replace=False))]
     texts = [tokens[start - n_context : end].tolist() for start, end in chosen]
-    _, greedy = score(model, texts, [end - start for start, end in chosen], precision=precision)
+    _, greedy = score(model, texts, [end - start for start, end in chosen])
     pairs = np.array([share(best, "n_items"), share(greedy, "n_items")])
     variables = {
         "cloze_accuracy": (("cloze_task",), pairs[:, 0]),
@@ -63,7 +62,7 @@ def cloze(
         "cloze_items": (("cloze_task",), [n_items, n_items]),
     }
     coords = {"cloze_task": list(TASKS)}
-    return dataset(model, variables, n_tokens=n_context, precision=precision, seed=seed, coords=coords)
+    return dataset(model, variables, n_tokens=n_context, seed=seed, coords=coords)
 
 
 def books_of(tokens: np.ndarray) -> list[tuple[int, int]]:

@@ -40,12 +40,12 @@ def dataset(
     variables: Mapping[str, tuple[Sequence[str], Any]],
     *,
     n_tokens: int,
-    precision: str,
     seed: int | None = None,
     coords: Mapping[str, Any] | None = None,
     **attributes: str | int | float,
 ) -> xr.Dataset:
     """A result with source "checkpoint"."""
+    embed = model.get_parameter("embed")
     return results.new(
         variables,
         source="checkpoint",
@@ -54,8 +54,8 @@ def dataset(
         n_tokens=n_tokens,
         coords=coords,
         seed_entropy="" if seed is None else str(seed),
-        dtype=precision,
-        device=model.get_parameter("embed").device.type,
+        dtype=str(model.compute_dtype or embed.dtype).removeprefix("torch."),
+        device=embed.device.type,
         attributes=attributes,
     )
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from varprop.errors import ArgumentError, require
 from varprop.evaluate.common import dataset, share, shares
-from varprop.evaluate.score import Precision, score
+from varprop.evaluate.score import score
 from varprop.nn import Transformer
 
 FILE = "blimp.tsv.xz"
@@ -54,9 +54,7 @@ def load_pairs(corpus_dir: str | Path, limit: int | None = None) -> list[Pair]:
     return kept
 
 
-def score_pairs(
-    model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer, *, precision: Precision = "float32"
-) -> np.ndarray:
+def score_pairs(model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer) -> np.ndarray:
     """Log-probability in nats of the good and the bad sentence of each pair, (n, 2), given the end of a document.
 
     It is what `lm_eval` sums: all tokens of the sentence, none of the text before it.
@@ -65,20 +63,18 @@ def score_pairs(
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
     # One at a time: a batch starts threads, which warn when a user forks.
     ids = [[DOCUMENT_END, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
-    sums, _ = score(model, ids, [len(row) - 1 for row in ids], precision=precision)
+    sums, _ = score(model, ids, [len(row) - 1 for row in ids])
     return sums.reshape(-1, 2)
 
 
-def blimp(
-    model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer, *, precision: Precision = "float32"
-) -> xr.Dataset:
+def blimp(model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer) -> xr.Dataset:
     """Share of pairs whose good sentence is the likelier, in all and by paradigm and term; chance is 1/2.
 
     Variables: blimp_accuracy, blimp_paradigm_accuracy (paradigm), blimp_term_accuracy (term), each with its
     `_stderr` over pairs (two or more of each paradigm), and blimp_pairs, their number. Equal log-probabilities count
     as wrong. Raises as `score` does.
     """
-    scores = score_pairs(model, pairs, tokenizer, precision=precision)
+    scores = score_pairs(model, pairs, tokenizer)
     correct = scores[:, 0] > scores[:, 1]
     in_all, stderr = share(correct, "pairs")
     paradigms, of_paradigm, of_paradigm_stderr = shares(correct, [pair.paradigm for pair in pairs], "pairs")
@@ -93,4 +89,4 @@ def blimp(
         "blimp_term_accuracy_stderr": (("term",), of_term_stderr),
     }
     coords = {"paradigm": paradigms, "term": terms}
-    return dataset(model, variables, n_tokens=0, precision=precision, coords=coords)
+    return dataset(model, variables, n_tokens=0, coords=coords)

@@ -10,7 +10,7 @@ import xarray as xr
 from varprop.corpus import n_windows, window_starts, windows
 from varprop.errors import ArgumentError, require
 from varprop.evaluate.common import dataset
-from varprop.evaluate.score import Precision, score
+from varprop.evaluate.score import score
 from varprop.nn import Transformer
 
 
@@ -23,7 +23,6 @@ def packed_loss(
     bytes_per_token: float | None = None,
     n_sequences: int | None = None,
     seed: int = 0,
-    precision: Precision = "float32",
 ) -> xr.Dataset:
     """Mean loss over non-overlapping windows of `length` tokens, each token given those before it in its window.
 
@@ -38,7 +37,7 @@ def packed_loss(
     require(2 <= n <= most, ArgumentError, "n_sequences", n, "outside the domain", f"an integer in 2..{most}")
     starts = window_starts(tokens, length, seed, range(n))
     rows = windows(tokens, starts, length + 1)
-    sums, _ = score(model, rows, [length] * n, precision=precision)  # type: ignore[arg-type]
+    sums, _ = score(model, rows, [length] * n)  # type: ignore[arg-type]
     losses = -sums / length
     dims = ("text", "length")
     mean, stderr = losses.mean(), losses.std(ddof=1) / n**0.5
@@ -50,4 +49,4 @@ def packed_loss(
     if bytes_per_token is not None:
         variables["bits_per_byte"] = (dims, [[mean / (math.log(2) * bytes_per_token)]])
     coords = {"text": [text], "length": [length]}
-    return dataset(model, variables, n_tokens=length, precision=precision, seed=seed, coords=coords)
+    return dataset(model, variables, n_tokens=length, seed=seed, coords=coords)

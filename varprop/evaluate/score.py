@@ -6,7 +6,6 @@ Shape suffixes: `B` sequences, `T` tokens, `n` scored tokens of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 2**17}
 """Tokens of a batch, padding included, by type of device; a longer sequence makes a batch of its own."""
 LOGITS_HELD = {"cpu": 2**22, "cuda": 2**28}
 """Logits that are held at a time, by type of device."""
-Precision = Literal["float32", "bfloat16"]
 
 
 @torch.inference_mode()
@@ -28,13 +26,12 @@ def score(
     sequences: Sequence[Sequence[int]],
     n_scored: Sequence[int],
     *,
-    precision: Precision = "float32",
     batch_tokens: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of log p(token | all before it) over the last n_scored tokens, and whether all of them are the likeliest.
 
-    sequences: token ids, at least two each; n_scored: in 1..length - 1, one for each. precision: of the matrix products
-    (bfloat16 by autocast); the softmax is in float32. batch_tokens: at most so many in a batch, padding included.
+    sequences: token ids, at least two each; n_scored: in 1..length - 1, one for each. batch_tokens: at most so many
+    in a batch, padding included. The softmax is in float32 whatever the compute type of the network.
     Returns a float64 and a boolean array. Padding follows a sequence, so that it changes nothing in a causal network.
     Raises `ArgumentError` for ids beyond the vocabulary, unfit lengths, a network that sees later tokens, and scores
     that are not finite.
@@ -57,11 +54,9 @@ def score(
         tokens, scored = tokens.to(device), scored.to(device)
         which = torch.tensor(rows, device=device)[:, None].expand_as(scored)[scored]  # (n), the sequence of each token
         targets = tokens[:, 1:][scored]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            hidden = model.hidden(tokens[:, :-1])[scored]  # (n, D)
+        hidden = model.hidden(tokens[:, :-1])[scored]  # (n, D)
         for part, target, index in zip(hidden.split(chunk), targets.split(chunk), which.split(chunk), strict=True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = model.unembed(part[None])[0]
+            logits = model.unembed(part[None])[0]
             log_p = logits.float().log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
             sums.index_add_(0, index, log_p.double())
             missed.index_add_(0, index, (logits.argmax(dim=-1) != target).long())

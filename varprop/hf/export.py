@@ -56,6 +56,8 @@ def export(
     not empty, cannot be written, or the tokenizer has more entries than the network; nothing is written then.
     """
     require(dtype in DTYPES, ArgumentError, "dtype", dtype, "unknown", "one of " + ", ".join(DTYPES))
+    domain = "an integer >= 1"
+    require(max_positions >= 1, ArgumentError, "max_positions", max_positions, "too small", domain)
     network = model if isinstance(model, Transformer) else load_run(model)
     spec = network.spec
     family = family_of(spec)
@@ -77,21 +79,22 @@ def export(
 
 
 def load(
-    directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    directory: str | Path, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None
 ) -> Transformer:
     """The network in a folder of Hugging Face's form (config.json and safetensors), or of a finished run of ours.
 
-    The spec of the former is `spec_of` its config.json. Raises `SpecError` for a model that our networks cannot be,
-    `ArgumentError` for a folder that is neither, pickled weights, and missing, misshapen or superfluous tensors.
+    The spec of the former is `spec_of` its config.json. Weights are float32; compute_dtype: of the stream and the
+    matrix products, None = float32. Raises `SpecError` for a model that our networks cannot be, `ArgumentError` for a
+    folder that is neither, pickled weights, and missing, misshapen or superfluous tensors.
     No code of the folder is run.
     """
     folder = Path(directory)
     if not (folder / "config.json").is_file():
-        return load_run(folder, device=device, dtype=dtype)
+        return load_run(folder, device=device, compute_dtype=compute_dtype)
     config = read_config(folder)
     spec = spec_of(config)
     family = next(family for family in FAMILIES if family.model_type == config["model_type"])
-    model = Transformer(spec, device=device, dtype=dtype)
+    model = Transformer(spec, device=device, compute_dtype=compute_dtype)
     _fill(model, dict(weights.read(folder, spec, family)))
     return model
 
@@ -106,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_run(
-    run_dir: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    run_dir: str | Path, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None
 ) -> Transformer:
     """The network of a finished run, or of `save_run`; `ArgumentError` if there is none or it is damaged."""
     path = Path(run_dir) / weights.SINGLE
@@ -119,7 +122,7 @@ def load_run(
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         raise ArgumentError(f"file={str(path)!r} is truncated or damaged; expected a file of a varprop run") from None
-    model = Transformer(spec, seed=seed, device=device, dtype=dtype)
+    model = Transformer(spec, seed=seed, device=device, compute_dtype=compute_dtype)
     _fill(model, tensors)
     return model
 

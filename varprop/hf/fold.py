@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varprop.nn import Block, Transformer
+from varprop.nn import Transformer
+from varprop.nn.block import effective_weights
 from varprop.spec import ModelSpec, WeightMasks
 
 OUTPUTS = (
@@ -89,8 +90,8 @@ def plain_weights(model: Transformer) -> dict[str, Tensor]:
     for layer in range(1, spec.n_layers + 1):
         prefix = f"layers.{layer - 1}"
         block = model.get_submodule(prefix)
-        assert isinstance(block, Block)
-        own |= {f"{prefix}.{name}": weight.detach() for name, weight in block.weights().items()}
+        whole = effective_weights(spec, layer, dict(block.named_parameters()), dict(block.named_buffers()))
+        own |= {f"{prefix}.{name}": weight.detach() for name, weight in whole.items()}
         factors |= {f"{prefix}.{name}": factor for name, factor in _factors(spec, layer).items()}
     weights = {}
     for row in plain.tensor_table():  # rows that the network has not: gains, all one, and gates, all zero
