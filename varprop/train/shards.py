@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -123,9 +122,7 @@ class Shards:
             manifest = json.loads((folder / MANIFEST).read_text())
             self.step, self.run, self._files = int(manifest["step"]), manifest["run"], manifest["files"]
             self.tensors = {
-                name: (tuple(shape), dtype)
-                for file in self._files
-                for name, (shape, dtype) in file["tensors"].items()
+                name: (tuple(shape), dtype) for file in self._files for name, (shape, dtype) in file["tensors"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise SchemaError(f"file={str(folder / MANIFEST)!r} is damaged; expected that of a checkpoint") from None
