@@ -200,6 +200,14 @@ def test_a_document_ends_wherever_the_end_token_stands(folder: Path) -> None:
     assert load_corpus("out").train.tolist() == encoded(["one", "two"], Path("tokenizer.json"))
 
 
+def test_a_text_file_without_the_end_token_is_one_document(folder: Path) -> None:
+    Path("one.txt").write_bytes(TEXTS[0].encode())
+    Path("two.txt").write_bytes(TEXTS[1].encode())
+    manifest = tokenize(["two.txt", "one.txt"], "tokenizer.json", "out", validation=["a.txt"])
+    assert manifest["train"]["documents"] == 2
+    assert load_corpus("out").train.tolist() == encoded([TEXTS[1], TEXTS[0]], Path("tokenizer.json"))
+
+
 def test_a_separator_and_a_letter_across_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (1, 2, 3, 7, 50):
         monkeypatch.setattr("varprop.corpus.documents.BLOCK_BYTES", size)
