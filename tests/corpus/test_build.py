@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -351,7 +352,8 @@ def started(*command: str) -> subprocess.Popen:
     with Path("long.txt").open("w") as stream:
         for _ in range(3000):
             stream.write(f"{'some words ' * 1000}{END}")
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+    command = (sys.executable, *command)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not any(path.stat().st_size for path in Path().glob(".out.*.part/new/train.u16")):
         assert process.poll() is None
         time.sleep(0.02)
@@ -372,7 +374,10 @@ def test_a_request_to_end_leaves_nothing(folder: Path) -> None:
 def test_an_interrupt_of_the_command_is_one_line(folder: Path, sent: signal.Signals, n_workers: str) -> None:
     before = names(folder)
     process = started("-m", "varprop", "data", *TOKENIZE, "--n-workers", n_workers)
-    process.send_signal(sent)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does: to the workers too
+    else:
+        process.send_signal(sent)
     assert process.communicate(timeout=60)[1] == "varprop: interrupted\n"
     assert process.returncode == 130
     assert names(folder) == before | {"long.txt"}
