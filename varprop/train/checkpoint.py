@@ -1,7 +1,7 @@
 """A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end).
 
-Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle. Checkpoints
-are written by a thread while training goes on.
+Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle.
+Checkpoints are written by a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ class RunDirectory:
         if pending is not None:
             pending.result()
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[int, dict[str, np.ndarray]] | None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, np.ndarray]] | None:
         """Put the last whole checkpoint into `model` and `optimizer`; its step and history, None if there is none.
 
         The number of processes and how they share the model may be others than when it was saved. A damaged
@@ -148,22 +146,24 @@ class RunDirectory:
     ) -> None:
         try:
             self.close()
-        except Exception as failed:
+        except (ArgumentError, RuntimeError) as failed:
             if error is None:
                 raise
-            warnings.warn(f"{failed}", DamagedShardWarning, stacklevel=2)  # the first error is the one that is raised
+            # The first error is the one that is raised; a RuntimeError says once more that another process is lost.
+            if isinstance(failed, ArgumentError):
+                warnings.warn(f"{failed}", DamagedShardWarning, stacklevel=2)
 
     def _open(self) -> None:
         shown = str(self.path)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+        except (Timeout, RuntimeError):  # RuntimeError: this very thread holds it
+            raise ArgumentError(f"run_dir={shown!r} is in use by another run; expected one at a time") from None
         except OSError as error:
             raise ArgumentError(
                 f"run_dir={shown!r} cannot be made ({error.strerror}); expected a writable directory"
             ) from None
-        except (Timeout, RuntimeError):  # RuntimeError: this very process holds it
-            raise ArgumentError(f"run_dir={shown!r} is in use by another run; expected one at a time") from None
         for rest in self.checkpoints.glob(".step-*"):
             shutil.rmtree(rest, ignore_errors=True)
         description = self.path / "run.json"
@@ -178,13 +178,13 @@ class RunDirectory:
         difference = _first_difference(found, self._run)
         if difference:
             name, held, expected = difference
-            raise ArgumentError(
-                f"run_dir={str(self.path)!r} holds a run with {name}={held!r}; expected {expected!r}"
-            )
+            raise ArgumentError(f"run_dir={str(self.path)!r} holds a run with {name}={held!r}; expected {expected!r}")
 
     def _saved(self) -> list[Path]:
         """The folders of checkpoints, the latest first."""
-        steps = {int(match[1]): path for path in self.checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))}
+        steps = {
+            int(match[1]): path for path in self.checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))
+        }
         return [steps[step] for step in sorted(steps, reverse=True)]
 
     def _last_whole(self) -> Shards | None:
@@ -217,7 +217,7 @@ class RunDirectory:
             self._staging[name] = held
         return Piece(held.copy_(piece.tensor, non_blocking=True), piece.offset, piece.shape)
 
-    def _write(self, step: int, pieces: dict[str, Piece], copied: torch.cuda.Event | None) -> None:
+    def _write(self, step: int, pieces: dict[str, Piece], copied: torch.Event | None) -> None:
         """Write a checkpoint, in the thread. It is renamed when every process has written its file."""
         world, name = self._world, f"step-{step:08d}"
         part = self.checkpoints / f".{name}.part"
