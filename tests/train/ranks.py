@@ -19,16 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from varprop.corpus import Corpus
 from varprop.errors import ArgumentError, VarpropError
-from varprop.nn import Transformer
 from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec
 from varprop.train import TrainConfig, optim, shards
 from varprop.train.checkpoint import RunDirectory
-from varprop.train.distributed import World, accumulate, full, shard, unwrapped
+from varprop.train.distributed import World, accumulate, compute_dtype, full, shard, unwrapped
+from varprop.train.model import TrainingModel
 
 SPEC = ModelSpec(
     d_model=8,
@@ -41,24 +40,14 @@ CONFIG = TrainConfig(n_steps=4, batch_size=8, n_tokens=8, warmup_steps=1, clip_n
 CORPUS = Corpus(np.zeros(0, np.uint16), np.zeros(0, np.uint16), 32, None, "none", "0" * 64)
 
 
-class LossOfTransformer(nn.Module):
-    """A network whose forward pass gives its mean loss."""
-
-    def __init__(self, spec: ModelSpec, seed: int) -> None:
-        super().__init__()
-        self.transformer = Transformer(spec, seed=seed)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.transformer(tokens[:, :-1])
-        return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
 class Run:
     """A network in training, with what the tests look at."""
 
     def __init__(self, world: World, config: TrainConfig = CONFIG) -> None:
         self.world, self.config = world, config
-        self.model = shard(LossOfTransformer(SPEC, config.seed), world, config)
+        dtype = compute_dtype(config, world.device)
+        model = TrainingModel(SPEC, config, device=world.device, compute_dtype=dtype)
+        self.model = shard(model, world, config)
         self.optimizer = optim.adamw(unwrapped(self.model).transformer, SPEC, config)  # type: ignore[arg-type]
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -72,7 +61,7 @@ class Run:
             loss = torch.zeros(())
             for number, rows in enumerate(micro):
                 with accumulate(self.model, last=number == len(micro) - 1):
-                    part = self.model(rows) / len(micro)
+                    part = self.model(rows[:, :-1], rows[:, 1:]).loss / len(micro)
                     part.backward()
                 loss += part.detach()
             norm = optim.clip_gradients(self.model.parameters(), self.config.clip_norm)
