@@ -37,7 +37,7 @@ SPEC = ModelSpec(
     feed_forward=FeedForwardSpec(d_ff=13),
 ).with_fields(density=0.5)
 CONFIG = TrainConfig(n_steps=4, batch_size=8, n_tokens=8, warmup_steps=1, clip_norm=0.1, device="cpu")
-CORPUS = Corpus(np.zeros(0, np.uint16), np.zeros(0, np.uint16), 32, None, "none", "0" * 64)
+CORPUS = Corpus(np.zeros(0, np.uint16), np.zeros(0, np.uint16), 32, None, "none", "0" * 64, 0)
 
 
 class Run:

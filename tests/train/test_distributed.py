@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.train.ranks import CONFIG, Run, launch
 from varprop.errors import ArgumentError
-from varprop.train.distributed import World, accumulate, shard
+from varprop.train.distributed import World, accumulate, global_norm, shard
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 Outcome = tuple[list[dict[str, Any]], list[dict[str, Tensor]]]
@@ -122,6 +122,7 @@ def test_one_process_needs_no_group() -> None:
     assert world.mean(values).tolist() == [1.0, 2.0]
     assert world.gather(values).tolist() == [[1.0, 2.0]]
     assert world.gather_text("a") == ["a"]
+    assert float(global_norm([torch.tensor([3.0]), torch.tensor([4.0])])) == 5.0
     with pytest.raises(KeyError), world.raise_together():
         raise KeyError("own type")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -258,6 +258,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be split over the processes, all of which must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all entries of all tensors, a plain scalar; of split tensors that of the whole ones."""
+    return full(torch.nn.utils.get_total_norm(list(tensors)))
 
 
 def _own_device(name: str, local_rank: int) -> torch.device:
