@@ -1,4 +1,4 @@
-"""Programs for several processes on the CPU: `python -m tests.train.ranks PROGRAM FOLDER N` forks N of them.
+"""Programs for several processes on the CPU: `python -m tests.train.ranks FOLDER PROGRAM:N` forks N of them.
 
 torch is imported once, by the parent. Each process prints the line of a `VarpropError` and ends with 2, as the command
 line does.
@@ -196,17 +196,19 @@ PROGRAMS: dict[str, Callable[[World, Path], None]] = {
 QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Process 0 holds the store here, not torchrun: when it dies, torch warns of that too."""
 KILLED = -signal.SIGKILL
+END_OF_RUN = "--- end of run"
 
 
-def launch(program: str, folder: Path, *runs: str) -> tuple[list[int], list[str]]:
-    """Run a program several times; of each the return code of its process 0, and all lines on stderr.
+def launch(folder: Path, *runs: str) -> list[tuple[int, list[str]]]:
+    """Run programs one after the other; of each the return code of its process 0, and its lines on stderr.
 
-    runs: the number of processes, and after a colon VARPROP_KILL.
+    runs: `program:processes`, or `program:processes:kill` with VARPROP_KILL.
     """
-    command = [sys.executable, "-m", "tests.train.ranks", program, str(folder), *runs]
+    command = [sys.executable, "-m", "tests.train.ranks", str(folder), *runs]
     ended = subprocess.run(command, timeout=300, capture_output=True, text=True, env={**os.environ, **QUIET})
     assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout), ended.stderr.splitlines()
+    lines = [part.splitlines() for part in ended.stderr.split(f"{END_OF_RUN}\n")[:-1]]
+    return list(zip(json.loads(ended.stdout), lines, strict=True))
 
 
 def _run(n: int, program: str, folder: Path) -> int:
@@ -240,16 +242,17 @@ def _child(program: str, folder: Path) -> int:
     return 0
 
 
-def _main(program: str, folder: Path, runs: list[str]) -> None:
+def _main(folder: Path, runs: list[str]) -> None:
     codes = []
     for run in runs:
-        n, _, kill = run.partition(":")
-        os.environ["VARPROP_KILL"] = kill or "-1 nowhere 0"
+        program, n, *kill = run.split(":")
+        os.environ["VARPROP_KILL"] = kill[0] if kill else "-1 nowhere 0"
         codes.append(_run(int(n), program, folder))
+        print(END_OF_RUN, file=sys.stderr, flush=True)
     print(json.dumps(codes))
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:  # torchrun has made the processes
-        sys.exit(_child(sys.argv[1], Path(sys.argv[2])))
-    _main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+        sys.exit(_child(sys.argv[2], Path(sys.argv[1])))
+    _main(Path(sys.argv[1]), sys.argv[2:])

@@ -66,8 +66,8 @@ def check_end(folder: Path, n_steps: int, exact: bool) -> None:
 def test_kill_and_resume_twice_is_bitwise_the_same(tmp_path: Path) -> None:
     """Killed before update 3, with checkpoint 2 perhaps written, then at the second rename, then resumed to the end."""
     (tmp_path / "n_steps").write_text("8")
-    codes, lines = launch("resumed", tmp_path, "1:0 before 4", "1:0 rename 2", "1")
-    assert codes == [KILLED, KILLED, 0], lines
+    ended = launch(tmp_path, "resumed:1:0 before 4", "resumed:1:0 rename 2", "resumed:1")
+    assert ended == [(KILLED, []), (KILLED, []), (0, [])]
     check_end(tmp_path, 8, exact=True)
     weights = dict(load_model(tmp_path / "run").state_dict())
     assert equal(weights, {name: tensor for name, tensor in Run(ONE).steps(0, 8).state().items() if name in weights})
@@ -84,10 +84,10 @@ def test_many_kills(tmp_path: Path, n: int) -> None:
         size = int(rng.integers(1, n + 1))
         place, most = [("before", 4), ("file", 2), ("rename", 2)][rng.integers(3)]
         rank = 0 if place == "rename" else int(rng.integers(size))
-        runs.append(f"{size}:{rank} {place} {rng.integers(most) + 1}")
-    codes, lines = launch("resumed", tmp_path, *runs, str(n))
-    assert set(codes[:-1]) <= {KILLED, 2}, lines
-    assert codes[-1] == 0, lines
+        runs.append(f"resumed:{size}:{rank} {place} {rng.integers(most) + 1}")
+    *killed, last = launch(tmp_path, *runs, f"resumed:{n}")
+    assert {code for code, _ in killed} <= {KILLED, 2}, killed
+    assert last == (0, [])
     check_end(tmp_path, 100, exact=n == 1)
 
 

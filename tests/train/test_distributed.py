@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,33 +16,43 @@ from varprop.errors import ArgumentError
 from varprop.train.distributed import World, accumulate, global_norm, shard
 
 ONE = World(0, 1, 0, torch.device("cpu"))
-Outcome = tuple[list[dict[str, Any]], list[dict[str, Tensor]]]
+
+
+class Outcome:
+    """What one process and two have come to, all in one start of the interpreter.
+
+    one: the run of one process. ended: return code and lines by program. numbers, tensors: of the program `everything`,
+    by process. read_by_one: the state that one process has read from the checkpoint of two, by how they shared it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.one = Run(ONE).steps(0, 4)
+        with self.one.directory(folder / "one") as directory:
+            self.one.save(directory, 4)
+        (folder / "n_steps").write_text("6")
+        runs = ("everything:2", "one_raises:2", "resumed:2:1 before 5", "resumed:1")
+        self.ended = dict(zip(runs, launch(folder, *runs), strict=True))
+        assert self.ended["everything:2"] == (0, [])
+        self.read_by_one = {}
+        for parallel in ("ddp", "fsdp"):
+            run = Run(ONE)
+            with run.directory(folder / parallel) as directory:
+                assert run.restore(directory) == 4
+            self.read_by_one[parallel] = run.state()
+        names = [folder / f"rank{rank}" for rank in range(2)]
+        self.numbers = [json.loads(name.with_suffix(".json").read_text()) for name in names]
+        self.tensors = [load_file(name.with_suffix(".safetensors")) for name in names]
+        self.resumed_losses = json.loads((folder / "losses.json").read_text())
+
+    def states(self, name: str) -> list[dict[str, Tensor]]:
+        """A state that both processes have kept."""
+        prefix = f"{name}/"
+        return [{k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)} for kept in self.tensors]
 
 
 @pytest.fixture(scope="module")
-def one() -> Run:
-    return Run(ONE).steps(0, 4)
-
-
-@pytest.fixture(scope="module")
-def outcome(one: Run, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Numbers and tensors of each process of the program `everything`."""
-    folder = tmp_path_factory.mktemp("everything")
-    with one.directory(folder / "one") as directory:
-        one.save(directory, 4)
-    assert launch("everything", folder, "2") == ([0], [])
-    for parallel in ("ddp", "fsdp"):  # two processes to one, while the files are here
-        run = Run(ONE)
-        with run.directory(folder / parallel) as directory:
-            assert run.restore(directory) == 4
-        one.__dict__.setdefault("from_two", {})[parallel] = run.state()
-    names = [f"rank{rank}" for rank in range(2)]
-    numbers = [json.loads((folder / f"{name}.json").read_text()) for name in names]
-    return numbers, [load_file(folder / f"{name}.safetensors") for name in names]
-
-
-def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return Outcome(tmp_path_factory.mktemp("outcome"))
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -51,40 +60,37 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("way", ("ddp/None", "ddp/2", "fsdp/None", "fsdp/2"))
-def test_two_processes_train_as_one(one: Run, outcome: Outcome, way: str) -> None:
+def test_two_processes_train_as_one(outcome: Outcome, way: str) -> None:
     """Losses, gradient norms (all of them clipped) and weights; `/2`: in two micro-batches on each process."""
-    numbers, tensors = outcome
-    for rank in range(2):
-        assert numbers[rank][way]["losses"] == pytest.approx(one.losses, rel=1e-6)
-        assert numbers[rank][way]["norms"] == pytest.approx(one.norms, rel=1e-6)
-        found = part(tensors[rank], way)
-        assert found.keys() == one.state().keys()
+    one = outcome.one
+    for numbers, state in zip(outcome.numbers, outcome.states(way), strict=True):
+        assert numbers[way]["losses"] == pytest.approx(one.losses, rel=1e-6)
+        assert numbers[way]["norms"] == pytest.approx(one.norms, rel=1e-6)
+        assert state.keys() == one.state().keys()
         for name, expected in one.state().items():
-            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(state[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("parallel", ("ddp", "fsdp"))
-def test_a_checkpoint_of_one_process_is_read_by_two(one: Run, outcome: Outcome, parallel: str) -> None:
-    numbers, tensors = outcome
-    for rank in range(2):
-        assert numbers[rank][f"one to {parallel}"] == [4, one.losses]
-        assert equal(part(tensors[rank], f"one to {parallel}"), one.state())
+def test_a_checkpoint_of_one_process_is_read_by_two(outcome: Outcome, parallel: str) -> None:
+    for numbers, state in zip(outcome.numbers, outcome.states(f"one to {parallel}"), strict=True):
+        assert numbers[f"one to {parallel}"] == [4, outcome.one.losses]
+        assert equal(state, outcome.one.state())
 
 
 @pytest.mark.parametrize("saved, read", (("ddp", "fsdp"), ("fsdp", "ddp")))
 def test_checkpoints_between_ways_to_share(outcome: Outcome, saved: str, read: str) -> None:
-    _, tensors = outcome
-    for rank in range(2):
-        assert equal(part(tensors[rank], f"{saved} to {read}"), part(tensors[rank], f"{saved}/None"))
+    for state in outcome.states(f"{saved} to {read}"):
+        assert equal(state, outcome.states(f"{saved}/None")[0])
 
 
 @pytest.mark.parametrize("parallel", ("ddp", "fsdp"))
-def test_a_checkpoint_of_two_processes_is_read_by_one(one: Run, outcome: Outcome, parallel: str) -> None:
-    assert equal(one.__dict__["from_two"][parallel], part(outcome[1][0], f"{parallel}/None"))
+def test_a_checkpoint_of_two_processes_is_read_by_one(outcome: Outcome, parallel: str) -> None:
+    assert equal(outcome.read_by_one[parallel], outcome.states(f"{parallel}/None")[0])
 
 
 def test_sums_gathers_and_a_shared_error(outcome: Outcome) -> None:
-    for numbers in outcome[0]:
+    for numbers in outcome.numbers:
         assert numbers["sum"] == [2.0, 1.0]
         assert numbers["tiny sum"] == pytest.approx(1e-12, rel=1e-3)  # float64: in float32 it would be 0
         assert numbers["mean"] == 0.5
@@ -93,20 +99,18 @@ def test_sums_gathers_and_a_shared_error(outcome: Outcome) -> None:
         assert numbers["error"] == "corpus='x' is damaged; expected it whole"
 
 
-def test_an_error_in_one_process_ends_both_with_its_line(tmp_path: Path) -> None:
-    assert launch("one_raises", tmp_path, "2") == ([2], ["corpus='x' is damaged; expected it whole"] * 2)
+def test_an_error_in_one_process_ends_both_with_its_line(outcome: Outcome) -> None:
+    assert outcome.ended["one_raises:2"] == (2, ["corpus='x' is damaged; expected it whole"] * 2)
 
 
-def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_other_and_the_run_resumes(outcome: Outcome) -> None:
     """Process 1 dies before update 4, while checkpoint 4 is perhaps being written; then one process goes on."""
-    (tmp_path / "n_steps").write_text("6")
-    codes, lines = launch("resumed", tmp_path, "2:1 before 5", "1")
-    assert codes == [2, 0]
-    assert len(lines) == 1
-    assert lines[0].startswith("rank=0 of 2 lost another process (")
-    assert lines[0].endswith("); expected all of them to live; the run resumes from its last checkpoint")
-    losses = json.loads((tmp_path / "losses.json").read_text())
-    assert losses == pytest.approx(Run(ONE).steps(0, 6).losses, rel=1e-6)
+    code, (line,) = outcome.ended["resumed:2:1 before 5"]
+    assert code == 2
+    assert line.startswith("rank=0 of 2 lost another process (")
+    assert line.endswith("); expected all of them to live; the run resumes from its last checkpoint")
+    assert outcome.ended["resumed:1"] == (0, [])
+    assert outcome.resumed_losses == pytest.approx(Run(ONE).steps(0, 6).losses, rel=1e-6)
 
 
 def test_one_process_needs_no_group() -> None:
