@@ -55,10 +55,10 @@ class Run:
     def steps(self, start: int, stop: int) -> Run:
         """Make the updates start..stop - 1."""
         for step in range(start, stop):
-            tokens = torch.randint(32, (8, 9), generator=torch.Generator().manual_seed(step))
+            tokens = torch.randint(32, (8, 9), generator=torch.Generator().manual_seed(step)).to(self.world.device)
             micro = tokens[list(self.world.share(8))].split(self.config.micro_batch_size or 8)
             self.optimizer.zero_grad()
-            loss = torch.zeros(())
+            loss = torch.zeros((), device=self.world.device)
             for number, rows in enumerate(micro):
                 with accumulate(self.model, last=number == len(micro) - 1):
                     part = self.model(rows[:, :-1], rows[:, 1:]).loss / len(micro)
@@ -117,8 +117,10 @@ def everything(world: World, folder: Path) -> None:
             run = Run(world, config(parallel=parallel, micro_batch_size=micro)).steps(0, 4)
             keep(f"{parallel}/{micro}", run)
             if micro is None:
-                with run.directory(folder / parallel) as directory:
-                    run.save(directory, 4)
+                with run.directory(folder / parallel) as directory, torch.no_grad():
+                    run.model(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))
+                    run.save(directory, 4)  # also where an evaluation has left the parameters gathered
+                    directory.finish(run.model)
     for saved, parallel in (("one", "ddp"), ("one", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")):
         run = Run(world, config(parallel=parallel))
         with run.directory(folder / saved) as directory:
@@ -243,6 +245,7 @@ def _child(program: str, folder: Path) -> int:
 
 
 def _main(folder: Path, runs: list[str]) -> None:
+    Run(World(0, 1, 0, torch.device("cpu")))  # what is imported late is imported once
     codes = []
     for run in runs:
         program, n, *kill = run.split(":")

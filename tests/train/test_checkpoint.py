@@ -274,3 +274,19 @@ def test_damaged_run_directories(tmp_path: Path) -> None:
     description.unlink()
     with pytest.raises(ArgumentError, match=r"has checkpoints without run\.json; expected a whole run directory$"):
         run.directory(tmp_path)
+
+
+@pytest.mark.gpu
+def test_the_copy_on_cuda_is_of_that_moment(tmp_path: Path) -> None:
+    """Copies to pinned memory are queued, then the weights change: the file has them as they were."""
+    config = dataclasses.replace(CONFIG, device="cuda")
+    world = World.start(config)
+    run = Run(world, config).steps(0, 1)
+    expected = run.state()
+    with run.directory(tmp_path) as directory:
+        run.save(directory, 1)
+        run.steps(1, 3)
+    again = Run(world, config)
+    with again.directory(tmp_path) as directory:
+        assert again.restore(directory) == 1
+    assert equal(again.state(), expected)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.train.ranks import CONFIG, Run, launch
 from varprop.errors import ArgumentError
+from varprop.train.checkpoint import load_model
 from varprop.train.distributed import World, accumulate, global_norm, shard
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -22,7 +23,8 @@ class Outcome:
     """What one process and two have come to, all in one start of the interpreter.
 
     one: the run of one process. ended: return code and lines by program. numbers, tensors: of the program `everything`,
-    by process. read_by_one: the state that one process has read from the checkpoint of two, by how they shared it.
+    by process. read_by_one: the state that one process has read from the checkpoint of two, by how they shared
+    it; finished: the weights that they have written at the end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,12 +35,13 @@ class Outcome:
         runs = ("everything:2", "one_raises:2", "resumed:2:1 before 5", "resumed:1")
         self.ended = dict(zip(runs, launch(folder, *runs), strict=True))
         assert self.ended["everything:2"] == (0, [])
-        self.read_by_one = {}
+        self.read_by_one, self.finished = {}, {}
         for parallel in ("ddp", "fsdp"):
             run = Run(ONE)
             with run.directory(folder / parallel) as directory:
                 assert run.restore(directory) == 4
             self.read_by_one[parallel] = run.state()
+            self.finished[parallel] = dict(load_model(folder / parallel).state_dict())
         names = [folder / f"rank{rank}" for rank in range(2)]
         self.numbers = [json.loads(name.with_suffix(".json").read_text()) for name in names]
         self.tensors = [load_file(name.with_suffix(".safetensors")) for name in names]
@@ -86,7 +89,9 @@ def test_checkpoints_between_ways_to_share(outcome: Outcome, saved: str, read: s
 
 @pytest.mark.parametrize("parallel", ("ddp", "fsdp"))
 def test_a_checkpoint_of_two_processes_is_read_by_one(outcome: Outcome, parallel: str) -> None:
-    assert equal(outcome.read_by_one[parallel], outcome.states(f"{parallel}/None")[0])
+    state = outcome.states(f"{parallel}/None")[0]
+    assert equal(outcome.read_by_one[parallel], state)
+    assert equal(outcome.finished[parallel], {name: state[name] for name in outcome.finished[parallel]})
 
 
 def test_sums_gathers_and_a_shared_error(outcome: Outcome) -> None:
@@ -119,6 +124,9 @@ def test_one_process_needs_no_group() -> None:
     model = torch.nn.Linear(2, 2)
     assert shard(model, world, CONFIG) is model
     assert shard(model, world, dataclasses.replace(CONFIG, parallel="fsdp")) is model
+    two = World(0, 2, 0, torch.device("cpu"))
+    with pytest.raises(ArgumentError, match=r"^compile_layers=2 is too large; expected 1 with parallel='fsdp'"):
+        shard(model, two, dataclasses.replace(CONFIG, parallel="fsdp", compile_layers=2))
     with accumulate(model, last=False):
         pass
     values = torch.tensor([1.0, 2.0])

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varprop.corpus import Corpus
-from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError
+from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError, require
 from varprop.files import replacing, write_text
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
@@ -64,6 +64,9 @@ class RunDirectory:
         with world.raise_together():
             if world.is_main:
                 self._open()
+        with world.raise_together():
+            seen = self.checkpoints.is_dir()
+            require(seen, ArgumentError, "run_dir", str(path), f"not seen by process {world.rank}", "a shared folder")
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history_arrays: Mapping[str, np.ndarray]

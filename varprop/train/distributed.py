@@ -215,7 +215,7 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
     the mean over the processes. `ddp`: whole copies. `fsdp`: parameters, gradients and optimiser state are split
     along their first axis (DTensors), gathered block by block in the type of the products and reduced in float32. Every
     parameter of a block is gathered in that type, the router of a mixture too: its master is float32, the copy that is
-    used has 8 significant bits.
+    used has 8 significant bits. `ArgumentError` for `fsdp` with several compile_layers.
     """
     if world.size == 1:
         return model
@@ -228,6 +228,9 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
             return DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+    one = config.compile_layers == 1
+    expected = "1 with parallel='fsdp', which gathers one block at a time"
+    require(one, ArgumentError, "compile_layers", config.compile_layers, "too large", expected)
     dtype = compute_dtype(config, world.device)
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
