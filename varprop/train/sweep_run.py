@@ -124,8 +124,8 @@ def run_sweep(
     (mod their number) alone. Runs that processes of other commands are at are left to them; a killed run is resumed; a
     failed one is left as it is unless `retry`. report: takes a line for each beginning and end.
 
-    On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end; if this process is killed they go on. 0: nothing is left to do here. 1: a run failed.
-    3: a signal came.
+    On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end; if this process is killed they go on. 0: nothing is
+    left to do here. 1: a run failed. 3: a signal came.
     """
     folder, places = Path(directory), _places()
     count = len(places) if n_workers is None else n_workers
