@@ -7,7 +7,7 @@ import torch
 
 from varprop.errors import ArgumentError
 from varprop.nn import Transformer, draw_layer
-from varprop.nn.attention import attention, draw_kept_keys, rotate
+from varprop.nn.attention import _turns, attention, draw_kept_keys, rotate
 from varprop.nn.init import make_generator
 
 from ..reference.specs import BASE, SPECS
@@ -77,7 +77,7 @@ def test_window_of_one_gives_the_own_value() -> None:
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     q, k = torch.randn(2, 1, 8, generator=make_generator(1), dtype=torch.float64)
-    queries, keys = rotate(q.expand(10, 8), 100.0, 8), rotate(k.expand(10, 8), 100.0, 8)
+    queries, keys = (rotate(y.expand(10, 8), *_turns(10, 100.0, 4, torch.float64, torch.device("cpu"))) for y in (q, k))
     torch.testing.assert_close(queries.norm(dim=-1), q.norm().expand(10), rtol=1e-12, atol=0)
     products = queries @ keys.mT
     for distance in range(-9, 10):

@@ -8,19 +8,33 @@ logit, a key mask after the softmax) on the explicit softmax; who observes the p
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from varprop.errors import ArgumentError
-from varprop.nn.linear import Weights, linear
+from varprop.nn import kernels
+from varprop.nn.linear import Weights, linear, packed_linear
 from varprop.nn.norm import rms_norm
 from varprop.spec import ModelSpec
 
 Uniform = Callable[[tuple[int, ...]], Tensor]
 """Numbers of [0, 1) in the shape asked for."""
+
+
+class Shared(NamedTuple):
+    """What all layers of a forward pass have in common, computed once and outside of compiled blocks.
+
+    rotation: cosine and sine of the rotary angles, (T, half). masks: by window (0 = none), what a query may see:
+    a boolean (T, T) or (B, 1, T, T), or a `BlockMask` of FlexAttention. What is None is made in each layer.
+    """
+
+    rotation: tuple[Tensor, Tensor] | None = None
+    masks: Mapping[int, Tensor | BlockMask] | None = None
 
 
 def attention(
@@ -30,65 +44,101 @@ def attention(
     layer: int,
     generator: torch.Generator | Uniform | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """Output of the attention of a layer, (*lead, T, D). The generator draws the key mask, where the spec has one.
 
     observe: called with `attention` and the probabilities (*lead, N, T, T) that multiply the values.
     """
-    part = spec._attention()
-    q, k, v = (_heads(x, weights, spec, name) for name in ("q", "k", "v"))  # (*lead, N, T, H)
+    part, shared = spec._attention(), shared or Shared()
+    q, k, v = _queries_keys_values(x, weights, spec, shared)  # (*lead, N, T, H), (*lead, G, T, H)
     scale = part.logit_scale or spec.head_dim**-0.5
-    allowed = allowed_keys(spec, layer, x.shape[-2], x.device)
+    mask = None if shared.masks is None else shared.masks[spec.window(layer) or 0]
+    if isinstance(mask, BlockMask):
+        mixed = _flex(q, k, v, mask, scale, part.logit_softcap)
+        return linear(mixed.transpose(-3, -2).flatten(-2), weights, "attention.o")
+    allowed = allowed_keys(spec, layer, x.shape[-2], x.device) if mask is None else mask
     kept = draw_kept_keys(q, part.key_mask_density, generator) if part.key_mask_density < 1 else None
     after_softmax = part.key_mask_place == "after_softmax"
     if kept is not None and not after_softmax:
         allowed = kept if allowed is None else kept & allowed
     if observe is not None or part.logit_softcap or part.sink_logit or (kept is not None and after_softmax):
         sink = weights["attention.sink"] if part.sink_logit else None
+        k, v = (y.repeat_interleave(spec.kv_group_size, dim=-3) for y in (k, v))
         probabilities = attention_probabilities(q, k, allowed, scale, part.logit_softcap, sink).to(v.dtype)
         if kept is not None and after_softmax:
             probabilities = probabilities * kept
         if observe is not None:
             observe("attention", probabilities)
         mixed = probabilities @ v
-    elif kept is None and part.pattern != "full" and spec.window(layer) is None:
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+        causal = kept is None and mask is None and part.pattern != "full" and spec.window(layer) is None
+        mixed = functional.scaled_dot_product_attention(
+            q, k, v, None if causal else allowed, is_causal=causal, scale=scale, enable_gqa=spec.kv_group_size > 1
+        )
     return linear(mixed.transpose(-3, -2).flatten(-2), weights, "attention.o")
 
 
-def _heads(x: Tensor, weights: Weights, spec: ModelSpec, name: str) -> Tensor:
-    """Queries, keys or values, (*lead, N, T, H): projected, normalised, rotated, repeated for the group."""
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None) -> Tensor:
+    """Attention under a block mask by FlexAttention, which skips the blocks that nobody sees."""
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    modify = None if softcap is None else capped
+    gqa = q.shape[-3] != k.shape[-3]
+    return flex_attention(q, k, v, score_mod=modify, block_mask=mask, scale=scale, enable_gqa=gqa)  # type: ignore[return-value]
+
+
+def _queries_keys_values(x: Tensor, weights: Weights, spec: ModelSpec, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (*lead, N, T, H), keys and values (*lead, G, T, H): projected, normalised, rotated."""
     part = spec._attention()
-    y = linear(x, weights, f"attention.{name}")
-    normalised = part.qk_norm if name != "v" else "none"
+    turns = shared.rotation
+    if part.rope_theta is not None and turns is None:
+        turns = rotation(spec, x.shape[-2], x.device, torch.promote_types(x.dtype, torch.float32))
+    power_of_two = spec.head_dim & (spec.head_dim - 1) == 0
+    whole = part.rope_fraction == 1 and part.qk_norm == "none" and power_of_two
+    if turns is not None and whole and kernels.serve(x, weights["attention.q"]):
+        packed = packed_linear(x, weights, ("attention.q", "attention.k"))
+        q, k = kernels.split_and_rotate(packed, *turns, spec.n_heads)
+        return q.transpose(-3, -2), k.transpose(-3, -2), _heads(linear(x, weights, "attention.v"), weights, spec, "v")
+    q, k, v = (_heads(linear(x, weights, f"attention.{name}"), weights, spec, name) for name in "qkv")
+    return (q, k, v) if turns is None else (rotate(q, *turns), rotate(k, *turns), v)
+
+
+def _heads(y: Tensor, weights: Weights, spec: ModelSpec, name: str) -> Tensor:
+    """A projection split into heads, (*lead, heads, T, H), queries and keys normalised."""
+    normalised = spec._attention().qk_norm if name != "v" else "none"
     if normalised == "projection":
         y = rms_norm(y, weights[f"attention.{name}_norm.gain"].unsqueeze(-2), spec.norm.eps)
     y = y.unflatten(-1, (-1, spec.head_dim))
     if normalised == "head":
         y = rms_norm(y, weights[f"attention.{name}_norm.gain"].unsqueeze(-2).unsqueeze(-2), spec.norm.eps)
-    y = y.transpose(-3, -2)
-    if name != "v" and part.rope_theta is not None:
-        y = rotate(y, part.rope_theta, round(part.rope_fraction * spec.head_dim))
-    return y if name == "q" else y.repeat_interleave(spec.kv_group_size, dim=-3)
+    return y.transpose(-3, -2)
 
 
-def rotate(y: Tensor, theta: float, n_rotated: int) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of the first `n_rotated` dimensions, pairs being half of them apart.
+def rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the first dimensions of y (*lead, T, H), pairs being half of them apart.
 
-    Dimension i and i + n_rotated/2 of position t turn by the angle t theta^(-2 i / n_rotated).
+    cos, sin: (T, half); dimension i and i + half turn by angle i.
     """
-    half = n_rotated // 2
-    cos, sin = _turns(y.shape[-2], theta, half, torch.promote_types(y.dtype, torch.float32), y.device)
-    first, second, rest = y.split((half, half, y.shape[-1] - n_rotated), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = y.split((half, half, y.shape[-1] - 2 * half), dim=-1)
     turned = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
     return torch.cat((*(part.to(y.dtype) for part in turned), rest), dim=-1)
 
 
+def rotation(
+    spec: ModelSpec, n_tokens: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, (T, half): theta^(-i / half) times the position; every layer's."""
+    part = spec._attention()
+    assert part.rope_theta is not None
+    return _turns(n_tokens, part.rope_theta, round(part.rope_fraction * spec.head_dim) // 2, dtype, device)
+
+
 @functools.lru_cache(maxsize=8)
 def _turns(n_tokens: int, theta: float, half: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles, (T, half): the same for every layer."""
     with torch.inference_mode(False):
         frequencies = theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
         angles = torch.arange(n_tokens, device=device, dtype=torch.float64)[:, None] * frequencies

@@ -6,9 +6,10 @@ a batch with shared weights (training) and a stack of networks with their own (s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +36,13 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     y = multiply(x, weights[name])
     bias = f"{name}_bias"
     return y + per_token(weights[bias]) if bias in weights else y
+
+
+def packed_linear(x: Tensor, weights: Weights, names: Sequence[str]) -> Tensor:
+    """`linear` of several plain matrices (out, in) that read the same x, side by side: one product."""
+    y = x @ torch.cat([weights[name] for name in names]).mT
+    biases = [weights.get(f"{name}_bias") for name in names]
+    return y if biases[0] is None else y + torch.cat(biases)
 
 
 def per_token(vector: Tensor) -> Tensor:

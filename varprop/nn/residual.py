@@ -10,6 +10,9 @@ from varprop.nn.linear import Weights
 from varprop.nn.norm import norm
 from varprop.spec import ModelSpec
 
+DEPTH_FACTOR = "depth_factor"
+"""Name among the weights of 1 / sqrt(layer), where it is given as a tensor."""
+
 
 def added(
     x: Tensor, weights: Weights, spec: ModelSpec, layer: int, name: str, branch: Callable[[Tensor], Tensor]
@@ -21,7 +24,8 @@ def added(
     placement = spec.norm_placement(layer)
     if placement in ("pre", "peri", "lns"):
         y = norm(x, weights, spec, f"{name}_norm")
-        y = branch(y * layer**-0.5 if placement == "lns" else y)
+        # A tensor where layers share one compiled block: a number would be compiled into it.
+        y = branch(y * weights.get(DEPTH_FACTOR, layer**-0.5) if placement == "lns" else y)
     else:
         y = branch(x)
     if placement == "peri":

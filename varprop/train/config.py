@@ -26,14 +26,14 @@ class TrainConfig:
     """One training run, all of it: the same config and spec give the same result on the same device.
 
     Budget, exactly one of them (200 steps where none is given): n_steps parameter updates; total_tokens tokens;
-    total_flops training FLOP as `flops_per_token` counts them. Each update reads batch_size sequences of n_tokens tokens,
+    total_flops training FLOP as `flops_per_token` counts them. An update reads batch_size sequences of n_tokens tokens,
     over all devices; a forward pass has at most micro_batch_size sequences on a device (None = all of its share).
 
     learning_rate: the peak; it rises linearly over `warmup_steps` updates. schedule: `cosine` then falls to
     `final_lr_fraction` of the peak at the end, `wsd` stays and falls linearly over the last `decay_fraction` of the
     updates, `constant` stays. weight_decay, betas, eps: AdamW. decay: what decays: `matrices` (every tensor with two or
     more dimensions except the embedding and the unembedding) or `everything`. clip_norm: largest global gradient norm,
-    None = no clipping. base_d_model, base_n_layers: the shape that learning_rate, eps and weight_decay were tuned at, to
+    None = no clipping. base_d_model, base_n_layers: the shape that learning_rate, eps, weight_decay were tuned at, to
     transfer them by CompleteP (arXiv 2505.01618); None = as they are. load_balance_weight, router_z_weight: of the two
     auxiliary losses of every mixture layer, the same at every layer and depth.
 
