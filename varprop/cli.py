@@ -171,22 +171,17 @@ def _train(arguments: argparse.Namespace) -> int:
         _spec(arguments), train.TrainConfig(**options), run_dir=arguments.run_dir, corpus_dir=arguments.corpus_dir
     )
     results.save(dataset, out)
-    last = dataset.isel(step=-1)
-    print(f"{_profile(last)}\nvalidation loss {last.validation_loss.item():.4f} nats per token\nwrote {out}")
+    last = results.at_step(dataset)
+    loss = last.validation_loss.sel(evaluation="fixed_length").item()
+    print(f"{_profile(last)}\nvalidation loss {loss:.4f} nats per token\nwrote {out}")
     return 0
 
 
 def _at_step(dataset: xr.Dataset, step: int | None) -> xr.Dataset:
     """A training result at one step (the last by default); other results as they are."""
-    if "step" not in dataset.dims:
-        if step is not None:
-            raise ArgumentError(f"step={step} is given for a result without steps; expected a training result")
-        return dataset
-    steps = dataset.step.values
-    chosen = steps[-1] if step is None else step
-    if chosen not in steps:
-        raise ArgumentError(f"step={chosen} was not logged; expected one of {', '.join(map(str, steps))}")
-    return dataset.sel(step=chosen)
+    if step is not None and not set(results.STEPS) & set(dataset.dims):
+        raise ArgumentError(f"step={step} is given for a result without steps; expected a training result")
+    return results.at_step(dataset, step)
 
 
 def _compare(arguments: argparse.Namespace) -> int:

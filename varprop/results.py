@@ -1,7 +1,9 @@
 """The one kind of result: a labelled `xarray.Dataset`. Build, validate, save, load, merge.
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
-where only the site `resid_post` exists: variables are NaN there at the other sites.
+where only the site `resid_post` exists: variables are NaN there at the other sites, and those of branches at either
+layer 0 of a pair of layers. A variable over `matrix` or `expert` is NaN at the layers that lack the matrix or the
+experts, then in every seed and at every step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
 networks (labels below `n_networks`) and layers a point has; where points differ in another dimension, such as `step`,
@@ -41,8 +43,11 @@ SOURCES = ("theory", "simulation", "training", "checkpoint", "comparison")
 DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
+    *("probe_step", "evaluation_step", "evaluation"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
+STEPS = ("step", "probe_step", "evaluation_step")
+"""Dimensions of a training whose labels are updates made: of the training batch, the probe batch and evaluations."""
 ATTRIBUTES = (
     *("schema_version", "source", "spec", "spec_id", "seed_entropy", "n_tokens", "dtype", "device"),
     *("varprop_version", "git_commit", "git_dirty", "created_at", "command", "end_condition"),
@@ -175,6 +180,12 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
+    if "branch" in values.dims:
+        for dim in {"source_layer", "target_layer"} & set(values.dims):
+            absent = absent | _along(values, dim, values[dim] == 0)
+    if "matrix" in values.dims or "expert" in values.dims:
+        own = [dim for dim in values.dims if dim in DIMENSIONS and dim not in ("layer", "matrix")]
+        absent = absent | missing.all(axis=tuple(values.dims.index(dim) for dim in own), keepdims=True)
     if dataset.attrs["source"] == "comparison" and "verdict" in dataset and dataset.verdict.dims == values.dims:
         absent = absent | (dataset.verdict == "absent").to_numpy()
     for variable, dim, beyond in _beyond(dataset):
@@ -202,6 +213,34 @@ def _beyond(dataset: xr.Dataset) -> Iterator[tuple[str, str, xr.DataArray]]:
     for dim in map(str, dataset.dims):
         if HAS + dim in dataset:
             yield HAS + dim, dim, ~dataset[HAS + dim]
+
+
+def at_step(dataset: xr.Dataset, step: int | None = None) -> xr.Dataset:
+    """The state of a training after `step` updates, None = the last one: the result without its dimensions of steps.
+
+    Variables that were not measured at that step are left out; results without steps are returned as they are. Raises
+    `SchemaError` for a step that nothing was measured at.
+
+    >>> variables = {"train_loss": (("step",), [3.0, 2.0, 1.0]), "validation_loss": (("evaluation_step",), [3.0, 1.5])}
+    >>> about = {"source": "training", "spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
+    >>> run = new(variables, **about, coords={"step": [0, 10, 20], "evaluation_step": [0, 20]})
+    >>> at_step(run).validation_loss.item(), list(at_step(run, 10).data_vars)
+    (1.5, ['train_loss'])
+    """
+    known = {dim: dataset[dim].values.tolist() for dim in STEPS if dim in dataset.dims}
+    if not known:
+        return dataset
+    recorded = sorted({label for labels in known.values() for label in labels})
+    chosen = recorded[-1] if step is None else step
+    if chosen not in recorded:
+        raise SchemaError(f"step={chosen} was not recorded; expected one of {', '.join(map(str, recorded))}")
+    without = [dim for dim, labels in known.items() if chosen not in labels]
+    left = dataset.drop_dims(without)
+    return (
+        left.sel({dim: chosen for dim in known if dim not in without})
+        .drop_vars(STEPS, errors="ignore")
+        .assign_coords(step=chosen)
+    )
 
 
 def point_variable(points: Sequence[Mapping[str, Any]]) -> NDArray[np.str_]:

@@ -97,6 +97,19 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1).square().mean()
 
 
+def router_entropy(logits: Tensor, router: str = "softmax") -> Tensor:
+    """Entropy in nats of a token's distribution over all experts, averaged over tokens, (*lead), float64; exact.
+
+    The distribution is the softmax of the logits, or, for a sigmoid router, its scores divided by their sum, as in
+    `load_balance_loss`. log E where the router does not prefer. logits: (*lead, T, E).
+
+    >>> round(router_entropy(torch.zeros(3, 4)).exp().item(), 6)
+    4.0
+    """
+    scores = logits.softmax(dim=-1) if router == "softmax" else _share(torch.sigmoid(logits))
+    return torch.special.entr(scores).sum(dim=-1).double().mean(dim=-1)
+
+
 def balance_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """bias + rate sign(mean load - load), (E): the selection bias after a step without an auxiliary loss.
 
