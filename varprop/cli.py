@@ -15,7 +15,20 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varprop import cli_data, cli_grid, cli_sweep, compare, demo, files, presets, report, results, simulate, theory
+from varprop import (
+    cli_data,
+    cli_grid,
+    cli_hf,
+    cli_sweep,
+    compare,
+    demo,
+    files,
+    presets,
+    report,
+    results,
+    simulate,
+    theory,
+)
 from varprop._version import __version__
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
@@ -360,6 +373,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
 
     cli_sweep.add(command("sweep", cli_sweep.run, "Train a whole sweep: what a kill ended goes on.", None))
+    cli_hf.add(command)
 
     comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")
     comparison.add_argument("predicted", help="a result file of predict")
