@@ -15,7 +15,7 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varprop import cli_grid, compare, demo, files, presets, report, results, simulate, theory
+from varprop import cli_grid, cli_runs, compare, demo, files, presets, report, results, simulate, theory
 from varprop._version import __version__
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
@@ -360,6 +360,8 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
     train.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+
+    cli_runs.add(command("runs", cli_runs.run, "The paper's training runs, their reduced twins, and their cost.", None))
 
     comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")
     comparison.add_argument("predicted", help="a result file of predict")
