@@ -50,7 +50,6 @@ def saved_bytes(spec: ModelSpec) -> int:
     [
         {},
         pytest.param({"n_kv_heads": 1}, marks=pytest.mark.long),
-        pytest.param({"rope_theta": None}, marks=pytest.mark.long),
         pytest.param({"feed_forward.gated": False}, marks=pytest.mark.long),
         pytest.param({"attention.head_dim": 32}, marks=pytest.mark.long),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from varprop.__main__ import main
 from varprop.errors import ArgumentError, SpecError
-from varprop.train import runs
+from varprop.train import fit, runs
 from varprop.train.budget import n_steps
 from varprop.train.config import EXECUTION_FIELDS
 from varprop.train.cost import GIB, H200_MEMORY, estimate
@@ -187,3 +189,22 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = capsys.readouterr()
     assert wrong.out == ""
     assert wrong.err == "varprop: mfu=0.0 is outside the domain; expected a number in (0, 1]\n"
+
+
+@pytest.mark.parametrize("name", ["paper-decay-3-small", "paper-recipe-moe-small"])
+def test_a_twin_trains_when_it_is_made_smaller_still(name: str) -> None:
+    """Every setting of a twin is one that `fit` takes; width, depth and length are those of a test."""
+    changes = {"d_model": 32, "n_layers": 2}
+    changes |= {"moe.n_experts": 8, "moe.top_k": 2, "moe.d_expert": 16} if "moe" in name else {"d_ff": 64}
+    few = {"n_steps": 3, "warmup_steps": 1, "batch_size": 2, "n_tokens": 32, "evaluation_length": 32}
+    here = {
+        "corpus": "embedded",
+        "n_evaluation_sequences": 2,
+        "compile": False,
+        "precision": "float32",
+        "device": "cpu",
+    }
+    run = runs.get(name).changed(changes, {**few, **here, "n_probe_sequences": 1})
+    loss = fit(run.spec, run.config, progress=False).train_loss.values[0]
+    assert abs(loss[0] - math.log(8192)) < 0.1
+    assert (loss < loss[0] + 0.1).all()

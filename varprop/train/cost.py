@@ -161,7 +161,8 @@ def saved_bytes_per_token(spec: ModelSpec, layer: int, size: int = 2) -> int:
     top_k d_expert and of the shared experts, and the gathered rows, top_k d_model. In float32 beside it: the scale of
     each norm, the log-sum-exp of each head, two numbers per expert. Only norms before the branch are counted.
 
-    Checked by: tests/train/test_cost.py, against the tensors that torch's partitioner saves of a compiled block.
+    Checked by: tests/train/test_cost.py, exactly, against the tensors that torch's partitioner saves of a compiled
+    dense block with rotary positions; the count for a mixture is not checked.
 
     >>> from varprop import presets
     >>> saved_bytes_per_token(presets.d512_deep(), 1)  # 2 * (11 * 512 + 3 * 1536) + 4 * (2 + 4)
