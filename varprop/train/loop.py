@@ -25,7 +25,9 @@ from varprop.train import budget, optim
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.config import TrainConfig
 from varprop.train.data import batch, validation_batches
-from varprop.train.loss import chunk_size, chunked_mean_loss, sum_of_losses
+from varprop.train.loss import chunk_size, chunked_mean_loss
+
+sum_of_losses = None
 from varprop.train.track import History, Tracker, dataset
 
 

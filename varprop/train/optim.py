@@ -32,11 +32,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from varprop.errors import ArgumentError, require
 from varprop.spec import ModelSpec, TensorRow
 from varprop.train.config import TrainConfig
+from varprop.train.distributed import global_norm
 
 EMBEDDINGS = ("embed", "unembed")
 ALPHA = {"inverse_L": 1.0, "inverse_sqrt_L": 0.5, "inverse_sqrt_2L": 0.5, "one": 0.5}
@@ -187,9 +187,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], clip_norm: float | 
     are the same on every rank, and so is their norm.
     """
     present = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in present if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = global_norm(p.grad for p in present if p.grad is not None)
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(present, clip_norm, norm)
     return norm

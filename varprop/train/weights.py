@@ -1,0 +1,146 @@
+"""What is read off weights and gradients: per layer and matrix, as (L + 1, matrices) tables with NaN where none is.
+
+Matrices are those of the blocks, by the labels of `matrix_labels`; a stack of experts is one matrix. Tables are float64
+on the device of the model. Masked entries are zeros. Of sharded tensors one matrix at a time is gathered, so all ranks
+have to call these functions; they get the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varprop.errors import ArgumentError
+from varprop.measure import (
+    effective_density_participation,
+    effective_density_threshold_tenth_rms,
+    rms,
+    stable_rank,
+)
+from varprop.nn.parameters import MASK_SUFFIX
+from varprop.spec import ModelSpec
+from varprop.spec.tensors import TensorRow
+
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "weight_norm": lambda w: torch.linalg.vector_norm(w, dtype=torch.float64),
+    "weight_rms": rms,
+    "effective_density_participation": effective_density_participation,
+    "effective_density_threshold_tenth_rms": effective_density_threshold_tenth_rms,
+    "stable_rank": lambda w: stable_rank(w).mean(),
+}
+DIMENSIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (*STATISTICS, "matrix_gradient_norm", "update_ratio"), ("layer", "matrix")
+)
+"""Variable -> the dimensions of its tensor."""
+
+
+def matrix_labels(spec: ModelSpec) -> list[str]:
+    """Labels of the matrices of the blocks of `spec`, in the order in which a forward pass first reads them.
+
+    q k v o, gate up down of a dense feed-forward, router, experts.up and so on, shared.up and so on, shared_gate.
+
+    >>> from varprop import presets
+    >>> matrix_labels(presets.tiny())
+    ['q', 'k', 'v', 'o', 'gate', 'up', 'down']
+    """
+    return list(dict.fromkeys(_label(row) for row in _matrices(spec)))
+
+
+@torch.no_grad()
+def weight_statistics(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
+    """Norm, rms, effective densities and stable rank of every matrix: by name a table (L + 1, matrices).
+
+    weight_norm: Frobenius norm. weight_rms, effective_density_participation, effective_density_threshold_tenth_rms:
+    as `measure.weights`, a stack of experts as one matrix. stable_rank: `measure.stable_rank`, mean over the experts.
+    model: parameters and masks by the names of `spec.tensor_table()`. Memory: one matrix in float64, a few times.
+    Checked by: tests/train/test_weights.py, numpy and SVD.
+    """
+    tables = {name: _table(model, spec) for name in STATISTICS}
+    parameters = dict(model.named_parameters())
+    for row, place in _places(spec):
+        w = _effective(parameters[row.name], row, model)
+        for name, statistic in STATISTICS.items():
+            tables[name][place] = statistic(w)
+    return tables
+
+
+@torch.no_grad()
+def gradient_norms(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
+    """matrix_gradient_norm: the Frobenius norm of the gradient of every matrix, (L + 1, matrices).
+
+    Call it between the backward pass and the update; before clipping it is the gradient of the loss. Their squares
+    and those of the other tensors sum to the square of the global norm. Raises `ArgumentError` where there is none.
+    """
+    table = _table(model, spec)
+    parameters = dict(model.named_parameters())
+    for row, place in _places(spec):
+        gradient = parameters[row.name].grad
+        if gradient is None:
+            raise ArgumentError(f"gradient={row.name!r} is missing; expected one: call it after the backward pass")
+        table[place] = torch.linalg.vector_norm(whole(gradient), dtype=torch.float64)
+    return {"matrix_gradient_norm": table}
+
+
+class WeightSnapshot:
+    """The matrices of a model as they were, to compare with: memory of one copy of them (of this rank's shards)."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
+        self._spec = spec
+        parameters = dict(model.named_parameters())
+        self._before = {row.name: parameters[row.name].detach().clone() for row, _ in _places(spec)}
+
+    @torch.no_grad()
+    def update_ratios(self, model: nn.Module) -> dict[str, Tensor]:
+        """update_ratio: |w_now - w_before| / |w_before| of every matrix, (L + 1, matrices), masked entries left out.
+
+        0 where a matrix was and is zero, infinite where it was zero and is not.
+        """
+        table = _table(model, self._spec)
+        parameters = dict(model.named_parameters())
+        for row, place in _places(self._spec):
+            before = self._before[row.name]
+            change = _effective(parameters[row.name].detach() - before, row, model)
+            moved, size = (
+                torch.linalg.vector_norm(w, dtype=torch.float64) for w in (change, _effective(before, row, model))
+            )
+            table[place] = torch.where(moved > 0, moved / size, 0.0)
+        return {"update_ratio": table}
+
+
+def _matrices(spec: ModelSpec) -> list[TensorRow]:
+    return [row for row in spec.tensor_table() if row.layer is not None and len(row.shape) >= 2]
+
+
+def _label(row: TensorRow) -> str:
+    part, name = row.name.split(".", 3)[2:]
+    assert part in ("attention", "mlp", "moe")
+    return name
+
+
+def _places(spec: ModelSpec) -> Iterator[tuple[TensorRow, tuple[int, int]]]:
+    """Every matrix with its layer and column."""
+    labels = matrix_labels(spec)
+    for row in _matrices(spec):
+        assert row.layer is not None
+        yield row, (row.layer, labels.index(_label(row)))
+
+
+def _table(model: nn.Module, spec: ModelSpec) -> Tensor:
+    device = next(model.parameters()).device
+    shape = spec.n_layers + 1, len(matrix_labels(spec))
+    return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+
+
+def _effective(tensor: Tensor, row: TensorRow, model: nn.Module) -> Tensor:
+    """The whole tensor, times its mask and the factor on kept entries."""
+    w = whole(tensor)
+    return w if row.mask is None else w * model.get_buffer(row.name + MASK_SUFFIX) * row.mask.factor
+
+
+def whole(tensor: Any) -> Tensor:
+    """The full tensor of a DTensor, any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
