@@ -92,9 +92,7 @@ class RunDirectory:
         if pending is not None:
             pending.result()
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[int, dict[str, np.ndarray]] | None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, np.ndarray]] | None:
         """Put the last whole checkpoint into `model` and `optimizer`; its step and history, None if there is none.
 
         The number of processes and how they share the model may be others than when it was saved. A damaged
@@ -178,13 +176,13 @@ class RunDirectory:
         difference = _first_difference(found, self._run)
         if difference:
             name, held, expected = difference
-            raise ArgumentError(
-                f"run_dir={str(self.path)!r} holds a run with {name}={held!r}; expected {expected!r}"
-            )
+            raise ArgumentError(f"run_dir={str(self.path)!r} holds a run with {name}={held!r}; expected {expected!r}")
 
     def _saved(self) -> list[Path]:
         """The folders of checkpoints, the latest first."""
-        steps = {int(match[1]): path for path in self.checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))}
+        steps = {
+            int(match[1]): path for path in self.checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))
+        }
         return [steps[step] for step in sorted(steps, reverse=True)]
 
     def _last_whole(self) -> Shards | None:

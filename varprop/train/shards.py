@@ -123,9 +123,7 @@ class Shards:
             manifest = json.loads((folder / MANIFEST).read_text())
             self.step, self.run, self._files = int(manifest["step"]), manifest["run"], manifest["files"]
             self.tensors = {
-                name: (tuple(shape), dtype)
-                for file in self._files
-                for name, (shape, dtype) in file["tensors"].items()
+                name: (tuple(shape), dtype) for file in self._files for name, (shape, dtype) in file["tensors"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise SchemaError(f"file={str(folder / MANIFEST)!r} is damaged; expected that of a checkpoint") from None
