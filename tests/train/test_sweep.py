@@ -171,6 +171,10 @@ def test_states(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path, monkeyp
         assert state(folder) == "running"
         work(folder)  # leaves it to the other process
         assert state(folder) == "running"
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ArgumentError, match="is in use by another process; expected a free one"):
+            work(folder)
+        monkeypatch.delenv("WORLD_SIZE")
     with monkeypatch.context() as patch:
         patch.setattr(sweep_run, "fit", raising(ArgumentError("loss at step 3 is not finite; expected\na finite one")))
         with pytest.raises(ArgumentError):

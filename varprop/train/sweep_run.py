@@ -82,6 +82,8 @@ def work(run_dir: str | Path) -> None:
     folder, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
     spec, config, corpus_dir = _read_task(folder)
     with claim(folder / LOCK) if first else contextlib.nullcontext(True) as mine:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else the other processes would wait for this one
+        require(mine or alone, ArgumentError, "directory", str(folder), "in use by another process", "a free one")
         if not mine or (folder / RESULT).exists():
             return
         if first:
