@@ -43,10 +43,10 @@ SOURCES = ("theory", "simulation", "training", "checkpoint", "comparison")
 DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
-    *("probe_step", "evaluation_step", "evaluation"),
+    *("probe_step", "update_step", "evaluation_step", "evaluation"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
-STEPS = ("step", "probe_step", "evaluation_step")
+STEPS = ("step", "probe_step", "update_step", "evaluation_step")
 """Dimensions of a training whose labels are updates made: of the training batch, the probe batch and evaluations."""
 ATTRIBUTES = (
     *("schema_version", "source", "spec", "spec_id", "seed_entropy", "n_tokens", "dtype", "device"),

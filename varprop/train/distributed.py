@@ -9,11 +9,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -238,7 +238,7 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def accumulate(model: nn.Module, last: bool) -> ContextManager[None]:
+def accumulate(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """The context of the forward and backward pass of one micro-batch: only the last of a step is reduced over ranks."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
