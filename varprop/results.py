@@ -264,6 +264,8 @@ def present(dataset: xr.Dataset) -> xr.Dataset:
     for variable, dim, beyond in list(_beyond(dataset)):
         if set(beyond.dims) <= {dim}:
             dataset = dataset.isel({dim: ~beyond.to_numpy()}).drop_vars(variable)
+    chosen = [f"{HAS}{dim}" for dim in DIMENSIONS if dim not in dataset.dims]  # of a label that was selected
+    dataset = dataset.drop_vars(chosen, errors="ignore")
     if "axes" not in dataset.attrs:
         return dataset
     floating = [name for name, values in dataset.data_vars.items() if values.dtype.kind == "f" and name not in MOMENTS]

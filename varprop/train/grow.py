@@ -29,8 +29,8 @@ def layer_sources(shallow: ModelSpec, deep: ModelSpec, method: Method = "stack")
 
     stack: ((l - 1) mod L0) + 1. interleave: ceil(l L0 / L). L need not be a multiple of L0: some layers then come once
     more often than the others. Raises `ArgumentError` for an unknown method, for specs that differ in more than
-    n_layers (the first other field is named), for a deep spec that is not deeper, and where a layer would take its block
-    from one of another kind (dense or mixture, window, norm placement, where these change over the layers).
+    n_layers (the first other field is named), for a deep spec that is not deeper, and where a layer would take its
+    block from one of another kind (dense or mixture, window, norm placement, where these change over the layers).
 
     >>> from varprop import presets
     >>> shallow, deep = (presets.tiny().with_fields(n_layers=n) for n in (3, 5))
