@@ -7,7 +7,7 @@ have to call these functions; they get the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,17 +24,16 @@ from varprop.nn.parameters import MASK_SUFFIX
 from varprop.spec import ModelSpec
 from varprop.spec.tensors import TensorRow
 
-STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "weight_norm": lambda w: torch.linalg.vector_norm(w, dtype=torch.float64),
-    "weight_rms": rms,
-    "effective_density_participation": effective_density_participation,
-    "effective_density_threshold_tenth_rms": effective_density_threshold_tenth_rms,
-    "stable_rank": lambda w: stable_rank(w).mean(),
-}
+STATISTICS = (
+    *("weight_norm", "weight_rms", "effective_density_participation", "effective_density_threshold_tenth_rms"),
+    "stable_rank",
+)
 DIMENSIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
     (*STATISTICS, "matrix_gradient_norm", "update_ratio"), ("layer", "matrix")
 )
 """Variable -> the dimensions of its tensor."""
+GROUP_NUMBERS = 2**26
+"""Weights that are worked on at a time, or one matrix: 256 MiB in float32, twice that in float64."""
 
 
 def matrix_labels(spec: ModelSpec) -> list[str]:
@@ -53,17 +52,27 @@ def matrix_labels(spec: ModelSpec) -> list[str]:
 def weight_statistics(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     """Norm, rms, effective densities and stable rank of every matrix: by name a table (L + 1, matrices).
 
-    weight_norm: Frobenius norm. weight_rms, effective_density_participation, effective_density_threshold_tenth_rms:
-    as `measure.weights`, a stack of experts as one matrix. stable_rank: `measure.stable_rank`, mean over the experts.
-    model: parameters and masks by the names of `spec.tensor_table()`. Memory: one matrix in float64, a few times.
+    weight_norm: Frobenius norm. weight_rms, effective_density_participation, effective_density_threshold_tenth_rms,
+    stable_rank: as in `measure.weights`. Of a stack of experts the norm is that of the stack, the rms that over all
+    entries, the others means over the experts. model: parameters and masks by the names of `spec.tensor_table()`.
+    Memory: `GROUP_NUMBERS` in float64, a few times: layers are worked on together, as many as that allows.
     Checked by: tests/train/test_weights.py, numpy and SVD.
     """
     tables = {name: _table(model, spec) for name in STATISTICS}
     parameters = dict(model.named_parameters())
-    for row, place in _places(spec):
-        w = _effective(parameters[row.name], row, model)
-        for name, statistic in STATISTICS.items():
-            tables[name][place] = statistic(w)
+    for rows, layers, column in _groups(spec):
+        stack = torch.stack([_effective(parameters[row.name], row, model) for row in rows])
+        w = stack.reshape(len(rows), -1, *stack.shape[-2:])  # (layers, 1 or experts, out, in)
+        mean_square = rms(w).square().mean(dim=1)
+        found = {
+            "weight_norm": (mean_square * w[0].numel()).sqrt(),
+            "weight_rms": mean_square.sqrt(),
+            "effective_density_participation": effective_density_participation(w).mean(dim=1),
+            "effective_density_threshold_tenth_rms": effective_density_threshold_tenth_rms(w).mean(dim=1),
+            "stable_rank": stable_rank(w).mean(dim=1),
+        }
+        for name, values in found.items():
+            tables[name][layers, column] = values
     return tables
 
 
@@ -127,6 +136,18 @@ def _places(spec: ModelSpec) -> Iterator[tuple[TensorRow, tuple[int, int]]]:
     for row in _matrices(spec):
         assert row.layer is not None
         yield row, (row.layer, labels.index(_label(row)))
+
+
+def _groups(spec: ModelSpec) -> Iterator[tuple[list[TensorRow], list[int], int]]:
+    """The rows of one matrix in as many layers as are worked on together, those layers, and the column."""
+    by_column: dict[int, list[tuple[TensorRow, int]]] = {}
+    for row, (layer, column) in _places(spec):
+        by_column.setdefault(column, []).append((row, layer))
+    for column, members in by_column.items():
+        n_together = max(1, GROUP_NUMBERS // members[0][0].n_parameters)
+        for start in range(0, len(members), n_together):
+            rows, layers = zip(*members[start : start + n_together], strict=True)
+            yield list(rows), list(layers), column
 
 
 def _table(model: nn.Module, spec: ModelSpec) -> Tensor:
