@@ -15,7 +15,20 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varprop import cli_grid, compare, demo, files, presets, report, results, simulate, theory
+from varprop import (
+    cli_data,
+    cli_grid,
+    cli_hf,
+    cli_sweep,
+    compare,
+    demo,
+    files,
+    presets,
+    report,
+    results,
+    simulate,
+    theory,
+)
 from varprop._version import __version__
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
@@ -343,10 +356,13 @@ def parser() -> argparse.ArgumentParser:
     source = sample.add_mutually_exclusive_group()
     source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")
     source.add_argument("--inputs", metavar="FILE", help="a .npy array of token ids or of embedding outputs")
-    sample.add_argument("--corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file")
+    texts = "embedded, docs, books, a tokenised directory or a token file"
+    sample.add_argument("--corpus", default="embedded", metavar="NAME", help=texts)
     sample.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
 
     cli_grid.add(command("grid", cli_grid.run, "Simulate a whole grid: what a kill ended goes on.", None))
+
+    cli_data.add(command("data", cli_data.run, "Text files to token ids.", None))
 
     train = command("train", _train, "Train a model of a spec and record every layer.", "training.nc")
     _add_spec(train)
@@ -355,6 +371,9 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
     train.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+
+    cli_sweep.add(command("sweep", cli_sweep.run, "Train a whole sweep: what a kill ended goes on.", None))
+    cli_hf.add(command)
 
     comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")
     comparison.add_argument("predicted", help="a result file of predict")

@@ -6,8 +6,10 @@ layer 0 of a pair of layers. A variable over `matrix` or `expert` is NaN at the 
 experts, then in every seed and at every step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
-networks (labels below `n_networks`) and layers a point has: floating-point variables are NaN at the others. A variable
-that a point does not have, such as gates without a mixture, is NaN all over it. NaN stands nowhere else. Its text
+networks (labels below `n_networks`) and layers a point has; where points differ in another dimension, such as `step`,
+the boolean variable `has_step`, over the axes and it, says which of its labels a point has. Floating-point variables
+are NaN at the others. A variable that a point does not have, such as gates without a mixture, is NaN all over it. NaN
+stands nowhere else. Its text
 variable `point`, over the axes, holds what each point is: JSON of the attributes that it has as a result of its own.
 """
 
@@ -21,7 +23,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,8 @@ MOMENTS = ("second_moment", "variance", "token_correlation")
 """Variables that every reader gives, floating point over layer and site."""
 EXTENT = {"network": ("n_networks", 0), "layer": ("last_layer", 1)}
 """Dimension -> the variable that says how far it goes at each point of a grid, and the label of its first entry."""
+HAS = "has_"
+"""Begins the name of a boolean variable over axes and a dimension: which labels of the dimension a point has."""
 POINT = "point"
 """The variable that holds the attributes of each point of a grid."""
 GRID_ATTRIBUTES = ("axes", "stop")
@@ -157,6 +161,9 @@ def validate(dataset: xr.Dataset, where: str = "result") -> None:
     for name, _ in EXTENT.values():
         if name in dataset and dataset[name].dtype.kind not in "iu":
             raise SchemaError(f"{where}: {name} is no array of integers; expected counts over the axes of a grid")
+    for dim in dataset.dims:
+        if f"{HAS}{dim}" in dataset and dataset[f"{HAS}{dim}"].dtype.kind != "b":
+            raise SchemaError(f"{where}: {HAS}{dim} is no array of booleans; expected which labels a point has")
     for name, values in dataset.data_vars.items():
         if values.dtype.kind == "f":
             _check_finite(dataset, str(name), f"{where}: {name}")
@@ -181,13 +188,12 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
         absent = absent | missing.all(axis=tuple(values.dims.index(dim) for dim in own), keepdims=True)
     if dataset.attrs["source"] == "comparison" and "verdict" in dataset and dataset.verdict.dims == values.dims:
         absent = absent | (dataset.verdict == "absent").to_numpy()
-    for dim, (extent, first) in EXTENT.items():
-        if dim in values.dims and extent in dataset:
-            beyond = dataset[dim] >= dataset[extent] + first
+    for variable, dim, beyond in _beyond(dataset):
+        if dim in values.dims:
             beyond = beyond.all([other for other in beyond.dims if other not in values.dims])
             beyond = beyond.broadcast_like(values).transpose(*values.dims).to_numpy()
             if not (missing | ~beyond).all():
-                raise SchemaError(f"{where} has values beyond {extent}; expected NaN there")
+                raise SchemaError(f"{where} has values beyond {variable}; expected NaN there")
             absent = absent | beyond
     if "axes" in dataset.attrs and name not in MOMENTS:
         within = tuple(i for i, dim in enumerate(values.dims) if dim in DIMENSIONS)
@@ -197,6 +203,16 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
         index = np.argwhere(bad)[0]
         labels = ", ".join(f"{dim}={values[dim].values[i]}" for dim, i in zip(values.dims, index, strict=True))
         raise SchemaError(f"{where} is {array[tuple(index)]} at {labels}; expected a finite number")
+
+
+def _beyond(dataset: xr.Dataset) -> Iterator[tuple[str, str, xr.DataArray]]:
+    """Variables that say which labels of a dimension a point has, the dimension, and where a point has none."""
+    for dim, (extent, first) in EXTENT.items():
+        if dim in dataset.dims and extent in dataset:
+            yield extent, dim, dataset[dim] >= dataset[extent] + first
+    for dim in map(str, dataset.dims):
+        if HAS + dim in dataset:
+            yield HAS + dim, dim, ~dataset[HAS + dim]
 
 
 def at_step(dataset: xr.Dataset, step: int | None = None) -> xr.Dataset:
@@ -245,10 +261,9 @@ def present(dataset: xr.Dataset) -> xr.Dataset:
     >>> present(grid.sel(density=1.0)).loss.values
     array([1., 2.])
     """
-    for dim, (extent, first) in EXTENT.items():
-        if extent in dataset and dim in dataset.dims and set(dataset[extent].dims) <= {dim}:
-            found = (dataset[dim] < dataset[extent] + first).to_numpy()
-            dataset = dataset.isel({dim: found}).drop_vars(extent)
+    for variable, dim, beyond in list(_beyond(dataset)):
+        if set(beyond.dims) <= {dim}:
+            dataset = dataset.isel({dim: ~beyond.to_numpy()}).drop_vars(variable)
     if "axes" not in dataset.attrs:
         return dataset
     floating = [name for name, values in dataset.data_vars.items() if values.dtype.kind == "f" and name not in MOMENTS]

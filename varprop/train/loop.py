@@ -21,11 +21,13 @@ from varprop.corpus import Corpus, load_corpus
 from varprop.errors import ArgumentError, require
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
-from varprop.train import optim
+from varprop.train import budget, optim
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.config import TrainConfig
 from varprop.train.data import batch, validation_batches
-from varprop.train.loss import chunk_size, chunked_mean_loss, sum_of_losses
+from varprop.train.loss import chunk_size, chunked_mean_loss
+
+sum_of_losses = None
 from varprop.train.track import History, Tracker, dataset
 
 
@@ -55,22 +57,22 @@ def fit(
     trainer = Trainer(spec, config, corpus)
     run = None if run_dir is None else RunDirectory(run_dir, spec, config, corpus)
     start, history = (0, History()) if run is None else run.restore(trainer.model, trainer.optimizer)
-    with _progress_bar((config.n_steps or 0), progress) as show:
-        for step in range(start, (config.n_steps or 0) + 1):
+    with _progress_bar(trainer.n_steps, progress) as show:
+        for step in range(start, trainer.n_steps + 1):
             if run is not None and step % config.checkpoint_every == 0 and step > start:
                 trainer.require_finite()
                 run.save(step, trainer.model, trainer.optimizer, history)
-            recording = step % config.record_every == 0 or step == (config.n_steps or 0)
+            recording = step % config.record_every == 0 or step == trainer.n_steps
             record = trainer.forward_backward(step, recording)
             if recording:
                 trainer.require_finite()
                 history.append(step, record)
-            if step < (config.n_steps or 0):
+            if step < trainer.n_steps:
                 trainer.update(step)
             show(step, history)
-    if run is not None and start <= (config.n_steps or 0):
+    if run is not None and start <= trainer.n_steps:
         run.save_model(trainer.model)
-        run.save((config.n_steps or 0) + 1, trainer.model, trainer.optimizer, history)  # nothing is left to do
+        run.save(trainer.n_steps + 1, trainer.model, trainer.optimizer, history)  # nothing is left to do
     return dataset(history, spec, config, corpus, device=trainer.device.type, dtype=trainer.dtype)
 
 
@@ -84,6 +86,7 @@ class Trainer:
         self.model = Transformer(spec, seed=config.seed, device=self.device)
         self.optimizer = optim.adamw(self.model, spec, config)
         self._spec, self._config, self._corpus = spec, config, corpus
+        self.n_steps = budget.n_steps(config, spec)
         self._validation = validation_batches(
             corpus,
             -(-config.n_evaluation_sequences // config.batch_size),
@@ -121,7 +124,7 @@ class Trainer:
 
     def update(self, step: int) -> None:
         """The update number `step`, from the gradients that are there."""
-        optim.set_learning_rate(self.optimizer, optim.learning_rate(self._config, step))
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(self._config, self.n_steps, step))
         self.optimizer.step()
 
     @torch.no_grad()
@@ -134,7 +137,7 @@ class Trainer:
         """Raise `ArgumentError` if a loss or gradient so far was not finite."""
         step = int(self._first_bad)
         if step >= 0:
-            rate = optim.learning_rate(self._config, step)
+            rate = optim.learning_rate(self._config, self.n_steps, step)
             raise ArgumentError(
                 f"loss or gradient at step {step} is not finite; expected a finite one (learning_rate={rate:g} there)"
             )

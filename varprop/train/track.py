@@ -16,6 +16,7 @@ from varprop import results
 from varprop.corpus import Corpus
 from varprop.measure import moments
 from varprop.spec import ModelSpec
+from varprop.train.budget import n_steps
 from varprop.train.config import TrainConfig
 from varprop.train.optim import learning_rate
 
@@ -115,7 +116,7 @@ def dataset(
     for name, values in arrays.items():
         within = ("layer", "branch") if name == "branch_correlation" else ("layer", "site")
         variables[name] = (("seed", "step", *within[: values.ndim - 1]), values[None])
-    rates = np.array([learning_rate(config, int(step)) for step in steps])
+    rates = np.array([learning_rate(config, n_steps(config, spec), int(step)) for step in steps])
     variables["learning_rate"] = (("seed", "step"), rates[None])
     variables["tokens_seen"] = (("seed", "step"), steps[None] * config.tokens_per_step)
     if corpus.bytes_per_token is not None:

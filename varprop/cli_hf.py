@@ -1,0 +1,144 @@
+"""`varprop export`, `varprop import`, `varprop evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from varprop import corpus, files, results
+from varprop.errors import ArgumentError, require
+
+TASKS = ("loss", "blimp", "cloze")
+Command = Callable[[str, Any, str, str | None], argparse.ArgumentParser]
+
+
+def add(command: Command) -> None:
+    """Add the three commands; `command` takes name, action, text and the default of --out."""
+    exporting = command("export", _export, "A finished run as a model folder for Hugging Face's programs.", None)
+    exporting.add_argument("run", metavar="RUN_DIR", help="folder of a finished run, or a model folder")
+    exporting.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    exporting.add_argument("--dtype", default="float32", help="of the weights: float32, bfloat16 (default %(default)s)")
+    exporting.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    longest = "where other programs cut texts (default: the run's n_tokens, or 2048)"
+    exporting.add_argument("--max-positions", type=int, default=None, metavar="N", help=longest)
+
+    importing = command("import", _import, "A model folder of Hugging Face's form as the weights of a run.", None)
+    importing.add_argument("folder", metavar="FOLDER", help="config.json and safetensors files")
+    importing.add_argument("--out", required=True, metavar="RUN_DIR", help="a new folder")
+
+    evaluating = command("evaluate", _evaluate, "Held-out loss, BLiMP and cloze of a model.", "evaluation.nc")
+    evaluating.add_argument("model", nargs="?", metavar="RUN_DIR-or-FOLDER", help="a finished run or a model folder")
+    evaluating.add_argument("--tasks", default=",".join(TASKS), help="some of %(default)s (default all)")
+    evaluating.add_argument("--corpus-dir", default=None, help="folder of the corpus (default $VARPROP_CORPUS)")
+    texts = "held-out texts of the loss: books, docs, embedded (default %(default)s)"
+    evaluating.add_argument("--texts", default="books,docs", help=texts)
+    evaluating.add_argument("--lengths", default="128", help="window lengths of the loss, as 128,1024 (default 128)")
+    evaluating.add_argument("--n-sequences", type=int, default=None, help="windows of each text (default all)")
+    evaluating.add_argument("--limit", type=int, default=None, help="BLiMP pairs of each paradigm (default all)")
+    evaluating.add_argument("--n-items", type=int, default=2000, help="of each cloze question (default %(default)s)")
+    evaluating.add_argument("--seed", type=int, default=0, help="of windows and cloze items")
+    evaluating.add_argument("--device", default="auto", help="torch device (default CUDA where there is one)")
+    evaluating.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    written = "write BLiMP as a task of lm_eval into a new folder, and do nothing else"
+    evaluating.add_argument("--write-lm-eval-task", default=None, metavar="FOLDER", help=written)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from varprop import hf  # brings the tokenizer library in
+
+    tokenizer = None if arguments.no_tokenizer else _tokenizer(Path(arguments.run))
+    longest = arguments.max_positions
+    if longest is None:
+        longest = _n_tokens_of(Path(arguments.run)) or hf.MAX_POSITIONS
+    model = hf.load(arguments.run)
+    done = hf.export(model, arguments.out, dtype=arguments.dtype, tokenizer=tokenizer, max_positions=longest)
+    if done.folded:
+        print("folded into the weights: " + ", ".join(done.folded))
+    print(f"wrote {done.path}, a {done.model_type}")
+    return 0
+
+
+def _n_tokens_of(run: Path) -> int | None:
+    """The sequence length that a run was trained at, where it says so."""
+    try:
+        return int(json.loads((run / "run.json").read_text())["config"]["n_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; the package's own for a run."""
+    from varprop import hf
+
+    own = folder / "tokenizer.json"
+    return hf.load_tokenizer(own if own.is_file() else None)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from varprop import hf
+
+    model = hf.load(arguments.folder)
+    hf.save_run(model, arguments.out)
+    print(f"wrote {arguments.out}: {model.spec.parameter_counts()['total']:,} parameters, spec {model.spec.spec_id}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from varprop import evaluate, hf
+    from varprop.train.loop import resolve_device
+
+    if arguments.write_lm_eval_task is not None:
+        pairs = evaluate.load_pairs(_corpus_dir(arguments), arguments.limit)
+        folder = evaluate.write_lm_eval_task(pairs, arguments.write_lm_eval_task)
+        print(f"wrote {folder}: lm_eval --model hf --tasks blimp_local --include_path {folder}")
+        return 0
+    out = files.writable(arguments.out)
+    tasks, texts = arguments.tasks.split(","), arguments.texts.split(",")
+    for task in tasks:
+        require(task in TASKS, ArgumentError, "tasks", task, "unknown", "some of " + ", ".join(TASKS))
+    require(arguments.model is not None, ArgumentError, "model", None, "missing", "a finished run or a model folder")
+    lengths = _lengths(arguments.lengths)
+    compute_dtype = torch.bfloat16 if arguments.precision == "bfloat16" else None
+    model = hf.load(arguments.model, device=resolve_device(arguments.device), compute_dtype=compute_dtype)
+    tokenizer = _tokenizer(Path(arguments.model))
+    hf.require_fit(tokenizer, model.spec.vocab_size)
+    with_corpus = [task for task in tasks if task != "blimp"]
+    if with_corpus:
+        evaluate.require_same_tokenizer(tokenizer, hf.load_tokenizer(), with_corpus)
+    parts = []
+    if "loss" in tasks:
+        for text in texts:
+            held_out = corpus.load_corpus(text, arguments.corpus_dir)
+            sized = {"bytes_per_token": held_out.bytes_per_token, "n_sequences": arguments.n_sequences}
+            for length in lengths:
+                options = {**sized, "text": text, "seed": arguments.seed}
+                parts.append(evaluate.packed_loss(model, held_out.validation, length, **options))
+    if "blimp" in tasks:
+        pairs = evaluate.load_pairs(_corpus_dir(arguments), arguments.limit)
+        parts.append(evaluate.blimp(model, pairs, tokenizer))
+    if "cloze" in tasks:
+        books = corpus.load_corpus("books", arguments.corpus_dir).validation
+        parts.append(evaluate.cloze(model, books, tokenizer, n_items=arguments.n_items, seed=arguments.seed))
+    dataset = evaluate.join(parts)
+    results.save(dataset, out)
+    print(f"{evaluate.table(dataset)}\nwrote {out}")
+    return 0
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"lengths={text!r} is no list of integers; expected them as 128,1024") from None
+
+
+def _corpus_dir(arguments: argparse.Namespace) -> str:
+    folder = arguments.corpus_dir or os.environ.get("VARPROP_CORPUS")
+    require(folder is not None, ArgumentError, "corpus_dir", None, "missing", "--corpus-dir, or VARPROP_CORPUS set")
+    return str(folder)
