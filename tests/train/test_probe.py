@@ -229,6 +229,7 @@ def test_every_variable_has_its_dimensions_and_passes_the_schema(spec: ModelSpec
     )
     assert ("attention_entropy" in made) == (spec.attention is not None)
     assert ("expert_load" in made) == (spec.moe is not None)
+    assert made["quantile"].values.tolist() == list(QUANTILES)
     assert made.branch_overlap.sel(branch="mlp", source_layer=1, target_layer=2).size == 1
 
 

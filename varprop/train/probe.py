@@ -35,8 +35,9 @@ from varprop.nn.init import make_generator
 from varprop.nn.residual import branch_input
 from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
+from varprop.train.distributed import full
 from varprop.train.probe_attention import sequence_attention
-from varprop.train.weights import whole
+from varprop.train.weights import matrix_labels
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "token_correlation": ("layer", "site"),
@@ -56,9 +57,8 @@ OF_LAYERS = ("attention_concentration", "attention_entropy", "attention_sink_mas
 
 
 def coordinates(spec: ModelSpec) -> dict[str, Any]:
-    """Labels of the dimensions of `DIMENSIONS` that results do not label by themselves."""
-    layers = list(range(spec.n_layers + 1))
-    return {"quantile": list(QUANTILES), "source_layer": layers, "target_layer": layers}
+    """Labels of the quantiles and, for `varprop.train.weights`, of the matrices; the others count from 0."""
+    return {"quantile": list(QUANTILES), "matrix": matrix_labels(spec)}
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def probe(
     Checked by: tests/train/test_probe.py, float64 numpy definitions.
     """
     recorder = _Recorder(model.spec, tokens)
-    embedding = whole(model.get_parameter("embed"))
+    embedding = full(model.get_parameter("embed"))
     for number in range(0, len(tokens), chunk):
         rows = slice(number, number + chunk)
         masks = None if documents is None else _document_masks(model.spec, documents[rows])
@@ -114,7 +114,7 @@ def _pass(
 ) -> Tensor:
     """The stream after a block, which is recorded with its attention."""
     spec, layer = block.spec, block.layer
-    parameters = {name: whole(parameter) for name, parameter in block.named_parameters()}
+    parameters = {name: full(parameter) for name, parameter in block.named_parameters()}
     weights = effective_weights(spec, layer, parameters, dict(block.named_buffers()), compute_dtype)
 
     def generator() -> torch.Generator:

@@ -8,7 +8,6 @@ have to call these functions; they get the same numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from varprop.measure import (
 from varprop.nn.parameters import MASK_SUFFIX
 from varprop.spec import ModelSpec
 from varprop.spec.tensors import TensorRow
+from varprop.train.distributed import full
 
 STATISTICS = (
     *("weight_norm", "weight_rms", "effective_density_participation", "effective_density_threshold_tenth_rms"),
@@ -89,7 +89,7 @@ def gradient_norms(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
         gradient = parameters[row.name].grad
         if gradient is None:
             raise ArgumentError(f"gradient={row.name!r} is missing; expected one: call it after the backward pass")
-        table[place] = torch.linalg.vector_norm(whole(gradient), dtype=torch.float64)
+        table[place] = torch.linalg.vector_norm(full(gradient), dtype=torch.float64)
     return {"matrix_gradient_norm": table}
 
 
@@ -158,10 +158,5 @@ def _table(model: nn.Module, spec: ModelSpec) -> Tensor:
 
 def _effective(tensor: Tensor, row: TensorRow, model: nn.Module) -> Tensor:
     """The whole tensor, times its mask and the factor on kept entries."""
-    w = whole(tensor)
+    w = full(tensor)
     return w if row.mask is None else w * model.get_buffer(row.name + MASK_SUFFIX) * row.mask.factor
-
-
-def whole(tensor: Any) -> Tensor:
-    """The full tensor of a DTensor, any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
