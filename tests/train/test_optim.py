@@ -20,8 +20,9 @@ from varprop.train import TrainConfig
 from varprop.train.optim import (
     Group,
     adamw,
-    clip_gradients,
+    clipped_step,
     decayed_tensors,
+    gradient_norm,
     learning_rate,
     parameter_groups,
     set_learning_rate,
@@ -226,12 +227,42 @@ def test_stream_moves_as_much_at_32_layers_and_8_times_the_width() -> None:
 
 
 def test_clipping_by_global_norm() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    """An update of clipped gradients is torch's own of scaled ones; parameters without a gradient are left out."""
     for clip, scale in ((None, 1.0), (10.0, 1.0), (1.0, 0.2)):
-        parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
-        assert float(clip_gradients(parameters, clip)) == 5.0
-        # torch divides by norm + 1e-6, a relative change of 2e-7
-        assert float(parameters[1].grad) == pytest.approx(4 * scale, rel=1e-6)
+        start = [torch.ones(1), torch.full((1,), 2.0), torch.full((1,), 3.0)]
+        clipped, scaled = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+        ours, theirs = (torch.optim.AdamW(p, lr=0.1, eps=1.0, fused=True) for p in (clipped, scaled))
+        for parameters, factor in ((clipped, 1.0), (scaled, scale)):
+            parameters[0].grad, parameters[1].grad = torch.tensor([3.0 * factor]), torch.tensor([4.0 * factor])
+        assert float(gradient_norm(ours)) == 5.0
+        assert float(clipped_step(ours, clip)) == 5.0
+        theirs.step()
+        for one, other, before in zip(clipped, scaled, start, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+            assert (one.grad is None) == torch.equal(one.detach(), before)
+        assert ours.state[clipped[0]]["exp_avg"].item() == pytest.approx(0.3 * scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, clip: float | None) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+
+    def step(value: float) -> float:
+        parameters[0].grad, parameters[1].grad = torch.tensor([0.5, value]), torch.ones(2)
+        return float(clipped_step(optimizer, clip))
+
+    def held() -> list[torch.Tensor]:
+        state = [tensor for p in parameters for tensor in optimizer.state[p].values()]
+        return [tensor.detach().clone() for tensor in (*parameters, *state)]
+
+    step(1.0)
+    before = held()
+    assert not math.isfinite(step(bad))
+    assert all(torch.equal(one, other) for one, other in zip(before, held(), strict=True))
+    step(1.0)  # and the next one counts
+    assert not any(torch.equal(one, other) for one, other in zip(before, held(), strict=True))
 
 
 @pytest.fixture
@@ -254,8 +285,7 @@ def updates(spec: ModelSpec, config: TrainConfig, sharded: bool) -> tuple[list[f
         optimizer.zero_grad()
         tokens = torch.randint(spec.vocab_size, (4, 9), generator=torch.Generator().manual_seed(step))
         torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        norms.append(float(clip_gradients(model.parameters(), config.clip_norm)))
-        optimizer.step()
+        norms.append(float(clipped_step(optimizer, config.clip_norm)))
     full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]  # type: ignore[operator]
     return norms, [tensor.detach() for tensor in full]
 
