@@ -137,6 +137,10 @@ def everything(world: World, folder: Path) -> None:
                 raise ArgumentError("corpus='x' is damaged; expected it whole")
     except VarpropError as error:
         numbers["error"] = str(error)
+    try:
+        Run(world).directory(folder if world.is_main else Path("of another machine"))
+    except VarpropError as error:
+        numbers["not shared"] = str(error)
     (folder / f"rank{world.rank}.json").write_text(json.dumps(numbers))
     save_file(tensors, folder / f"rank{world.rank}.safetensors")
 

@@ -102,6 +102,8 @@ def test_sums_gathers_and_a_shared_error(outcome: Outcome) -> None:
         assert numbers["gather"] == [[0, 7], [1, 7]]
         assert numbers["texts"] == ["", "é"]
         assert numbers["error"] == "corpus='x' is damaged; expected it whole"
+        not_seen = "run_dir='of another machine' is not seen by process 1; expected a folder that all processes share"
+        assert numbers["not shared"] == not_seen
 
 
 def test_an_error_in_one_process_ends_both_with_its_line(outcome: Outcome) -> None:
