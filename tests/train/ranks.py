@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,14 @@ def one_raises(world: World, folder: Path) -> None:
     world.sum(torch.ones(1))
 
 
+def one_sleeps(world: World, folder: Path) -> None:
+    """Process 1 does not answer within the timeout."""
+    if world.rank == 1:
+        time.sleep(2 * TIMEOUT_SECONDS["one_sleeps"])
+        os._exit(0)
+    world.sum(torch.ones(1))
+
+
 def resumed(world: World, folder: Path) -> None:
     """Train to the end from where the last process got, with a checkpoint every other step.
 
@@ -195,12 +204,13 @@ def resumed(world: World, folder: Path) -> None:
 
 
 PROGRAMS: dict[str, Callable[[World, Path], None]] = {
-    program.__name__: program for program in (everything, one_raises, resumed)
+    program.__name__: program for program in (everything, one_raises, one_sleeps, resumed)
 }
 
 
 QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Process 0 holds the store here, not torchrun: when it dies, torch warns of that too."""
+TIMEOUT_SECONDS = {"one_sleeps": 10.0}
 KILLED = -signal.SIGKILL
 END_OF_RUN = "--- end of run"
 
@@ -235,7 +245,7 @@ def _run(n: int, program: str, folder: Path) -> int:
 
 def _child(program: str, folder: Path) -> int:
     try:
-        with World.start(CONFIG, timeout=60) as world:
+        with World.start(CONFIG, timeout=TIMEOUT_SECONDS.get(program, 60)) as world:
             PROGRAMS[program](world, folder)
     except VarpropError as error:
         print(error, file=sys.stderr, flush=True)

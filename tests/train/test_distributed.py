@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.train.ranks import CONFIG, Run, launch
+from tests.train.ranks import CONFIG, QUIET, Run, launch
 from varprop.errors import ArgumentError
 from varprop.train.checkpoint import load_model
 from varprop.train.distributed import World, accumulate, global_norm, shard
@@ -118,6 +122,31 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(outcome: Outcome) -
     assert line.endswith("); expected all of them to live; the run resumes from its last checkpoint")
     assert outcome.ended["resumed:1"] == (0, [])
     assert outcome.resumed_losses == pytest.approx(Run(ONE).steps(0, 6).losses, rel=1e-6)
+
+
+@pytest.mark.long
+def test_a_process_that_does_not_answer_ends_the_other_in_time(tmp_path: Path) -> None:
+    ((code, (line,)),) = launch(tmp_path, "one_sleeps:2")
+    assert code == 2
+    assert re.fullmatch(r"rank=0 of 2 lost another process \(.*[Tt]imed out.*\); expected all .*", line)
+
+
+@pytest.mark.long
+def test_a_killed_process_under_torchrun(tmp_path: Path) -> None:
+    """torchrun ends with 1 and a report of its own, below the line of the other process if it let that one finish."""
+    (tmp_path / "n_steps").write_text("6")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, **QUIET, "VARPROP_KILL": "1 before 5"}
+    command = [*torchrun, "-m", "tests.train.ranks", str(tmp_path), "resumed"]
+    ended = subprocess.run(command, timeout=120, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1
+    assert "Signal 9 (SIGKILL)" in ended.stderr
+    assert sum("Traceback" in line for line in ended.stderr.splitlines()) == 1  # torchrun's
+    environment["VARPROP_KILL"] = "-1 nowhere 0"
+    ended = subprocess.run(command, timeout=120, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses == pytest.approx(Run(ONE).steps(0, 6).losses, rel=1e-6)
 
 
 def test_one_process_needs_no_group() -> None:
