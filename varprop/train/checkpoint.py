@@ -47,7 +47,9 @@ class RunDirectory:
     of another spec, corpus or config (`EXECUTION_FIELDS` may differ).
     """
 
-    def __init__(self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus, world: World) -> None:
+    def __init__(
+        self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus, world: World, initial: str = ""
+    ) -> None:
         self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
         self._spec, self._seed, self._world = spec, config.seed, world
         self._run = {
@@ -55,6 +57,7 @@ class RunDirectory:
             "spec": spec.to_dict(),
             "config": config.identity(),
             "corpus": {"name": corpus.name, "sha256": corpus.sha256},
+            "initial": initial,
         }
         self._run = json.loads(json.dumps(self._run))  # tuples as lists, as they are read
         self._lock = FileLock(self.path / "run.lock", blocking=False)
@@ -124,8 +127,8 @@ class RunDirectory:
         found.read_into({**state, **arrays})
         return found.step, {name.removeprefix("history."): tensor.numpy() for name, tensor in arrays.items()}
 
-    def finish(self, model: nn.Module) -> None:
-        """Wait for the last save and write the final weights, which `load_model` reads."""
+    def finish(self, model: nn.Module, path: Path | None = None) -> None:
+        """Wait for the last save and write the weights, the final ones, which `load_model` reads, unless to `path`."""
         self.wait()
         held = {}
         for name, tensor in _state(model).items():
@@ -135,7 +138,7 @@ class RunDirectory:
         with self._world.raise_together():
             if self._world.is_main:
                 metadata = {"format": FORMAT, "spec": self._spec.to_dict(), "seed": self._seed}
-                _save(held, self.path / "model.safetensors", metadata)
+                _save(held, path or self.path / "model.safetensors", metadata)
 
     def close(self) -> None:
         """Let a save in flight end, and give the directory free. `ArgumentError` if that save failed."""
