@@ -24,7 +24,7 @@ from torch import Tensor
 
 from varprop.corpus import Corpus
 from varprop.errors import ArgumentError, VarpropError
-from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec
+from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, MoESpec
 from varprop.train import TrainConfig, optim, shards
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.distributed import World, accumulate, compute_dtype, full, shard, unwrapped
@@ -36,8 +36,19 @@ SPEC = ModelSpec(
     vocab_size=32,
     attention=AttentionSpec(n_heads=2),
     feed_forward=FeedForwardSpec(d_ff=13),
+    moe=MoESpec(n_experts=3, top_k=1, d_expert=5),
+    moe_pattern=(False, True),
 ).with_fields(density=0.5)
-CONFIG = TrainConfig(n_steps=4, batch_size=8, n_tokens=8, warmup_steps=1, clip_norm=0.1, device="cpu")
+"""Sizes that two processes cannot share evenly."""
+CONFIG = TrainConfig(
+    n_steps=4,
+    batch_size=8,
+    n_tokens=8,
+    warmup_steps=1,
+    clip_norm=0.1,
+    load_balance_weight=0.0,  # of the sequences that are computed together: the one loss that is no mean over them
+    device="cpu",
+)
 CORPUS = Corpus(np.zeros(0, np.uint16), np.zeros(0, np.uint16), 32, None, "none", "0" * 64, 0)
 
 
