@@ -1,7 +1,7 @@
 """A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end).
 
-Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle. Checkpoints
-are written by a thread while training goes on.
+Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle.
+Checkpoints are written by a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varprop.corpus import Corpus
-from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError
+from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError, require
 from varprop.files import replacing, write_text
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
@@ -67,6 +67,9 @@ class RunDirectory:
         with world.raise_together():
             if world.is_main:
                 self._open()
+        with world.raise_together():
+            seen = self.checkpoints.is_dir()
+            require(seen, ArgumentError, "run_dir", str(path), f"not seen by process {world.rank}", "a shared folder")
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history_arrays: Mapping[str, np.ndarray]
@@ -149,22 +152,24 @@ class RunDirectory:
     ) -> None:
         try:
             self.close()
-        except Exception as failed:
+        except (ArgumentError, RuntimeError) as failed:
             if error is None:
                 raise
-            warnings.warn(f"{failed}", DamagedShardWarning, stacklevel=2)  # the first error is the one that is raised
+            # The first error is the one that is raised; a RuntimeError says once more that another process is lost.
+            if isinstance(failed, ArgumentError):
+                warnings.warn(f"{failed}", DamagedShardWarning, stacklevel=2)
 
     def _open(self) -> None:
         shown = str(self.path)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+        except (Timeout, RuntimeError):  # RuntimeError: this very thread holds it
+            raise ArgumentError(f"run_dir={shown!r} is in use by another run; expected one at a time") from None
         except OSError as error:
             raise ArgumentError(
                 f"run_dir={shown!r} cannot be made ({error.strerror}); expected a writable directory"
             ) from None
-        except (Timeout, RuntimeError):  # RuntimeError: this very process holds it
-            raise ArgumentError(f"run_dir={shown!r} is in use by another run; expected one at a time") from None
         for rest in self.checkpoints.glob(".step-*"):
             shutil.rmtree(rest, ignore_errors=True)
         description = self.path / "run.json"
@@ -218,7 +223,7 @@ class RunDirectory:
             self._staging[name] = held
         return Piece(held.copy_(piece.tensor, non_blocking=True), piece.offset, piece.shape)
 
-    def _write(self, step: int, pieces: dict[str, Piece], copied: torch.cuda.Event | None) -> None:
+    def _write(self, step: int, pieces: dict[str, Piece], copied: torch.Event | None) -> None:
         """Write a checkpoint, in the thread. It is renamed when every process has written its file."""
         world, name = self._world, f"step-{step:08d}"
         part = self.checkpoints / f".{name}.part"

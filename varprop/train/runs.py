@@ -306,7 +306,7 @@ def as_markdown(chosen: Sequence[str] | None = None, mfu: float | None = None) -
     An asterisk marks memory beyond an H200's. mfu: for all; None = `assumed_mfu` of each.
 
     >>> print(as_markdown(["paper-group-4"]).splitlines()[2])
-    | paper-group-4 | 16 | 1.18 B | 1.18 B | 4096 | 4769 | 5 B | 3.63e+19 | 56% | 18.1 h | 64 | 2.27 h | 64 |
+    | paper-group-4 | 16 | 1.18 B | 1.18 B | 4096 | 4769 | 5 B | 3.63e+19 | 56% | 18.1 h | 62 | 2.27 h | 62 |
     """
     head = ("run", "L", "parameters", "active", "T", "updates", "tokens", "FLOP", "MFU")
     head = (*head, "1 GPU", "GiB", "8 GPUs", "GiB each")

@@ -1,7 +1,7 @@
 """The files of a checkpoint: each process writes its part of the state, any number of processes read it back.
 
-`<rank>-of-<size>.safetensors` holds pieces of tensors, boxes of the whole ones. `checkpoint.json`, written last, says of
-each file its size, its SHA-256, and the offset of each piece; of each tensor the whole shape and the type. Not
+`<rank>-of-<size>.safetensors` holds pieces of tensors, boxes of the whole ones. `checkpoint.json`, written last, says
+of each file its size, its SHA-256, and the offset of each piece; of each tensor the whole shape and the type. Not
 torch.distributed.checkpoint: its own storage is pickled, its safetensors storage has no hashes and takes the shape of a
 tensor from the pieces that are there, so that a missing file is not noticed.
 """
@@ -56,6 +56,7 @@ def own_pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str,
 
     Whole tensors go, in order, to the process that has the fewest bytes so far, the same on every process.
 
+    >>> import torch
     >>> tensors = {"a": torch.zeros(8), "b": torch.zeros(2), "c": torch.zeros(2)}
     >>> [list(own_pieces(tensors, rank, 2)) for rank in range(2)]
     [['a'], ['b', 'c']]
