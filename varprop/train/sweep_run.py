@@ -131,7 +131,8 @@ def run_sweep(
 
     n_workers: processes at a time; by default one for each CUDA device, or one without. Process i has the device i
     (mod their number) alone. Runs that processes of other commands are at are left to them; a killed run is resumed; a
-    failed one is left as it is unless `retry`. logs: beside `log.jsonl`, of `log.NAMES`. report: takes a line for each beginning and end.
+    failed one is left as it is unless `retry`. logs: beside `log.jsonl`, of `log.NAMES`. report: takes a line for each
+    beginning and end.
 
     On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end; if this process is killed they go on. 0: nothing is
     left to do here. 1: a run failed. 3: a signal came.
