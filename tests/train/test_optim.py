@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from varprop import presets
 from varprop.errors import ArgumentError
 from varprop.nn import Transformer
-from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec
+from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, NormSpec
 from varprop.train import TrainConfig
 from varprop.train.optim import (
     Group,
@@ -169,6 +169,40 @@ def test_rates_follow_the_factors(spec: ModelSpec) -> None:
     set_learning_rate(optimizer, 0.5)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == {"embedding": 0.5, "vectors": 0.5, "matrices": 0.25, "final_norm": 0.5, "unembedding": 0.25}
+
+
+def test_the_unembedding_is_the_papers_with_its_multiplier_inside() -> None:
+    """Theirs: logits x W^T / m, rate eta, decay lambda, eps / m. Ours: x V^T, eta / m, m lambda, eps, V = W / m."""
+    m, generator = 4.0, torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, 8, generator=generator, dtype=torch.float64))
+    ours = torch.nn.Parameter(weight.detach() / m)
+    x = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    targets = torch.arange(6) % 5
+    theirs = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.3, eps=0.01 / m)
+    optimizer = torch.optim.AdamW([ours], lr=0.1 / m, weight_decay=0.3 * m, eps=0.01)
+    for _ in range(5):
+        for step, logits in ((theirs, x @ weight.T / m), (optimizer, x @ ours.T)):
+            step.zero_grad()
+            torch.nn.functional.cross_entropy(logits, targets).backward()
+            step.step()
+        torch.testing.assert_close(ours.detach(), weight.detach() / m, rtol=1e-12, atol=0)
+
+
+def test_the_rule_one_is_inverse_sqrt_with_a_smaller_embedding() -> None:
+    """Logits and the gradients of every block are the same: Pre-LN does not see the scale of the stream."""
+    part = {"attention": AttentionSpec(n_heads=2), "feed_forward": FeedForwardSpec(d_ff=32)}
+    one = ModelSpec(d_model=16, n_layers=9, vocab_size=32, tied_embeddings=False, norm=NormSpec(eps=0.0), **part)
+    scaled = one.with_fields({"residual.rule": "inverse_sqrt_L"})
+    found = []
+    for spec, factor in ((one, 1.0), (scaled, 9**-0.5)):
+        model = Transformer(spec, dtype=torch.float64)
+        with torch.no_grad():
+            model.get_parameter("embed").mul_(factor)
+        logits = model(torch.arange(12).view(2, 6))
+        logits.square().mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if name.startswith("layers.")}
+        found.append((logits.detach(), gradients))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
 def moved(rule: str, n_layers: int, d_model: int = 64, **base: Any) -> tuple[float, float]:
