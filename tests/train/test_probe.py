@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from varprop import results
 from varprop.measure.tokens import QUANTILES
@@ -17,6 +23,7 @@ from varprop.simulate.recorder import Recorder
 from varprop.spec import ModelSpec, MoESpec
 from varprop.train import probe as probing
 from varprop.train.probe import probe
+from varprop.train.weights import WeightSnapshot, gradient_norms, weight_statistics
 
 N_SEQUENCES, N_TOKENS = 3, 9
 MOE = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n_shared_experts=1)}
@@ -99,7 +106,7 @@ def test_probe_equals_the_definitions(spec: ModelSpec, changes: dict[str, Any]) 
     """In float64, to the rounding of sums in another order."""
     spec = spec.with_fields(changes)
     model = network(spec)
-    found = {name: value.numpy() for name, value in read(model).items()}
+    found = {name: value.numpy() for name, value in read(model, chunk=1).items()}
     seen = Observed(model, spec)
     layers = range(1, spec.n_layers + 1)
     for layer, site in seen.streams[0]:
@@ -150,7 +157,7 @@ def test_probe_equals_the_definitions(spec: ModelSpec, changes: dict[str, Any]) 
 def test_chunks_do_not_change_the_numbers(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of sequences, of queries and of tokens, the last of them smaller."""
     model = network(spec)
-    whole = read(model, chunk=N_SEQUENCES)
+    whole = read(model)
     monkeypatch.setattr("varprop.measure.attention.CHUNK_NUMBERS", 4 * spec.n_heads * N_TOKENS)
     monkeypatch.setattr("varprop.measure.overlap.CHUNK_NUMBERS", 5 * 4 * spec.d_model)
     for chunk in (1, 2):
@@ -222,4 +229,53 @@ def test_every_variable_has_its_dimensions_and_passes_the_schema(spec: ModelSpec
     )
     assert ("attention_entropy" in made) == (spec.attention is not None)
     assert ("expert_load" in made) == (spec.moe is not None)
+    assert made["quantile"].values.tolist() == list(QUANTILES)
     assert made.branch_overlap.sel(branch="mlp", source_layer=1, target_layer=2).size == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"pattern": "window", "window": 3}, {"pattern": "full"}], ids=str)
+def test_documents_are_read_as_if_alone(spec: ModelSpec, changes: dict[str, Any]) -> None:
+    """Rotary positions are relative, so a document in the middle of a sequence is the document by itself."""
+    model = network(spec.with_fields(changes))
+    rows, ends = tokens(), (0, 4, N_TOKENS)
+    documents = torch.tensor([0] * 4 + [7] * 5, dtype=torch.int32).expand_as(rows)
+    together = read(model, rows, documents=documents, chunk=2)
+    for name in ("attention_concentration", "attention_entropy"):
+        parts = [read(model, rows[:, i:j])[name][1:] * (j - i) / N_TOKENS for i, j in itertools.pairwise(ends)]
+        torch.testing.assert_close(together[name][1:], sum(parts), rtol=1e-9, atol=0.0)
+    first = read(model, rows[:, :4])["attention_sink_mass"][1:] * 4 / N_TOKENS  # none from the second document
+    torch.testing.assert_close(together["attention_sink_mass"][1:], first, rtol=1e-9, atol=0.0)
+
+
+def read_sharded(rank: int, n_ranks: int, store: str, spec: ModelSpec) -> None:
+    """On each of the ranks: a sharded network gives bitwise what the whole one gives, and is left as it was."""
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_ranks)
+    try:
+        expected = read(Transformer(spec)) | weight_statistics(Transformer(spec), spec)
+        model = Transformer(spec)
+        mesh = init_device_mesh("cpu", (n_ranks,))
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        before = WeightSnapshot(model, spec)
+        found = read(model) | weight_statistics(model, spec)
+        for name, value in expected.items():
+            assert torch.equal(found[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
+        assert float(before.update_ratios(model)["update_ratio"].nansum()) == 0.0
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        model(tokens()).logsumexp(dim=-1).mean().backward()
+        norms = gradient_norms(model, spec)["matrix_gradient_norm"]
+        whole = Transformer(spec)
+        whole(tokens()).logsumexp(dim=-1).mean().backward()
+        torch.testing.assert_close(norms, gradient_norms(whole, spec)["matrix_gradient_norm"], equal_nan=True)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_sharded_over_ranks(spec: ModelSpec, tmp_path: Path, n_ranks: int) -> None:
+    arguments = (n_ranks, str(tmp_path / "store"), spec.with_fields({**MOE, "density": 0.5}))
+    if n_ranks == 1:
+        read_sharded(0, *arguments)
+    else:
+        torch.multiprocessing.spawn(read_sharded, arguments, nprocs=n_ranks)

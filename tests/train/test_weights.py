@@ -40,8 +40,13 @@ def backward(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(changes) or "plain")
-def test_tables_equal_the_definitions(spec: ModelSpec, changes: dict[str, Any]) -> None:
-    spec = spec.with_fields(changes)
+@pytest.mark.parametrize("numbers", [1, 2 * 32 * 16, 2**26])
+def test_tables_equal_the_definitions(
+    spec: ModelSpec, changes: dict[str, Any], numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer by layer, two layers of some matrices together, and all."""
+    monkeypatch.setattr(weights, "GROUP_NUMBERS", numbers)
+    spec = spec.with_fields({"n_layers": 3, **changes})
     model = Transformer(spec, seed=2)
     labels = matrix_labels(spec)
     backward(model)
@@ -60,9 +65,10 @@ def test_tables_equal_the_definitions(spec: ModelSpec, changes: dict[str, Any]) 
         filled[at] = True
         assert statistics["weight_norm"][at] == pytest.approx(np.sqrt((w**2).sum()), rel=1e-7)
         assert statistics["weight_rms"][at] == pytest.approx(np.sqrt((w**2).mean()), rel=1e-7)
-        expected = 3 * (w**2).mean() ** 2 / (w**4).mean()
+        second, fourth = ((w**power).mean(axis=(-2, -1)) for power in (2, 4))
+        expected = (3 * second**2 / fourth).mean()
         assert statistics["effective_density_participation"][at] == pytest.approx(expected, rel=1e-7)
-        expected = (np.abs(w) > 0.1 * np.sqrt((w**2).mean())).mean()
+        expected = (np.abs(w) > 0.1 * np.sqrt(second)[..., None, None]).mean()
         assert statistics["effective_density_threshold_tenth_rms"][at] == pytest.approx(expected, rel=1e-7)
         largest = np.linalg.norm(w, ord=2, axis=(-2, -1))
         expected = ((w**2).sum(axis=(-2, -1)) / largest**2).mean()

@@ -1,6 +1,6 @@
 """Statistics of weight matrices, masked entries included as zeros.
 
-Every function takes w of shape (*lead, out, in); accumulated in float64.
+Every function takes w of shape (*lead, out, in) and gives one number for each matrix, (*lead), float64.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ LANCZOS_STEPS = 20
 
 
 def rms(w: Tensor) -> Tensor:
-    """sqrt(mean w^2) over all entries of w, a scalar, float64; exact to rounding.
+    """sqrt(mean w^2) over the entries, (*lead), float64; exact to rounding.
 
     >>> rms(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).item()
     2.5
     """
-    return w.double().square().mean().sqrt()
+    return w.double().square().mean(dim=(-2, -1)).sqrt()
 
 
 def effective_density_participation(w: Tensor) -> Tensor:
-    """3 (mean w^2)^2 / mean w^4 over all entries, float64: 1 for a Gaussian matrix, rho for one masked to density rho.
+    """3 (mean w^2)^2 / mean w^4 over the entries, (*lead): 1 for Gaussian ones, rho for those masked to density rho.
 
     The participation ratio over that of a Gaussian; 3 for entries of equal size. 0 for a zero matrix; exact to
     rounding (a Gaussian matrix of n entries has 1 +- sqrt(24 / n) / 3).
@@ -32,17 +32,17 @@ def effective_density_participation(w: Tensor) -> Tensor:
     1.5
     """
     square = w.double().square()
-    second, fourth = square.mean(), square.square().mean()
+    second, fourth = square.mean(dim=(-2, -1)), square.square().mean(dim=(-2, -1))
     return torch.where(fourth > 0, 3 * second.square() / fourth, 0.0)
 
 
 def effective_density_threshold_tenth_rms(w: Tensor) -> Tensor:
-    """Share of the entries with |w| > 0.1 rms(w), float64; 0.9203 for a Gaussian matrix, 0 for a zero one; exact.
+    """Share of the entries with |w| > 0.1 rms(w), (*lead); 0.9203 for a Gaussian matrix, 0 for a zero one; exact.
 
     >>> effective_density_threshold_tenth_rms(torch.tensor([[1.0, -1.0], [0.01, 0.0]])).item()
     0.5
     """
-    return (w.double().abs() > THRESHOLD * rms(w)).double().mean()
+    return (w.double().abs() > THRESHOLD * rms(w)[..., None, None]).double().mean(dim=(-2, -1))
 
 
 def spectral_norm(w: Tensor, n_steps: int = LANCZOS_STEPS) -> Tensor:

@@ -35,8 +35,9 @@ from varprop.nn.init import make_generator
 from varprop.nn.residual import branch_input
 from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
+from varprop.train.distributed import full
 from varprop.train.probe_attention import sequence_attention
-from varprop.train.weights import whole
+from varprop.train.weights import matrix_labels
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "token_correlation": ("layer", "site"),
@@ -54,11 +55,13 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 OF_HEADS = ("head_concentration", "head_entropy", "head_sink_mass")
 OF_LAYERS = ("attention_concentration", "attention_entropy", "attention_sink_mass")
 
+KEPT_NUMBERS = 2**29
+"""Numbers of branch outputs that are kept for their overlaps: 2 GiB in float32."""
+
 
 def coordinates(spec: ModelSpec) -> dict[str, Any]:
-    """Labels of the dimensions of `DIMENSIONS` that results do not label by themselves."""
-    layers = list(range(spec.n_layers + 1))
-    return {"quantile": list(QUANTILES), "source_layer": layers, "target_layer": layers}
+    """Labels of the quantiles and, for `varprop.train.weights`, of the matrices; the others count from 0."""
+    return {"quantile": list(QUANTILES), "matrix": matrix_labels(spec)}
 
 
 @torch.no_grad()
@@ -68,7 +71,7 @@ def probe(
     *,
     documents: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
-    chunk: int = 1,
+    chunk: int | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of the network on `tokens` (S, T), before the final norm: float64, by the names of `DIMENSIONS`.
 
@@ -88,15 +91,19 @@ def probe(
     What the spec lacks is absent.
 
     documents: (S, T), the document that each token is of; attention then stays within it. compute_dtype: of the stream
-    and the matrix products, float32 whatever the training uses, unless told. chunk: sequences in one forward pass.
-    Nothing is compiled; statistics are summed in float64 in a fixed order, so that ranks with the same weights get the
-    same numbers. Memory beside the forward pass: (2 L + 1) chunk T D numbers of the branches and what
+    and the matrix products, float32 whatever the training uses, unless told. chunk: sequences in one forward pass, None
+    = as many as `KEPT_NUMBERS` allow (a key mask is drawn for all of them, every time the same). Nothing is compiled;
+    statistics are summed in float64 in a fixed order, so that ranks with the same weights get the same numbers. Memory
+    beside the forward pass: (2 L + 1) chunk T D numbers of the branches, chunk T D in float64 a few times, and what
     `attention_statistics` and `overlap_sums` hold. Queries and keys are computed again from the stream. Of a sharded
     model one layer at a time is gathered, so all ranks have to call it.
     Checked by: tests/train/test_probe.py, float64 numpy definitions.
     """
     recorder = _Recorder(model.spec, tokens)
-    embedding = whole(model.get_parameter("embed"))
+    embedding = full(model.get_parameter("embed"))
+    if chunk is None:
+        kept = (1 + len(BRANCHES) * model.spec.n_layers) * tokens.shape[1] * model.spec.d_model
+        chunk = max(1, KEPT_NUMBERS // kept)
     for number in range(0, len(tokens), chunk):
         rows = slice(number, number + chunk)
         masks = None if documents is None else _document_masks(model.spec, documents[rows])
@@ -114,7 +121,7 @@ def _pass(
 ) -> Tensor:
     """The stream after a block, which is recorded with its attention."""
     spec, layer = block.spec, block.layer
-    parameters = {name: whole(parameter) for name, parameter in block.named_parameters()}
+    parameters = {name: full(parameter) for name, parameter in block.named_parameters()}
     weights = effective_weights(spec, layer, parameters, dict(block.named_buffers()), compute_dtype)
 
     def generator() -> torch.Generator:
@@ -138,7 +145,7 @@ class _Recorder:
         self._n_done = 0
         places = (spec.n_layers + 1, len(SITES))
         self._empty = torch.full((), torch.nan, dtype=torch.float64, device=tokens.device)
-        self._by_token = {name: self._empty.repeat(*places, *tokens.shape) for name in TokenMoments._fields}
+        self._by_token = self._empty.repeat(len(TokenMoments._fields), *places, *tokens.shape)
         self._correlation = self._empty.repeat(*places, self._n_sequences)
         n_contributions = 1 + len(BRANCHES) * spec.n_layers
         self._overlap = self._empty.new_zeros(n_contributions, n_contributions)
@@ -147,15 +154,12 @@ class _Recorder:
         self._mixture: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
     def __call__(self, layer: int, site: str, x: Tensor) -> None:
-        place, rows = SITES.index(site), slice(self._n_done, self._n_done + len(x))
+        at = layer, SITES.index(site), slice(self._n_done, self._n_done + len(x))
         if site == "resid_pre":  # the stream after the block before, measured there
-            for values in (*self._by_token.values(), self._correlation):
-                values[layer, place, rows] = values[layer - 1, SITES.index("resid_post"), rows]
+            before = layer - 1, SITES.index("resid_post"), at[-1]
+            self._by_token[:, *at], self._correlation[at] = self._by_token[:, *before], self._correlation[before]
             return
-        for number, sequence in enumerate(x, start=rows.start):
-            for name, values in token_moments(sequence)._asdict().items():
-                self._by_token[name][layer, place, number] = values
-            self._correlation[layer, place, number] = token_correlation(sequence)
+        self._by_token[:, *at], self._correlation[at] = torch.stack(token_moments(x)), token_correlation(x)
         if layer == 0 or site in BRANCH_STREAM:
             self._contributions.append(x)
 
@@ -182,15 +186,16 @@ class _Recorder:
 
     def values(self) -> dict[str, Tensor]:
         """Every statistic of all sequences by the names of `DIMENSIONS`."""
-        sinks = sink_positions(self._by_token["second_moment"][:, SITES.index("resid_post")])
+        by_name = dict(zip(TokenMoments._fields, self._by_token, strict=True))
+        sinks = sink_positions(by_name["second_moment"][:, SITES.index("resid_post")])
         others = ~sinks if not sinks.all() else sinks
-        quantiles = {name: token_quantiles(values, others) for name, values in self._by_token.items()}
+        quantiles = {name: token_quantiles(values, others) for name, values in by_name.items()}
         median = QUANTILES.index(0.5)
         return {
             "token_correlation": self._correlation.mean(dim=-1),
             **{f"{name}_quantile": quantiles[name] for name in ("second_moment", "variance")},
             **{f"{name}_median": quantiles[name][..., median] for name in ("skewness", "excess_kurtosis")},
-            "sink_second_moment": self._by_token["second_moment"][..., sinks].mean(dim=-1),
+            "sink_second_moment": by_name["second_moment"][..., sinks].mean(dim=-1),
             "sink_count": sinks.sum().double(),
             **self._overlaps(),
             **(self._attention_values() if self._spec.attention is not None else {}),

@@ -7,8 +7,7 @@ have to call these functions; they get the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +22,18 @@ from varprop.measure import (
 from varprop.nn.parameters import MASK_SUFFIX
 from varprop.spec import ModelSpec
 from varprop.spec.tensors import TensorRow
+from varprop.train.distributed import full
 
-STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "weight_norm": lambda w: torch.linalg.vector_norm(w, dtype=torch.float64),
-    "weight_rms": rms,
-    "effective_density_participation": effective_density_participation,
-    "effective_density_threshold_tenth_rms": effective_density_threshold_tenth_rms,
-    "stable_rank": lambda w: stable_rank(w).mean(),
-}
+STATISTICS = (
+    *("weight_norm", "weight_rms", "effective_density_participation", "effective_density_threshold_tenth_rms"),
+    "stable_rank",
+)
 DIMENSIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
     (*STATISTICS, "matrix_gradient_norm", "update_ratio"), ("layer", "matrix")
 )
 """Variable -> the dimensions of its tensor."""
+GROUP_NUMBERS = 2**26
+"""Weights that are worked on at a time, or one matrix: 256 MiB in float32, twice that in float64."""
 
 
 def matrix_labels(spec: ModelSpec) -> list[str]:
@@ -53,17 +52,27 @@ def matrix_labels(spec: ModelSpec) -> list[str]:
 def weight_statistics(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     """Norm, rms, effective densities and stable rank of every matrix: by name a table (L + 1, matrices).
 
-    weight_norm: Frobenius norm. weight_rms, effective_density_participation, effective_density_threshold_tenth_rms:
-    as `measure.weights`, a stack of experts as one matrix. stable_rank: `measure.stable_rank`, mean over the experts.
-    model: parameters and masks by the names of `spec.tensor_table()`. Memory: one matrix in float64, a few times.
+    weight_norm: Frobenius norm. weight_rms, effective_density_participation, effective_density_threshold_tenth_rms,
+    stable_rank: as in `measure.weights`. Of a stack of experts the norm is that of the stack, the rms that over all
+    entries, the others means over the experts. model: parameters and masks by the names of `spec.tensor_table()`.
+    Memory: `GROUP_NUMBERS` in float64, a few times: layers are worked on together, as many as that allows.
     Checked by: tests/train/test_weights.py, numpy and SVD.
     """
     tables = {name: _table(model, spec) for name in STATISTICS}
     parameters = dict(model.named_parameters())
-    for row, place in _places(spec):
-        w = _effective(parameters[row.name], row, model)
-        for name, statistic in STATISTICS.items():
-            tables[name][place] = statistic(w)
+    for rows, layers, column in _groups(spec):
+        stack = torch.stack([_effective(parameters[row.name], row, model) for row in rows])
+        w = stack.reshape(len(rows), -1, *stack.shape[-2:])  # (layers, 1 or experts, out, in)
+        mean_square = rms(w).square().mean(dim=1)
+        found = {
+            "weight_norm": (mean_square * w[0].numel()).sqrt(),
+            "weight_rms": mean_square.sqrt(),
+            "effective_density_participation": effective_density_participation(w).mean(dim=1),
+            "effective_density_threshold_tenth_rms": effective_density_threshold_tenth_rms(w).mean(dim=1),
+            "stable_rank": stable_rank(w).mean(dim=1),
+        }
+        for name, values in found.items():
+            tables[name][layers, column] = values
     return tables
 
 
@@ -80,7 +89,7 @@ def gradient_norms(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
         gradient = parameters[row.name].grad
         if gradient is None:
             raise ArgumentError(f"gradient={row.name!r} is missing; expected one: call it after the backward pass")
-        table[place] = torch.linalg.vector_norm(whole(gradient), dtype=torch.float64)
+        table[place] = torch.linalg.vector_norm(full(gradient), dtype=torch.float64)
     return {"matrix_gradient_norm": table}
 
 
@@ -129,6 +138,18 @@ def _places(spec: ModelSpec) -> Iterator[tuple[TensorRow, tuple[int, int]]]:
         yield row, (row.layer, labels.index(_label(row)))
 
 
+def _groups(spec: ModelSpec) -> Iterator[tuple[list[TensorRow], list[int], int]]:
+    """The rows of one matrix in as many layers as are worked on together, those layers, and the column."""
+    by_column: dict[int, list[tuple[TensorRow, int]]] = {}
+    for row, (layer, column) in _places(spec):
+        by_column.setdefault(column, []).append((row, layer))
+    for column, members in by_column.items():
+        n_together = max(1, GROUP_NUMBERS // members[0][0].n_parameters)
+        for start in range(0, len(members), n_together):
+            rows, layers = zip(*members[start : start + n_together], strict=True)
+            yield list(rows), list(layers), column
+
+
 def _table(model: nn.Module, spec: ModelSpec) -> Tensor:
     device = next(model.parameters()).device
     shape = spec.n_layers + 1, len(matrix_labels(spec))
@@ -137,10 +158,5 @@ def _table(model: nn.Module, spec: ModelSpec) -> Tensor:
 
 def _effective(tensor: Tensor, row: TensorRow, model: nn.Module) -> Tensor:
     """The whole tensor, times its mask and the factor on kept entries."""
-    w = whole(tensor)
+    w = full(tensor)
     return w if row.mask is None else w * model.get_buffer(row.name + MASK_SUFFIX) * row.mask.factor
-
-
-def whole(tensor: Any) -> Tensor:
-    """The full tensor of a DTensor, any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
