@@ -20,8 +20,9 @@ from varprop.train import TrainConfig
 from varprop.train.optim import (
     Group,
     adamw,
-    clip_gradients,
+    clipped_step,
     decayed_tensors,
+    gradient_norm,
     learning_rate,
     parameter_groups,
     set_learning_rate,
@@ -259,13 +260,32 @@ def test_stream_moves_as_much_at_32_layers_and_8_times_the_width() -> None:
 # Clipping -------------------------------------------------------------------------------------------------------------
 
 
-def test_clipping_by_global_norm() -> None:
+@pytest.mark.parametrize("clip, scale", [(None, 1.0), (10.0, 1.0), (5.0, 1.0), (1.0, 0.2)])
+def test_clipping_by_global_norm(clip: float | None, scale: float) -> None:
+    """The first moment after one update is (1 - beta_1) times the clipped gradient; one parameter has no gradient."""
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
-    for clip, scale in ((None, 1.0), (10.0, 1.0), (1.0, 0.2)):
-        parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
-        assert float(clip_gradients(parameters, clip)) == 5.0
-        # torch divides by norm + 1e-6, a relative change of 2e-7
-        assert float(parameters[1].grad) == pytest.approx(4 * scale, rel=1e-6)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.75, 0.9), fused=True)
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert float(gradient_norm(optimizer)) == 5.0
+    assert float(clipped_step(optimizer, clip)) == 5.0
+    moments = [float(optimizer.state[p]["exp_avg"]) for p in parameters[:2]]
+    assert moments == pytest.approx([0.75 * scale, 1.0 * scale], rel=1e-6)
+    assert parameters[2] not in optimizer.state
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(spec: ModelSpec, clip: float | None, bad: float) -> None:
+    model = Transformer(spec)
+    optimizer = adamw(model, spec, TrainConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    clipped_step(optimizer, clip)
+    before = [tensor.clone() for p in model.parameters() for tensor in (p.detach(), *optimizer.state[p].values())]
+    next(model.parameters()).grad[0, 0] = bad  # type: ignore[index]
+    assert not torch.isfinite(clipped_step(optimizer, clip))
+    after = [tensor for p in model.parameters() for tensor in (p.detach(), *optimizer.state[p].values())]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 @pytest.fixture
@@ -288,8 +308,7 @@ def updates(spec: ModelSpec, config: TrainConfig, sharded: bool) -> tuple[list[f
         optimizer.zero_grad()
         tokens = torch.randint(spec.vocab_size, (4, 9), generator=torch.Generator().manual_seed(step))
         torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        norms.append(float(clip_gradients(model.parameters(), config.clip_norm)))
-        optimizer.step()
+        norms.append(float(clipped_step(optimizer, config.clip_norm)))
     full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]  # type: ignore[operator]
     return norms, [tensor.detach() for tensor in full]
 
