@@ -28,6 +28,7 @@ d_model; the logits of attention keep the spec's scale, which is the paper's if 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -183,7 +184,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """The global norm of the gradients of all parameters, a plain scalar on the device, the same on every rank."""
-    return global_norm(parameter.grad for parameter in _with_gradient(optimizer))
+    return _norm(_with_gradient(optimizer))
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> torch.Tensor:
@@ -194,7 +195,7 @@ def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> t
     gradients are scaled in place, and a norm that is not finite spoils the weights.
     """
     present = _with_gradient(optimizer)
-    norm = global_norm(parameter.grad for parameter in present)
+    norm = _norm(present)
     if any(isinstance(parameter, DTensor) for parameter in present):
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(present, clip_norm, norm)
@@ -204,6 +205,10 @@ def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> t
     optimizer.grad_scale, optimizer.found_inf = scale, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     return norm
+
+
+def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    return global_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
 
 
 def _with_gradient(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
