@@ -247,7 +247,7 @@ def test_stream_moves_as_much_at_any_depth(rule: str, with_rule: tuple[float, fl
 
 @pytest.mark.long
 def test_stream_moves_as_much_at_32_layers_and_8_times_the_width() -> None:
-    """Width 32 to 256 at rates tuned at 32: the change of the stream is 0.10 at both with the transfer, 1.65 without."""
+    """Width 32 to 256 at rates tuned at 32: the stream changes by 0.10 at both with the transfer, 1.65 without."""
     shallow = moved("inverse_sqrt_L", 2)
     deep, plain = moved("inverse_sqrt_L", 32, base_n_layers=2), moved("inverse_sqrt_L", 32)
     assert 0.7 < deep[0] / shallow[0] < 1.3
