@@ -32,7 +32,7 @@ class Run:
     name: str
     spec: ModelSpec
     config: TrainConfig
-    source: str
+    source: str = ""
     unstated: tuple[str, ...] = ()
 
     def changed(self, spec: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None) -> Run:
@@ -283,7 +283,7 @@ def describe(run: Run, mfu: float | None = None) -> str:
         f"schedule: {config.schedule}, peak {config.learning_rate:g}, {config.warmup_steps} updates of warm-up;"
         f" weight decay {config.weight_decay:g} of {config.decay}; corpus {config.corpus}",
         *(str(estimate(spec, config, n_gpus, mfu)) for n_gpus in (1, 8) if n_gpus <= config.batch_size),
-        f"source: {run.source}",
+        *([f"source: {run.source}"] if run.source else []),
         *(f"not stated: {item}" if not item.startswith(("ours:", "twin:")) else item for item in run.unstated),
     ]
     return "\n".join(lines)
