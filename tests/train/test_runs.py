@@ -170,6 +170,8 @@ def test_description() -> None:
     assert "8 GPUs: " in text
     assert "not stated: the pair: d_model 1536" in text
     assert "8 GPUs" not in runs.describe(runs.get("paper-length-8192-small"))  # 4 sequences an update
+    assert "heads of 70" in runs.describe(runs.get("paper-recipe-moe")).splitlines()[-1]
+    assert "heads of 70" not in runs.describe(runs.get("paper-recipe-moe-small"))
     half = runs.describe(runs.get("paper-moe-2b-400m"), mfu=0.5)
     assert "at 50% MFU" in half
     own = runs.describe(runs.Run("mine", presets.d512(), TrainConfig(batch_size=64)))

@@ -208,9 +208,9 @@ def _recipe() -> list[Run]:
     runs = []
     for name, spec, fields in steps:
         inferred = (shape,) if spec.n_layers == 32 and spec.moe is None else ()
-        runs.append(
-            Run(f"paper-recipe-{name}", spec, _config(spec, **fields), source, (*inferred, RATE, BATCH, DECAYED))
-        )
+        odd = (ODD_HEADS,) if spec.head_dim % 8 else ()
+        unstated = (*inferred, RATE, BATCH, DECAYED, *odd)
+        runs.append(Run(f"paper-recipe-{name}", spec, _config(spec, **fields), source, unstated))
     return runs
 
 
