@@ -29,7 +29,7 @@ N_SEQUENCES, N_TOKENS = 3, 9
 MOE = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n_shared_experts=1)}
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"block": "parallel", "n_kv_heads": 1},
+    {"block": "parallel", "n_heads": 4, "n_kv_heads": 2, "embedding_scale": 3.0},
     {"norm.placement": "peri", "norm.kind": "layer", "norm.bias": True, "density": 0.5},
     {"norm.placement": "lns", "sink_logit": True, "logit_softcap": 2.0},
     {"norm.placement": "post", "attention.qk_norm": "head"},
@@ -151,7 +151,11 @@ def test_probe_equals_the_definitions(spec: ModelSpec, changes: dict[str, Any]) 
         active = np.stack([one[layer, "gates"] for one in seen.seen]) != 0
         load = active.sum(axis=(0, 1))
         np.testing.assert_allclose(found["expert_load"][layer], load / load.sum(), rtol=1e-12)
-        assert 0 < found["router_entropy"][layer] < np.log(spec.moe.n_experts)
+        logits = np.stack([one[layer, "router_logits"] for one in seen.seen])
+        scores = np.exp(logits) if spec.moe.router == "softmax" else 1 / (1 + np.exp(-logits))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        expected = -(scores * np.log(scores)).sum(axis=-1).mean()
+        assert found["router_entropy"][layer] == pytest.approx(expected, rel=1e-9)
 
 
 def test_chunks_do_not_change_the_numbers(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
