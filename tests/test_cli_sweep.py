@@ -183,7 +183,16 @@ BAD = [
     (("seeds = [0, 1]", "seeds = [-1]"), "seed=-1 is outside the domain"),
     (("[set]", "[set"), "sweep='sweep.toml' is no TOML"),
     (("[set]", "[sett]"), "sett is an unknown key; expected set"),
-    (('spec = "tiny"', ""), "spec=None is missing; expected spec in sweep.toml"),
+    (('spec = "tiny"', ""), "spec=None is missing; expected spec or run in sweep.toml"),
+    (
+        ('spec = "tiny"', 'run = "paper-dense-1b-l33"'),
+        "run='paper-dense-1b-l33' is unknown; expected 'paper-dense-1b-l32'?",
+    ),
+    (('spec = "tiny"', 'spec = "tiny"\nrun = "paper-dense-1b-l32"'), "run='paper-dense-1b-l32' is given with spec"),
+    (
+        ("density = [1.0, 0.5]", "config.total_tokens = [64]\nconfig.n_steps = [4]"),
+        "total_tokens=64 is given with n_steps",
+    ),
     (('spec = "tiny"', 'spec = "none.json"'), "none.json' cannot be read"),
     (("vocab_size = 32", "vocab_size = 8"), "vocab_size=8 is too small; expected a vocab_size of at least 32"),
     (('"chain.u16"', '"none.u16"'), "corpus='none.u16' is missing"),

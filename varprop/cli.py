@@ -19,6 +19,7 @@ from varprop import (
     cli_data,
     cli_grid,
     cli_hf,
+    cli_runs,
     cli_sweep,
     compare,
     demo,
@@ -374,6 +375,7 @@ def parser() -> argparse.ArgumentParser:
 
     cli_sweep.add(command("sweep", cli_sweep.run, "Train a whole sweep: what a kill ended goes on.", None))
     cli_hf.add(command)
+    cli_runs.add(command("runs", cli_runs.run, "The paper's training runs, their reduced twins, and their cost.", None))
 
     comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")
     comparison.add_argument("predicted", help="a result file of predict")

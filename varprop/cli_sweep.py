@@ -12,7 +12,7 @@ from rich.table import Table
 
 from varprop import files, results, slurm
 from varprop.errors import ArgumentError, require
-from varprop.train import budget, log, sweep_collect, sweep_file, sweep_run
+from varprop.train import cost, log, sweep_collect, sweep_file, sweep_run
 from varprop.train.sweep_file import Sweep
 
 HEAD = """\
@@ -128,17 +128,22 @@ def _report(line: str) -> None:
 
 
 def _costs(sweep: Sweep) -> Table:
-    """What each run takes; equal runs once."""
-    table = _table(sweep, "steps", "tokens", "FLOP")
-    total = 0.0
+    """What each run takes on one GPU, by estimates; equal runs once."""
+    table = _table(sweep, "steps", "tokens", "FLOP", "MFU assumed", "memory GiB", "time")
     rows = {run.id: (run, values) for run, values in zip(sweep.runs, sweep.values(), strict=True)}
-    for run, values in rows.values():
-        steps = budget.n_steps(run.config, run.spec)
-        tokens = steps * run.config.tokens_per_step
-        flops = tokens * budget.flops_per_token(run.spec, run.config.n_tokens)
-        total += flops
-        table.add_row(run.id, *map(str, values.values()), f"{steps:,}", f"{tokens:.3g}", f"{flops:.3g}")
-    table.caption = f"{len(rows)} runs, {total:.3g} FLOP in all"
+    costs = {id: cost.estimate(run.spec, run.config) for id, (run, _) in rows.items()}
+    for id, (_, values) in rows.items():
+        one = costs[id]
+        numbers = (
+            f"{one.steps:,}",
+            f"{one.tokens:.3g}",
+            f"{one.flops:.3g}",
+            f"{one.mfu:.0%}",
+            f"{one.memory / cost.GIB:.3g}",
+        )
+        table.add_row(id, *map(str, values.values()), *numbers, cost.duration(one.hours))
+    flops, hours = sum(one.flops for one in costs.values()), sum(one.hours for one in costs.values())
+    table.caption = f"{len(rows)} runs, {flops:.3g} FLOP, {cost.duration(hours)} of one H200 in all"
     return table
 
 

@@ -43,10 +43,10 @@ SOURCES = ("theory", "simulation", "training", "checkpoint", "comparison")
 DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
-    *("probe_step", "evaluation_step", "evaluation"),
+    *("probe_step", "update_step", "evaluation_step", "evaluation"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
-STEPS = ("step", "probe_step", "evaluation_step")
+STEPS = ("step", "probe_step", "update_step", "evaluation_step")
 """Dimensions of a training whose labels are updates made: of the training batch, the probe batch and evaluations."""
 ATTRIBUTES = (
     *("schema_version", "source", "spec", "spec_id", "seed_entropy", "n_tokens", "dtype", "device"),
@@ -264,6 +264,8 @@ def present(dataset: xr.Dataset) -> xr.Dataset:
     for variable, dim, beyond in list(_beyond(dataset)):
         if set(beyond.dims) <= {dim}:
             dataset = dataset.isel({dim: ~beyond.to_numpy()}).drop_vars(variable)
+    chosen = [f"{HAS}{dim}" for dim in DIMENSIONS if dim not in dataset.dims]  # of a label that was selected
+    dataset = dataset.drop_vars(chosen, errors="ignore")
     if "axes" not in dataset.attrs:
         return dataset
     floating = [name for name, values in dataset.data_vars.items() if values.dtype.kind == "f" and name not in MOMENTS]

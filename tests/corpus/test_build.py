@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -200,6 +201,14 @@ def test_a_document_ends_wherever_the_end_token_stands(folder: Path) -> None:
     assert load_corpus("out").train.tolist() == encoded(["one", "two"], Path("tokenizer.json"))
 
 
+def test_a_text_file_without_the_end_token_is_one_document(folder: Path) -> None:
+    Path("one.txt").write_bytes(TEXTS[0].encode())
+    Path("two.txt").write_bytes(TEXTS[1].encode())
+    manifest = tokenize(["two.txt", "one.txt"], "tokenizer.json", "out", validation=["a.txt"])
+    assert manifest["train"]["documents"] == 2
+    assert load_corpus("out").train.tolist() == encoded([TEXTS[1], TEXTS[0]], Path("tokenizer.json"))
+
+
 def test_a_separator_and_a_letter_across_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (1, 2, 3, 7, 50):
         monkeypatch.setattr("varprop.corpus.documents.BLOCK_BYTES", size)
@@ -343,7 +352,8 @@ def started(*command: str) -> subprocess.Popen:
     with Path("long.txt").open("w") as stream:
         for _ in range(3000):
             stream.write(f"{'some words ' * 1000}{END}")
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+    command = (sys.executable, *command)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not any(path.stat().st_size for path in Path().glob(".out.*.part/new/train.u16")):
         assert process.poll() is None
         time.sleep(0.02)
@@ -364,7 +374,10 @@ def test_a_request_to_end_leaves_nothing(folder: Path) -> None:
 def test_an_interrupt_of_the_command_is_one_line(folder: Path, sent: signal.Signals, n_workers: str) -> None:
     before = names(folder)
     process = started("-m", "varprop", "data", *TOKENIZE, "--n-workers", n_workers)
-    process.send_signal(sent)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does: to the workers too
+    else:
+        process.send_signal(sent)
     assert process.communicate(timeout=60)[1] == "varprop: interrupted\n"
     assert process.returncode == 130
     assert names(folder) == before | {"long.txt"}

@@ -1,4 +1,4 @@
-"""Programs for several processes on the CPU: `python -m tests.train.ranks N PROGRAM FOLDER` forks N of them.
+"""Programs for several processes on the CPU: `python -m tests.train.ranks FOLDER PROGRAM:N` forks N of them.
 
 torch is imported once, by the parent. Each process prints the line of a `VarpropError` and ends with 2, as the command
 line does.
@@ -14,42 +14,30 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from varprop.corpus import Corpus
 from varprop.errors import ArgumentError, VarpropError
-from varprop.nn import Transformer
 from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec
-from varprop.train import TrainConfig, optim
+from varprop.train import TrainConfig, optim, shards
 from varprop.train.checkpoint import RunDirectory
-from varprop.train.distributed import World, accumulate, full, shard, unwrapped
+from varprop.train.distributed import World, accumulate, compute_dtype, full, shard, unwrapped
+from varprop.train.model import TrainingModel
 
 SPEC = ModelSpec(
     d_model=8,
     n_layers=2,
     vocab_size=32,
     attention=AttentionSpec(n_heads=2),
-    feed_forward=FeedForwardSpec(d_ff=12),
+    feed_forward=FeedForwardSpec(d_ff=13),
 ).with_fields(density=0.5)
 CONFIG = TrainConfig(n_steps=4, batch_size=8, n_tokens=8, warmup_steps=1, clip_norm=0.1, device="cpu")
-CORPUS = Corpus(np.zeros(0, np.uint16), np.zeros(0, np.uint16), 32, None, "none", "0" * 64)
-
-
-class LossOfTransformer(nn.Module):
-    """A network whose forward pass gives its mean loss."""
-
-    def __init__(self, spec: ModelSpec, seed: int) -> None:
-        super().__init__()
-        self.transformer = Transformer(spec, seed=seed)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.transformer(tokens[:, :-1])
-        return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+CORPUS = Corpus(np.zeros(0, np.uint16), np.zeros(0, np.uint16), 32, None, "none", "0" * 64, 0)
 
 
 class Run:
@@ -57,7 +45,9 @@ class Run:
 
     def __init__(self, world: World, config: TrainConfig = CONFIG) -> None:
         self.world, self.config = world, config
-        self.model = shard(LossOfTransformer(SPEC, config.seed), world, config)
+        dtype = compute_dtype(config, world.device)
+        model = TrainingModel(SPEC, config, device=world.device, compute_dtype=dtype)
+        self.model = shard(model, world, config)
         self.optimizer = optim.adamw(unwrapped(self.model).transformer, SPEC, config)  # type: ignore[arg-type]
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -65,13 +55,13 @@ class Run:
     def steps(self, start: int, stop: int) -> Run:
         """Make the updates start..stop - 1."""
         for step in range(start, stop):
-            tokens = torch.randint(32, (8, 9), generator=torch.Generator().manual_seed(step))
+            tokens = torch.randint(32, (8, 9), generator=torch.Generator().manual_seed(step)).to(self.world.device)
             micro = tokens[list(self.world.share(8))].split(self.config.micro_batch_size or 8)
             self.optimizer.zero_grad()
-            loss = torch.zeros(())
+            loss = torch.zeros((), device=self.world.device)
             for number, rows in enumerate(micro):
                 with accumulate(self.model, last=number == len(micro) - 1):
-                    part = self.model(rows) / len(micro)
+                    part = self.model(rows[:, :-1], rows[:, 1:]).loss / len(micro)
                     part.backward()
                 loss += part.detach()
             norm = optim.clip_gradients(self.model.parameters(), self.config.clip_norm)
@@ -89,17 +79,20 @@ class Run:
                 tensors[f"{name}.{key}"] = full(value).clone()
         return tensors
 
-    def save(self, path: Path, step: int) -> None:
-        """Save and end."""
-        with RunDirectory(path, SPEC, self.config, CORPUS, self.world) as run:
-            run.save(step, self.model, self.optimizer, {"loss": np.array(self.losses)})
+    def directory(self, path: Path) -> RunDirectory:
+        """The run directory of this network and config."""
+        return RunDirectory(path, SPEC, self.config, CORPUS, self.world)
 
-    def restore(self, path: Path) -> tuple[int, dict[str, np.ndarray]]:
-        """Go to the last saved state."""
-        with RunDirectory(path, SPEC, self.config, CORPUS, self.world) as run:
-            found = run.restore(self.model, self.optimizer)
-        assert found is not None
-        return found
+    def save(self, directory: RunDirectory, step: int) -> None:
+        """Begin to save, with the losses as history."""
+        directory.save(step, self.model, self.optimizer, {"loss": np.array(self.losses)})
+
+    def restore(self, directory: RunDirectory) -> int:
+        """Go to the last saved state; its step, 0 if there is none."""
+        found = directory.restore(self.model, self.optimizer)
+        step, arrays = (0, {"loss": np.zeros(0)}) if found is None else found
+        self.losses = arrays["loss"].tolist()
+        return step
 
 
 def config(**fields: object) -> TrainConfig:
@@ -124,11 +117,14 @@ def everything(world: World, folder: Path) -> None:
             run = Run(world, config(parallel=parallel, micro_batch_size=micro)).steps(0, 4)
             keep(f"{parallel}/{micro}", run)
             if micro is None:
-                run.save(folder / parallel, 4)
+                with run.directory(folder / parallel) as directory, torch.no_grad():
+                    run.model(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))
+                    run.save(directory, 4)  # also where an evaluation has left the parameters gathered
+                    directory.finish(run.model)
     for saved, parallel in (("one", "ddp"), ("one", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")):
         run = Run(world, config(parallel=parallel))
-        step, arrays = run.restore(folder / saved)
-        numbers[f"{saved} to {parallel}"] = [step, arrays["loss"].tolist()]
+        with run.directory(folder / saved) as directory:
+            numbers[f"{saved} to {parallel}"] = [run.restore(directory), run.losses]
         tensors.update({f"{saved} to {parallel}/{key}": value for key, value in run.state().items()})
     numbers["sum"] = world.sum(torch.tensor([1.0, world.rank])).tolist()
     numbers["tiny sum"] = float(world.sum(torch.tensor(1e-12 if world.rank else 1.0)) - 1)
@@ -152,32 +148,72 @@ def one_raises(world: World, folder: Path) -> None:
     world.sum(torch.ones(1))
 
 
-def one_dies(world: World, folder: Path) -> None:
-    """Process 1 is killed between two updates after a checkpoint."""
-    run = Run(world).steps(0, 2)
-    with RunDirectory(folder / "run", SPEC, CONFIG, CORPUS, world) as directory:
-        directory.save(2, run.model, run.optimizer, {"loss": np.array(run.losses)})
-        directory.wait()
-        if world.rank == 1:
+def resumed(world: World, folder: Path) -> None:
+    """Train to the end from where the last process got, with a checkpoint every other step.
+
+    VARPROP_KILL = "rank place count": that process is killed at a place it comes to for the count-th time: `before` an
+    update, when it has written its `file` of a checkpoint, just before the `rename` of one.
+    """
+    rank, place, count = os.environ["VARPROP_KILL"].split()
+    left = {place: int(count)}
+
+    def die(here: str) -> None:
+        left[here] = left.get(here, 0) - 1
+        if (world.rank, here, left[here]) == (int(rank), place, 0):
             os.kill(os.getpid(), signal.SIGKILL)
-        run.steps(2, 4)
+
+    write_shard, commit = shards.write_shard, RunDirectory._commit
+
+    def write(*arguments: Any) -> dict[str, Any]:
+        entry = write_shard(*arguments)
+        die("file")
+        return entry
+
+    def rename(self: RunDirectory, part: Path, target: Path) -> None:
+        die("rename")
+        commit(self, part, target)
+
+    shards.write_shard, RunDirectory._commit = write, rename
+    run = Run(world)
+    n_steps = int((folder / "n_steps").read_text())
+    with run.directory(folder / "run") as directory:
+        for step in range(run.restore(directory), n_steps):
+            if step % 2 == 0 and step > 0:
+                run.save(directory, step)
+            die("before")
+            run.steps(step, step + 1)
+        run.save(directory, n_steps)
+        directory.finish(run.model)
+    state = run.state()
+    if world.is_main:
+        save_file(state, folder / "end.safetensors")
+        (folder / "losses.json").write_text(json.dumps(run.losses))
 
 
 PROGRAMS: dict[str, Callable[[World, Path], None]] = {
-    program.__name__: program for program in (everything, one_raises, one_dies)
+    program.__name__: program for program in (everything, one_raises, resumed)
 }
 
 
-def launch(n: int, program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program in n processes; stderr has their lines, the return code is that of process 0."""
-    command = [sys.executable, "-m", "tests.train.ranks", str(n), program, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, timeout=120, capture_output=True, text=True, env=environment)
+QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Process 0 holds the store here, not torchrun: when it dies, torch warns of that too."""
+KILLED = -signal.SIGKILL
+END_OF_RUN = "--- end of run"
 
 
-def _main(n: int, program: str, folder: Path) -> int:
-    if "RANK" in os.environ:  # torchrun has made the processes
-        return _child(program, folder)
+def launch(folder: Path, *runs: str) -> list[tuple[int, list[str]]]:
+    """Run programs one after the other; of each the return code of its process 0, and its lines on stderr.
+
+    runs: `program:processes`, or `program:processes:kill` with VARPROP_KILL.
+    """
+    command = [sys.executable, "-m", "tests.train.ranks", str(folder), *runs]
+    ended = subprocess.run(command, timeout=300, capture_output=True, text=True, env={**os.environ, **QUIET})
+    assert ended.returncode == 0, ended.stderr
+    lines = [part.splitlines() for part in ended.stderr.split(f"{END_OF_RUN}\n")[:-1]]
+    return list(zip(json.loads(ended.stdout), lines, strict=True))
+
+
+def _run(n: int, program: str, folder: Path) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -189,8 +225,8 @@ def _main(n: int, program: str, folder: Path) -> int:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             os._exit(_child(program, folder))
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return codes[0]
+    first, *_ = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return first
 
 
 def _child(program: str, folder: Path) -> int:
@@ -208,5 +244,18 @@ def _child(program: str, folder: Path) -> int:
     return 0
 
 
+def _main(folder: Path, runs: list[str]) -> None:
+    Run(World(0, 1, 0, torch.device("cpu")))  # what is imported late is imported once
+    codes = []
+    for run in runs:
+        program, n, *kill = run.split(":")
+        os.environ["VARPROP_KILL"] = kill[0] if kill else "-1 nowhere 0"
+        codes.append(_run(int(n), program, folder))
+        print(END_OF_RUN, file=sys.stderr, flush=True)
+    print(json.dumps(codes))
+
+
 if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))
+    if "RANK" in os.environ:  # torchrun has made the processes
+        sys.exit(_child(sys.argv[2], Path(sys.argv[1])))
+    _main(Path(sys.argv[1]), sys.argv[2:])

@@ -145,7 +145,7 @@ def test_texts_shorter_than_a_sequence(token_file: Path) -> None:
 @pytest.mark.gpu
 def test_prefetched_batches_on_a_gpu(token_file: Path) -> None:
     corpus = load_corpus(token_file)
-    with batches(corpus, 0, 8, 16, device="cuda:0") as stream:
+    with batches(corpus, 0, 8, 16, device="cuda") as stream:
         for step in range(20):
             found = next(stream)
             assert found.device.type == "cuda"

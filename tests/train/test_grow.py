@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
 
 from varprop import presets
 from varprop.errors import ArgumentError
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
 from varprop.train import TrainConfig, fit, load_model
-from varprop.train.grow import Method, grow, grown_state, layer_sources
+from varprop.train.grow import Method, grow, grown_state, layer_sources, load_moments
+from varprop.train.optim import adamw
+from varprop.train.shards import own_pieces, write_manifest, write_shard
 
 METHODS: tuple[Method, ...] = ("stack", "interleave")
 TOKENS = torch.arange(12).view(2, 6) % 32
@@ -85,19 +89,87 @@ def test_function_is_kept_where_the_copies_are_silent(spec: ModelSpec, method: M
         assert not torch.allclose(loud(TOKENS), old(TOKENS))  # without silencing, the blocks act again
 
 
-def test_moments_copied_or_dropped(spec: ModelSpec) -> None:
+def trained(spec: ModelSpec, config: TrainConfig) -> tuple[Transformer, torch.optim.AdamW]:
+    """A network after two updates, and its optimiser."""
+    model = Transformer(spec, seed=1)
+    optimizer = adamw(model, spec, config)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(TOKENS + step).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def with_moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state by the names of `grown_state`."""
+    tensors = dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def test_moments_copied_or_dropped(spec: ModelSpec, config: TrainConfig) -> None:
     shallow, deep = depths(spec, 1, 2)
-    weights = {f"model.{name}": tensor for name, tensor in Transformer(shallow).state_dict().items()}
-    moments = {}
-    for name, tensor in Transformer(shallow).state_dict().items():
-        for key, value in (("exp_avg", 3 * tensor), ("exp_avg_sq", tensor.square()), ("step", torch.ones(()))):
-            moments[f"optimizer.{name}.{key}"] = value
-    copied = grown_state({**weights, **moments}, shallow, deep, moments="copied")
-    names = {f"model.{row.name}" for row in deep.tensor_table()}
-    keys = {f"optimizer.{row.name}.{key}" for row in deep.tensor_table() for key in ("exp_avg", "exp_avg_sq", "step")}
+    state = with_moments(*trained(shallow, config))
+    copied = grown_state(state, shallow, deep, moments="copied")
+    names = {row.name for row in deep.tensor_table()}
+    keys = {f"optimizer.{name}.{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
     assert set(copied) == names | keys
-    assert torch.equal(copied["optimizer.layers.1.mlp.down.exp_avg"], 3 * weights["model.layers.0.mlp.down"])
-    assert set(grown_state({**weights, **moments}, shallow, deep, moments="dropped")) == names
+    down = "optimizer.layers.{}.mlp.down.exp_avg"
+    assert torch.equal(copied[down.format(1)], state[down.format(0)])
+    assert set(grown_state(state, shallow, deep, moments="dropped")) == names
+
+
+def test_copied_moments_are_those_of_the_optimiser(spec: ModelSpec, config: TrainConfig) -> None:
+    """Loaded into an optimiser they make the update of the source: in place of growth, a copy at the same depth."""
+    model, optimizer = trained(spec, config)
+    state = with_moments(model, optimizer)
+    other = Transformer(spec)
+    other.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")})
+    again = adamw(other, spec, config)
+    load_moments(other, again, state)
+    for network, step in ((model, optimizer), (other, again)):
+        step.zero_grad()
+        network(TOKENS).square().mean().backward()
+        step.step()
+    for one, same in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, same)
+
+
+def test_moments_of_sharded_parameters(spec: ModelSpec, config: TrainConfig) -> None:
+    state = with_moments(*trained(spec, config))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(Transformer(spec))
+        optimizer = adamw(model, spec, config)
+        load_moments(model, optimizer, state)
+        held = optimizer.state[dict(model.named_parameters())["layers.1.mlp.up"]]
+        assert torch.equal(held["exp_avg"].full_tensor(), state["optimizer.layers.1.mlp.up.exp_avg"])
+        assert float(held["step"]) == 2
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_moments_from_a_checkpoint(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+    model, optimizer = trained(spec, config)
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    stored = {
+        f"model.{n}" if not n.startswith("optimizer.") else n: t for n, t in with_moments(model, optimizer).items()
+    }
+    stored["history.step"] = torch.zeros(3)
+    file = write_shard(folder, 0, 1, own_pieces(stored, 0, 1))
+    write_manifest(folder, 2, {"spec": spec.to_dict()}, [file])
+    deep = spec.with_fields(n_layers=4)
+    state = grow(tmp_path, deep, "interleave", "copied")
+    assert set(state) == set(grown_state(with_moments(model, optimizer), spec, deep, "interleave", "copied"))
+    source = optimizer.state[dict(model.named_parameters())["layers.1.attention.o"]]["exp_avg_sq"]
+    assert torch.equal(state["optimizer.layers.3.attention.o.exp_avg_sq"], source)
+    with pytest.raises(ArgumentError, match=r"has no checkpoint; expected one, or moments='dropped'$"):
+        grow(tmp_path / "checkpoints", deep, moments="copied")
 
 
 def test_a_trained_run_grows(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from varprop import locks, results
 from varprop.errors import ArgumentError, SchemaError, Stopped
 from varprop.spec import ModelSpec
-from varprop.train import TrainConfig, fit, sweep_run
+from varprop.train import TrainConfig, fit, runs, sweep_run
 from varprop.train.sweep_collect import collect, status
 from varprop.train.sweep_file import Sweep, make_sweep, read_sweep
 from varprop.train.sweep_run import run_sweep, state, work, write_task
@@ -71,6 +71,26 @@ model.long = {{n_layers = 3, config.weight_decay = 0.0}}
         assert run.config.clip_norm == (None if values["clip_norm"] == "null" else 1.0)
         assert (run.spec.n_layers, run.config.weight_decay) == ((2, 0.1) if values["model"] == "short" else (3, 0.0))
         assert (run.spec.masks.q is None) == (values["density"] == 1.0)
+
+
+def test_a_run_by_name_with_other_fields(fields: dict[str, Any], tmp_path: Path) -> None:
+    corpus = json.dumps(fields["corpus"])
+    text = f"""
+run = "paper-dense-1b-l32-small"
+[config]
+corpus = {corpus}
+n_steps = 700
+[axes]
+n_layers = [1, 2]
+budget.steps = {{}}
+budget.tokens = {{config.total_tokens = 20_000_000}}
+"""
+    (tmp_path / "sweep.toml").write_text(text)
+    base = runs.get("paper-dense-1b-l32-small")
+    steps, tokens = read_sweep(tmp_path / "sweep.toml").runs[2:]
+    assert steps.spec == tokens.spec == base.spec.with_fields(n_layers=2)
+    assert steps.config == dataclasses.replace(base.config, total_tokens=None, n_steps=700, corpus=fields["corpus"])
+    assert tokens.config == dataclasses.replace(base.config, total_tokens=20_000_000, corpus=fields["corpus"])
 
 
 def test_the_id_of_a_run_is_what_decides_its_numbers(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
@@ -151,6 +171,10 @@ def test_states(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path, monkeyp
         assert state(folder) == "running"
         work(folder)  # leaves it to the other process
         assert state(folder) == "running"
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ArgumentError, match="is in use by another process; expected a free one"):
+            work(folder)
+        monkeypatch.delenv("WORLD_SIZE")
     with monkeypatch.context() as patch:
         patch.setattr(sweep_run, "fit", raising(ArgumentError("loss at step 3 is not finite; expected\na finite one")))
         with pytest.raises(ArgumentError):

@@ -51,9 +51,10 @@ def tokenize(
     where a text contains it, a document ends. n_workers: processes. progress: called with the bytes of the files read
     so far and their sum.
 
-    The directory is written under another name and renamed when it is whole. One that already holds this very corpus
-    is left as it is; anything else at `out` raises `ArgumentError`, as do bad input and a part without a document.
-    Memory does not grow with the files, only with the longest document. Checked by: tests/corpus/test_build.py.
+    The directory is written under another name and renamed when it is whole; only a kill -9 leaves something, a folder
+    `.NAME.*.part` beside it. One that already holds this very corpus is left as it is; anything else at `out` raises
+    `ArgumentError`, as do bad input and a part without a document. Memory does not grow with the files, only with the
+    longest document. Checked by: tests/corpus/test_build.py.
     """
     require(len(inputs) > 0, ArgumentError, "inputs", [], "empty", "at least one file")
     whole = isinstance(n_workers, int) and not isinstance(n_workers, bool) and n_workers >= 1

@@ -1,7 +1,7 @@
 """A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end).
 
-Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle. Checkpoints
-are written by a thread while training goes on.
+Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle.
+Checkpoints are written by a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varprop.corpus import Corpus
-from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError
+from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError, require
 from varprop.files import replacing, write_text
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
@@ -47,7 +47,9 @@ class RunDirectory:
     of another spec, corpus or config (`EXECUTION_FIELDS` may differ).
     """
 
-    def __init__(self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus, world: World) -> None:
+    def __init__(
+        self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus, world: World, initial: str = ""
+    ) -> None:
         self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
         self._spec, self._seed, self._world = spec, config.seed, world
         self._run = {
@@ -55,6 +57,7 @@ class RunDirectory:
             "spec": spec.to_dict(),
             "config": config.identity(),
             "corpus": {"name": corpus.name, "sha256": corpus.sha256},
+            "initial": initial,
         }
         self._run = json.loads(json.dumps(self._run))  # tuples as lists, as they are read
         self._lock = FileLock(self.path / "run.lock", blocking=False)
@@ -64,6 +67,9 @@ class RunDirectory:
         with world.raise_together():
             if world.is_main:
                 self._open()
+        with world.raise_together():
+            seen = self.checkpoints.is_dir()
+            require(seen, ArgumentError, "run_dir", str(path), f"not seen by process {world.rank}", "a shared folder")
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history_arrays: Mapping[str, np.ndarray]
@@ -92,9 +98,7 @@ class RunDirectory:
         if pending is not None:
             pending.result()
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[int, dict[str, np.ndarray]] | None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, np.ndarray]] | None:
         """Put the last whole checkpoint into `model` and `optimizer`; its step and history, None if there is none.
 
         The number of processes and how they share the model may be others than when it was saved. A damaged
@@ -119,8 +123,8 @@ class RunDirectory:
         found.read_into({**state, **arrays})
         return found.step, {name.removeprefix("history."): tensor.numpy() for name, tensor in arrays.items()}
 
-    def finish(self, model: nn.Module) -> None:
-        """Wait for the last save and write the final weights, which `load_model` reads."""
+    def finish(self, model: nn.Module, path: Path | None = None) -> None:
+        """Wait for the last save and write the weights, the final ones, which `load_model` reads, unless to `path`."""
         self.wait()
         held = {}
         for name, tensor in _state(model).items():
@@ -130,7 +134,7 @@ class RunDirectory:
         with self._world.raise_together():
             if self._world.is_main:
                 metadata = {"format": FORMAT, "spec": self._spec.to_dict(), "seed": self._seed}
-                _save(held, self.path / "model.safetensors", metadata)
+                _save(held, path or self.path / "model.safetensors", metadata)
 
     def close(self) -> None:
         """Let a save in flight end, and give the directory free. `ArgumentError` if that save failed."""
@@ -148,22 +152,24 @@ class RunDirectory:
     ) -> None:
         try:
             self.close()
-        except Exception as failed:
+        except (ArgumentError, RuntimeError) as failed:
             if error is None:
                 raise
-            warnings.warn(f"{failed}", DamagedShardWarning, stacklevel=2)  # the first error is the one that is raised
+            # The first error is the one that is raised; a RuntimeError says once more that another process is lost.
+            if isinstance(failed, ArgumentError):
+                warnings.warn(f"{failed}", DamagedShardWarning, stacklevel=2)
 
     def _open(self) -> None:
         shown = str(self.path)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+        except (Timeout, RuntimeError):  # RuntimeError: this very thread holds it
+            raise ArgumentError(f"run_dir={shown!r} is in use by another run; expected one at a time") from None
         except OSError as error:
             raise ArgumentError(
                 f"run_dir={shown!r} cannot be made ({error.strerror}); expected a writable directory"
             ) from None
-        except (Timeout, RuntimeError):  # RuntimeError: this very process holds it
-            raise ArgumentError(f"run_dir={shown!r} is in use by another run; expected one at a time") from None
         for rest in self.checkpoints.glob(".step-*"):
             shutil.rmtree(rest, ignore_errors=True)
         description = self.path / "run.json"
@@ -178,13 +184,13 @@ class RunDirectory:
         difference = _first_difference(found, self._run)
         if difference:
             name, held, expected = difference
-            raise ArgumentError(
-                f"run_dir={str(self.path)!r} holds a run with {name}={held!r}; expected {expected!r}"
-            )
+            raise ArgumentError(f"run_dir={str(self.path)!r} holds a run with {name}={held!r}; expected {expected!r}")
 
     def _saved(self) -> list[Path]:
         """The folders of checkpoints, the latest first."""
-        steps = {int(match[1]): path for path in self.checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))}
+        steps = {
+            int(match[1]): path for path in self.checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))
+        }
         return [steps[step] for step in sorted(steps, reverse=True)]
 
     def _last_whole(self) -> Shards | None:
@@ -217,7 +223,7 @@ class RunDirectory:
             self._staging[name] = held
         return Piece(held.copy_(piece.tensor, non_blocking=True), piece.offset, piece.shape)
 
-    def _write(self, step: int, pieces: dict[str, Piece], copied: torch.cuda.Event | None) -> None:
+    def _write(self, step: int, pieces: dict[str, Piece], copied: torch.Event | None) -> None:
         """Write a checkpoint, in the thread. It is renamed when every process has written its file."""
         world, name = self._world, f"step-{step:08d}"
         part = self.checkpoints / f".{name}.part"

@@ -57,6 +57,8 @@ def batches(
     as of `batch`. An error of a step is raised when that step is asked for.
     """
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # of this thread: the other one starts with GPU 0
     with ThreadPoolExecutor(1, initializer=_use_device, initargs=(device,)) as thread:
         ready: collections.deque[Future[torch.Tensor]] = collections.deque()
 
@@ -126,5 +128,5 @@ def _on_device(rows: torch.Tensor, device: str | torch.device) -> torch.Tensor:
 
 def _use_device(device: torch.device) -> None:
     """Pinning memory in a new thread would otherwise start a context on the first GPU."""
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda":
         torch.cuda.set_device(device)

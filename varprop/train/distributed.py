@@ -9,17 +9,19 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,11 +69,11 @@ class World:
             torch.cuda.set_device(device)
         waits = timedelta(seconds=timeout)
         try:
-            store, rank, _ = next(dist.rendezvous("env://", timeout=waits))
+            store, rank, _ = next(rendezvous("env://", timeout=waits))
             store.set_timeout(waits)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("varprop", store),
+                store=PrefixStore("varprop", store),
                 rank=rank,
                 world_size=size,
                 timeout=waits,
@@ -208,12 +210,12 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
     """`model` as the processes of `world` train it together; on one process the model itself.
 
-    model: a module whose forward pass gives the loss, with the blocks in `model.transformer.layers`; the optimiser is made
-    from the parameters of what is returned. The loss of a process is the mean over its own sequences, and gradients are
-    the mean over the processes. `ddp`: whole copies. `fsdp`: parameters, gradients and optimiser state are split along
-    their first axis (DTensors), gathered block by block in the type of the products and reduced in float32. Every
+    model: a module whose forward pass gives the loss, with the blocks in `model.transformer.layers`; the optimiser is
+    made from the parameters of what is returned. The loss of a process is the mean over its sequences, gradients are
+    the mean over the processes. `ddp`: whole copies. `fsdp`: parameters, gradients and optimiser state are split
+    along their first axis (DTensors), gathered block by block in the type of the products and reduced in float32. Every
     parameter of a block is gathered in that type, the router of a mixture too: its master is float32, the copy that is
-    used has 8 significant bits.
+    used has 8 significant bits. `ArgumentError` for `fsdp` with several compile_layers.
     """
     if world.size == 1:
         return model
@@ -226,6 +228,9 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
             return DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+    one = config.compile_layers == 1
+    expected = "1 with parallel='fsdp', which gathers one block at a time"
+    require(one, ArgumentError, "compile_layers", config.compile_layers, "too large", expected)
     dtype = compute_dtype(config, world.device)
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
@@ -235,11 +240,12 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in model.transformer.layers:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
-def accumulate(model: nn.Module, last: bool) -> ContextManager[None]:
-    """The context of the forward and backward pass of one micro-batch: only the last of a step is reduced over ranks."""
+def accumulate(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """The context of the forward and backward pass of one micro-batch: only the `last` of a step is reduced."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     elif isinstance(model, DistributedDataParallel) and not last:

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varprop.errors import ArgumentError, require
 from varprop.spec import ModelSpec
 from varprop.train.checkpoint import load_model
+from varprop.train.shards import Shards
 
 Method = Literal["stack", "interleave"]
 Moments = Literal["copied", "dropped"]
 LAYER = re.compile(r"(?<![^.])layers\.(\d+)\.")
 """The block of a tensor in its name, counted from 0."""
+OPTIMIZER = "optimizer."
+"""What the names of AdamW's tensors begin with."""
 
 
 def layer_sources(shallow: ModelSpec, deep: ModelSpec, method: Method = "stack") -> tuple[int, ...]:
@@ -29,8 +33,8 @@ def layer_sources(shallow: ModelSpec, deep: ModelSpec, method: Method = "stack")
 
     stack: ((l - 1) mod L0) + 1. interleave: ceil(l L0 / L). L need not be a multiple of L0: some layers then come once
     more often than the others. Raises `ArgumentError` for an unknown method, for specs that differ in more than
-    n_layers (the first other field is named), for a deep spec that is not deeper, and where a layer would take its block
-    from one of another kind (dense or mixture, window, norm placement, where these change over the layers).
+    n_layers (the first other field is named), for a deep spec that is not deeper, and where a layer would take its
+    block from one of another kind (dense or mixture, window, norm placement, where these change over the layers).
 
     >>> from varprop import presets
     >>> shallow, deep = (presets.tiny().with_fields(n_layers=n) for n in (3, 5))
@@ -70,9 +74,9 @@ def grown_state(
 ) -> dict[str, torch.Tensor]:
     """The tensors of the deep model: blocks by `layer_sources`, everything else as it is; copies share no memory.
 
-    tensors: by the names of the shallow model's state (masks too), or of a checkpoint (`model.` before them, and
-    `optimizer.` before AdamW's). moments: whether a checkpoint's AdamW state is copied with its block (each copy has
-    the source's moments and step count) or dropped, so that the optimiser starts anew.
+    tensors: by the names of the shallow model's state, masks too, and `optimizer.<name>.<key>` of AdamW's where it is
+    given. moments: whether the latter are copied with their block (each copy has the source's moments and step count)
+    or dropped, so that the optimiser starts anew.
     The network computes another function than the shallow one: each block acts again. It is the shallow function where
     `o` and `down` of the copies are zero. Multipliers that depend on depth (`residual.rule`, `lns`) are the deep
     spec's. Raises `ArgumentError` as `layer_sources`, and for tensors that are not those of all the shallow blocks.
@@ -86,7 +90,7 @@ def grown_state(
     """
     require(moments in get_args(Moments), ArgumentError, "moments", moments, "unknown", " or ".join(get_args(Moments)))
     sources = layer_sources(shallow, deep, method)
-    wanted = {name: tensor for name, tensor in tensors.items() if moments == "copied" or _is_weight(name)}
+    wanted = {name: tensor for name, tensor in tensors.items() if moments == "copied" or not name.startswith(OPTIMIZER)}
     blocks = {int(match[1]) for name in wanted if (match := LAYER.search(name))}
     expected = f"{shallow.n_layers}, those of the shallow model"
     whole = blocks == set(range(shallow.n_layers))
@@ -100,15 +104,45 @@ def grown_state(
     return grown
 
 
-def _is_weight(name: str) -> bool:
-    return not name.startswith("optimizer.")
+def grow(
+    run_dir: str | Path, deep: ModelSpec, method: Method = "stack", moments: Moments = "dropped"
+) -> dict[str, torch.Tensor]:
+    """The state from which a run of the deep spec starts, grown from the run in `run_dir`.
 
-
-def grow(run_dir: str | Path, deep: ModelSpec, method: Method = "stack") -> dict[str, torch.Tensor]:
-    """The weights from which a run of the deep spec starts, grown from those of the finished run in `run_dir`.
-
-    Float32 on the CPU, by name, masks included: what `fit` takes as `initial`. AdamW's moments start anew. Raises
-    `ArgumentError` for a directory without a finished run and as `layer_sources`.
+    moments `dropped`: the final weights of a finished run, float32 on the CPU by name, masks included. `copied`: the
+    weights of its last checkpoint and, as `optimizer.<name>.<key>`, their AdamW state, for `load_moments`.
+    Raises `ArgumentError` for a directory without a finished run (a checkpoint) and as `grown_state`, `SchemaError` for
+    a damaged checkpoint.
     """
-    model = load_model(run_dir)
-    return grown_state(model.state_dict(), model.spec, deep, method)
+    if moments == "dropped":
+        model = load_model(run_dir)
+        return grown_state(model.state_dict(), model.spec, deep, method)
+    folders = sorted(Path(run_dir).glob("checkpoints/step-*"))
+    if not folders:
+        raise ArgumentError(f"run_dir={str(run_dir)!r} has no checkpoint; expected one, or moments='dropped'")
+    last = Shards(folders[-1])
+    last.require_whole()
+    tensors = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        for name, (shape, dtype) in last.tensors.items()
+        if name.startswith(("model.", OPTIMIZER))
+    }
+    last.read_into(tensors)
+    named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return grown_state(named, ModelSpec.from_dict(last.run["spec"]), deep, method, moments)
+
+
+def load_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the AdamW state of `tensors`, as `grow` gives it, into `optimizer`, made from the parameters of `model`.
+
+    model: a `Transformer`, sharded or not. Without `optimizer.` tensors nothing is changed.
+    """
+    for name, parameter in model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            tensor = tensors.get(f"{OPTIMIZER}{name}.{key}")
+            if tensor is None:
+                continue
+            tensor = tensor.to(parameter.device)
+            if isinstance(parameter, DTensor) and tensor.dim():
+                tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+            optimizer.state[parameter][key] = tensor.clone()

@@ -1,4 +1,4 @@
-"""The network as it is trained: loss and statistics of every layer in one forward pass, compiled a few layers at a time.
+"""The network as it is trained: loss and statistics of every layer in one pass, compiled a few layers at a time.
 
 All layers share one compiled function: it gets their tensors, and of a layer's number only what it means for the code
 (`representative`). A unit of several layers is compiled together, so that a residual sum and the norm that follows it
@@ -13,15 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from varprop import measure
 from varprop.nn import Block, Transformer, block_forward
-from varprop.nn.attention import Shared, rotation
+from varprop.nn.attention import Shared
 from varprop.nn.block import effective_weights
 from varprop.nn.residual import DEPTH_FACTOR
 from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
+from varprop.train.attention_masks import AttentionMasks
 from varprop.train.config import TrainConfig
 from varprop.train.loss import chunk_loss, chunk_size, chunked_mean_loss
 
@@ -29,8 +31,8 @@ SUMS = (
     *(f"{site} {power}" for site in SITES[1:] for power in ("sum", "squares")),
     *(f"{branch}_out product" for branch in BRANCHES),
 )
-"""What is summed over the neurons of every token in every layer: x, x^2 at each site (`resid_pre` is the `resid_post` of
-the layer before), and stream times branch."""
+"""What is summed over the neurons of every token in every layer: x and x^2 at each site (`resid_pre` is the `resid_post`
+of the layer before), and stream times branch."""
 
 
 class Layer(NamedTuple):
@@ -45,7 +47,8 @@ class Forward(NamedTuple):
     """What a forward pass gives: the loss to differentiate, its cross-entropy, and sums for the statistics.
 
     loss: cross-entropy plus auxiliary losses. embedded: (2, B, T) sums over neurons of x and x^2 at layer 0.
-    token_sums: (L, len(SUMS), B, T). mixtures: name -> (mixture layers, ...), empty without a mixture.
+    token_sums: (L, len(SUMS), B, T). mixtures: name -> (mixture layers, ...), empty without a mixture: `expert_load`
+    (tokens of each expert), `gate_second_moment`, and the losses `load_balance` and `router_z` before their weights.
     """
 
     loss: Tensor
@@ -55,10 +58,20 @@ class Forward(NamedTuple):
     mixtures: dict[str, Tensor]
 
 
+class Functions(NamedTuple):
+    """The parts of a pass, compiled or as they are."""
+
+    run_layers: Callable[..., Any]
+    embed: Callable[..., Any]
+    normalise: Callable[..., Any]
+    chunk_loss: Callable[..., Any]
+
+
 class TrainingModel(nn.Module):
     """A `Transformer` whose forward pass gives the loss of a batch and the statistics of every layer.
 
     compute_dtype: of the stream and the matrix products; weights are float32. Nothing in a pass waits for the device.
+    In evaluation mode nothing is compiled, so that other shapes cost no compilation.
     """
 
     def __init__(
@@ -69,31 +82,36 @@ class TrainingModel(nn.Module):
         self.transformer = Transformer(spec, seed=config.seed, device=device, compute_dtype=compute_dtype)
         self.compute_dtype = compute_dtype
         self._checkpointing = config.activation_checkpointing
+        for name, parameter in self.transformer.named_parameters():
+            if name.endswith("moe.router_bias"):  # selects only: it has no gradient
+                parameter.requires_grad_(False)
         self._auxiliary = {"load_balance": config.load_balance_weight, "router_z": config.router_z_weight}
         self._chunk = chunk_size(device.type, spec.vocab_size)
         self._depth_factors = torch.arange(1, spec.n_layers + 1, device=device, dtype=torch.float32).rsqrt()
-        self._compiled = config.compile
-        compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True) if config.compile else _as_it_is
-        self.statistics = True
-        self._run_layers: Callable[..., Any] = compiled(run_layers)
-        self._embed: Callable[..., Any] = compiled(_embed)
-        self._normalise: Callable[..., Any] = compiled(Transformer.normalise)
-        self._chunk_loss: Callable[..., Any] = compiled(chunk_loss)
-        self._units = _units(spec, config.compile_layers)
+        self.statistics = True  # a benchmark turns them off
+        self._plain = Functions(run_layers, _embed, Transformer.normalise, chunk_loss)
+        self._compiled = self._plain
+        if config.compile:
+            self._compiled = Functions(*(torch.compile(f, dynamic=False, fullgraph=True) for f in self._plain))
+        self._masks = AttentionMasks(spec)
+        self._units = _units(spec, config.compile_layers if config.parallel == "ddp" else 1)
 
-    def forward(self, tokens: Tensor, targets: Tensor, shared: Shared | None = None) -> Forward:
-        """Loss and statistics of tokens (B, T) with their next tokens (B, T)."""
-        model = self.transformer
-        shared = shared or self.shared(tokens.shape[-1], tokens.device)
-        x, embedded = self._embed(model, tokens)
+    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Forward:
+        """Loss and statistics of tokens (B, T) with their next tokens (B, T).
+
+        documents: (B, T), the document of each token; attention then stays within it.
+        """
+        model, do = self.transformer, self._compiled if self.training else self._plain
+        shared = self._masks.shared(tokens.shape[-1], tokens.device, documents)
+        x, embedded = do.embed(model, tokens)
         sums: list[Tensor] = []
         mixtures: list[dict[str, Tensor]] = []
         for unit in self._units:
-            x, unit_sums, unit_mixtures = self._unit(x, unit, shared)
+            x, unit_sums, unit_mixtures = self._unit(do.run_layers, x, unit, shared)
             sums.append(unit_sums)
             mixtures.extend(unit_mixtures)
-        hidden = self._normalise(model, x)
-        cross_entropy = chunked_mean_loss(hidden, model.unembedding, targets, self._chunk, self._chunk_loss)
+        hidden = do.normalise(model, x)
+        cross_entropy = chunked_mean_loss(hidden, model.unembedding, targets, self._chunk, do.chunk_loss)
         found = {name: torch.stack([layer[name] for layer in mixtures]) for name in (mixtures[0] if mixtures else {})}
         loss = cross_entropy
         for name, weight in self._auxiliary.items():
@@ -102,34 +120,24 @@ class TrainingModel(nn.Module):
         found = {name: value.detach() for name, value in found.items()}
         return Forward(loss, cross_entropy.detach(), embedded, torch.cat(sums), found)
 
-    def shared(self, n_tokens: int, device: torch.device) -> Shared:
-        """What the layers share at this length."""
-        attention = self.spec.attention
-        if attention is None or attention.rope_theta is None:
-            return Shared()
-        return Shared(rotation=rotation(self.spec, n_tokens, device))
-
-    def _unit(self, x: Tensor, unit: range, shared: Shared) -> Any:
+    def _unit(self, run_layers: Callable[..., Any], x: Tensor, unit: range, shared: Shared) -> Any:
         if len(unit) > 1:
-            return self._layers(x, [self.transformer.layers[i] for i in unit], shared)  # type: ignore[misc]
+            return self._layers(run_layers, x, [self.transformer.layers[i] for i in unit], shared)  # type: ignore[misc]
         # As a call of the block, which is what gathers its parameters when they are sharded.
-        return self.transformer.layers[unit[0]](x, through=lambda x, block: self._layers(x, [block], shared))
+        block = self.transformer.layers[unit[0]]
+        return block(x, through=lambda x, block: self._layers(run_layers, x, [block], shared))
 
-    def _layers(self, x: Tensor, blocks: Sequence[Block], shared: Shared) -> Any:
+    def _layers(self, run_layers: Callable[..., Any], x: Tensor, blocks: Sequence[Block], shared: Shared) -> Any:
         layers = [
             Layer(dict(b.named_parameters()), dict(b.named_buffers()), self._depth_factors[b.layer - 1]) for b in blocks
         ]
         numbers = tuple(representative(self.spec, block.layer) for block in blocks)
         run = functools.partial(
-            self._run_layers, spec=self.spec, numbers=numbers, dtype=self.compute_dtype, statistics=self.statistics
+            run_layers, spec=self.spec, numbers=numbers, dtype=self.compute_dtype, statistics=self.statistics
         )
-        if self._checkpointing:
+        if self._checkpointing and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(run, x, layers, shared, use_reentrant=False)
         return run(x, layers, shared)
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 def _units(spec: ModelSpec, size: int) -> list[range]:
@@ -184,15 +192,42 @@ def run_layers(
         seen: dict[str, Tensor] = {}
         sums: list[Tensor] = []
         products: list[Tensor] = []
+        routed: dict[str, Tensor] = {}
 
         def record(_: int, site: str, value: Tensor, seen=seen, sums=sums, products=products) -> None:
             seen[site] = value = value.detach()
             if site != "resid_pre":
                 sums.extend(_sums(value))
             if site in measure.BRANCH_STREAM:
-                stream = seen.get(measure.BRANCH_STREAM[site])
-                products.append((stream.float() * value.float()).sum(dim=-1))
+                products.append((seen[measure.BRANCH_STREAM[site]].float() * value.float()).sum(dim=-1))
 
-        x = block_forward(x, weights, spec, number, record if statistics else None, shared=shared)
+        def observe(_: int, what: str, value: Tensor, routed=routed) -> None:
+            routed[what] = value
+
+        x = block_forward(
+            x,
+            weights,
+            spec,
+            number,
+            record if statistics else None,
+            None,
+            observe,
+            observe_attention=False,
+            shared=shared,
+        )
         rows.append(torch.stack((*sums, *products)) if statistics else x.new_zeros(1))
+        if routed:
+            mixtures.append(_mixture(spec, routed["router_logits"], routed["gates"].detach()))
     return x, torch.stack(rows), mixtures
+
+
+def _mixture(spec: ModelSpec, logits: Tensor, gates: Tensor) -> dict[str, Tensor]:
+    """Load, gates and auxiliary losses of a mixture; each layer's losses count alike, whatever its place and the depth."""
+    assert spec.moe is not None
+    load = measure.expert_load(gates).flatten(0, -2).sum(dim=0)
+    return {
+        "expert_load": load,
+        "gate_second_moment": measure.gate_second_moment(gates).mean(),
+        "load_balance": measure.load_balance_loss(logits, load, spec.moe.router),
+        "router_z": measure.router_z_loss(logits),
+    }

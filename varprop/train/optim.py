@@ -28,10 +28,10 @@ d_model; the logits of attention keep the spec's scale, which is the paper's if 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from varprop.errors import ArgumentError, require
 from varprop.spec import ModelSpec, TensorRow
@@ -180,14 +180,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], clip_norm: float | None) -> torch.Tensor:
-    """The global gradient norm before clipping, a tensor on the device; gradients are scaled down to `clip_norm`.
+def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """The global norm of the gradients of all parameters, a plain scalar on the device, the same on every rank."""
+    return global_norm(parameter.grad for parameter in _with_gradient(optimizer))
 
-    Of sharded parameters it is the norm over all ranks, the same on each of them. Gradients of a replicated model (DDP)
-    are the same on every rank, and so is their norm.
+
+def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> torch.Tensor:
+    """Make an update with gradients scaled down to the norm `clip_norm`; their global norm before that.
+
+    The fused optimiser divides by a scale on the device and leaves out an update whose norm is not finite, as it does
+    for a gradient scaler: no pass over the gradients, nothing waits. Of sharded parameters, which it cannot scale, the
+    gradients are scaled in place, and a norm that is not finite spoils the weights.
     """
-    present = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = global_norm(p.grad for p in present if p.grad is not None)
-    if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(present, clip_norm, norm)
+    present = _with_gradient(optimizer)
+    norm = global_norm(parameter.grad for parameter in present)
+    if any(isinstance(parameter, DTensor) for parameter in present):
+        if clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(present, clip_norm, norm)
+        optimizer.step()
+        return norm
+    scale = torch.ones_like(norm) if clip_norm is None else (norm / clip_norm).clamp(min=1.0)
+    optimizer.grad_scale, optimizer.found_inf = scale, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
     return norm
+
+
+def _with_gradient(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter for parameter in parameters if parameter.grad is not None]

@@ -1,7 +1,7 @@
 """The files of a checkpoint: each process writes its part of the state, any number of processes read it back.
 
-`<rank>-of-<size>.safetensors` holds pieces of tensors, boxes of the whole ones. `checkpoint.json`, written last, says of
-each file its size, its SHA-256, and the offset of each piece; of each tensor the whole shape and the type. Not
+`<rank>-of-<size>.safetensors` holds pieces of tensors, boxes of the whole ones. `checkpoint.json`, written last, says
+of each file its size, its SHA-256, and the offset of each piece; of each tensor the whole shape and the type. Not
 torch.distributed.checkpoint: its own storage is pickled, its safetensors storage has no hashes and takes the shape of a
 tensor from the pieces that are there, so that a missing file is not noticed.
 """
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,6 +56,7 @@ def own_pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str,
 
     Whole tensors go, in order, to the process that has the fewest bytes so far, the same on every process.
 
+    >>> import torch
     >>> tensors = {"a": torch.zeros(8), "b": torch.zeros(2), "c": torch.zeros(2)}
     >>> [list(own_pieces(tensors, rank, 2)) for rank in range(2)]
     [['a'], ['b', 'c']]
@@ -123,9 +123,7 @@ class Shards:
             manifest = json.loads((folder / MANIFEST).read_text())
             self.step, self.run, self._files = int(manifest["step"]), manifest["run"], manifest["files"]
             self.tensors = {
-                name: (tuple(shape), dtype)
-                for file in self._files
-                for name, (shape, dtype) in file["tensors"].items()
+                name: (tuple(shape), dtype) for file in self._files for name, (shape, dtype) in file["tensors"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise SchemaError(f"file={str(folder / MANIFEST)!r} is damaged; expected that of a checkpoint") from None

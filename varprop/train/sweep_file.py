@@ -1,7 +1,8 @@
 """`sweep.toml`: training runs as a file, so that every machine trains the same ones.
 
-spec = "tiny"                        # a preset or a spec JSON file, which is looked for beside this file
-seeds = [0, 1, 2]                    # of every point; left out: 0
+spec = "tiny"                        # a preset or a spec JSON file, which is looked for beside this file; or
+                                     # run = "paper-dense-1b-l16-small", spec and config of a run by name
+seeds = [0, 1, 2]                    # of every point; left out: that of the run, or 0
 [set]                                # changes of the spec
 vocab_size = 8192
 [config]                             # fields of TrainConfig; the budget is n_steps, total_tokens or total_flops
@@ -11,6 +12,8 @@ density = [1.0, 0.5]
 config.weight_decay = [0.0, 0.1]     # of TrainConfig
 model.l8 = {}                        # or an axis of your own: label = changes
 model.l16 = {n_layers = 16, config.learning_rate = 1e-3}
+
+A budget takes the place of another one that stands in the run or, for an axis, in [config].
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from varprop.results import DIMENSIONS, VARIABLES
 from varprop.spec import ModelSpec
 from varprop.spec.axes import CONFIG, Axes, check_names, combinations, dimensions, plain
 from varprop.spec.plan_file import nulls, read_plan, require_known, spec_name
-from varprop.train.config import TrainConfig
+from varprop.train import runs
+from varprop.train.config import BUDGETS, TrainConfig
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
@@ -85,12 +89,21 @@ def read_sweep(path: str | Path, corpus_dir: str | None = None) -> Sweep:
     corpus_dir: of `load_corpus`; a run's id holds the hash of its text.
     """
     source = Path(path)
-    table = read_plan(path, "sweep", ("set", "axes", "config"), ("spec", "seeds"))
-    require_known("config.", table.get("config", {}), FIELDS)
-    require("spec" in table, ArgumentError, "spec", None, "missing", f"spec in {source.name}")
-    spec = presets.load(spec_name(table["spec"], source.parent)).with_fields(nulls(table.get("set", {})))
+    table = read_plan(path, "sweep", ("set", "axes", "config"), ("spec", "run", "seeds"))
+    config, base = nulls(table.get("config", {})), {}
+    require_known(CONFIG, config, FIELDS)
+    if "run" in table:
+        require("spec" not in table, ArgumentError, "run", table["run"], "given with spec", "one of them")
+        name = table["run"]
+        require(isinstance(name, str), ArgumentError, "run", name, "no name", "the name of a run")
+        spec, base = runs.get(name).spec, json.loads(runs.get(name).config.to_json())
+    else:
+        require("spec" in table, ArgumentError, "spec", None, "missing", f"spec or run in {source.name}")
+        spec = presets.load(spec_name(table["spec"], source.parent))
     axes = _with_config_fields(nulls(table.get("axes", {})))
-    return make_sweep(spec, axes, nulls(table.get("config", {})), table.get("seeds", [0]), corpus_dir)
+    spec = spec.with_fields(nulls(table.get("set", {})))
+    seeds = table.get("seeds", [base.pop("seed", 0)])
+    return make_sweep(spec, axes, _over(base, config), seeds, corpus_dir)
 
 
 def make_sweep(
@@ -115,21 +128,27 @@ def make_sweep(
     require("seed" not in given, ArgumentError, "config.seed", given.get("seed"), "no field here", "seeds")
     good = isinstance(seeds, Sequence) and 0 < len(seeds) == len(set(map(str, seeds)))
     require(good, ArgumentError, "seeds", seeds, "empty or repeats a value", "a list of distinct integers")
-    runs = []
+    made = []
     corpus_hash = functools.cache(lambda name: _checked_corpus(name, corpus_dir))
     for changes in combinations(axes, depths=True):
         fields = {name.removeprefix(CONFIG): changes.pop(name) for name in list(changes) if name.startswith(CONFIG)}
         require_known(CONFIG, fields, FIELDS)
         changed = spec.with_fields(changes)
         for seed in seeds:
-            own = TrainConfig.from_json(json.dumps(given | fields | {"seed": seed}, default=plain))
+            own = TrainConfig.from_json(json.dumps(_over(given, fields) | {"seed": seed}, default=plain))
             sha256, vocab_size = corpus_hash(own.corpus)
             fits = vocab_size <= changed.vocab_size
             expected = f"a vocab_size of at least {vocab_size}, that of the corpus {own.corpus}"
             require(fits, ArgumentError, "vocab_size", changed.vocab_size, "too small", expected)
             task = {"spec": changed.to_dict(), "config": own.identity(), "corpus": sha256}
-            runs.append(SweepRun(changed, own, json.dumps(task, sort_keys=True, separators=(",", ":"))))
-    return Sweep(spec, axes, tuple(map(plain, seeds)), tuple(runs), corpus_dir)
+            made.append(SweepRun(changed, own, json.dumps(task, sort_keys=True, separators=(",", ":"))))
+    return Sweep(spec, axes, tuple(map(plain, seeds)), tuple(made), corpus_dir)
+
+
+def _over(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config with changes; a budget among them takes the place of the one before."""
+    budget = any(changes.get(name) is not None for name in BUDGETS)
+    return {name: value for name, value in fields.items() if not (budget and name in BUDGETS)} | dict(changes)
 
 
 def _checked_corpus(name: str, corpus_dir: str | None) -> tuple[str, int]:

@@ -82,6 +82,8 @@ def work(run_dir: str | Path) -> None:
     folder, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
     spec, config, corpus_dir = _read_task(folder)
     with claim(folder / LOCK) if first else contextlib.nullcontext(True) as mine:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else the other processes would wait for this one
+        require(mine or alone, ArgumentError, "directory", str(folder), "in use by another process", "a free one")
         if not mine or (folder / RESULT).exists():
             return
         if first:
@@ -124,8 +126,8 @@ def run_sweep(
     (mod their number) alone. Runs that processes of other commands are at are left to them; a killed run is resumed; a
     failed one is left as it is unless `retry`. report: takes a line for each beginning and end.
 
-    On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end; if this process is killed they go on. 0: nothing is left to do here. 1: a run failed.
-    3: a signal came.
+    On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end; if this process is killed they go on. 0: nothing is
+    left to do here. 1: a run failed. 3: a signal came.
     """
     folder, places = Path(directory), _places()
     count = len(places) if n_workers is None else n_workers
