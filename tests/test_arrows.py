@@ -18,7 +18,7 @@ LINES = (
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),
     ("demo",),
-    ("cli_data", "cli_grid", "cli_hf", "cli_sweep"),
+    ("cli_data", "cli_grid", "cli_hf", "cli_runs", "cli_sweep"),
     ("cli",),
     ("__main__",),
 )

@@ -64,8 +64,7 @@ class Run:
                     part = self.model(rows[:, :-1], rows[:, 1:]).loss / len(micro)
                     part.backward()
                 loss += part.detach()
-            norm = optim.clip_gradients(self.model.parameters(), self.config.clip_norm)
-            self.optimizer.step()
+            norm = optim.clipped_step(self.optimizer, self.config.clip_norm)
             self.losses.append(float(self.world.mean(loss)))
             self.norms.append(float(norm))
         return self
