@@ -283,3 +283,19 @@ def test_sharded_over_ranks(spec: ModelSpec, tmp_path: Path, n_ranks: int) -> No
         read_sharded(0, *arguments)
     else:
         torch.multiprocessing.spawn(read_sharded, arguments, nprocs=n_ranks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", [{}, MOE], ids=lambda changes: ",".join(changes) or "plain")
+def test_cuda_agrees_with_cpu(spec: ModelSpec, changes: dict[str, Any]) -> None:
+    """float32: sums of some hundred products in another order, through two layers. In bfloat16 the same variables."""
+    spec = spec.with_fields(changes)
+    cpu, cuda = Transformer(spec), Transformer(spec, device="cuda")
+    expected = read(cpu) | weight_statistics(cpu, spec)
+    found = probe(cuda, tokens().cuda()) | weight_statistics(cuda, spec)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].cpu(), value, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+    narrow = probe(cuda, tokens().cuda(), compute_dtype=torch.bfloat16)
+    for name, value in narrow.items():
+        assert torch.equal(value.isnan(), found[name].isnan())
