@@ -171,13 +171,21 @@ def adamw(model: torch.nn.Module, spec: ModelSpec, config: TrainConfig) -> torch
         for group in parameter_groups(spec, config)
     ]
     assert not parameters, f"parameters outside the tensor table: {', '.join(parameters)}"
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    if next(model.parameters()).is_cuda:  # on the device, where a recorded step reads it
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device="cuda")
+            group["capturable"] = True
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group to `rate` times its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate * group["factor"])
+        else:
+            group["lr"] = rate * group["factor"]
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:

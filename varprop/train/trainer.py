@@ -24,6 +24,7 @@ from varprop.train.budget import n_steps
 from varprop.train.config import TrainConfig
 from varprop.train.data import document_ids, evaluation_windows
 from varprop.train.distributed import World, accumulate, compute_dtype, shard
+from varprop.train.graphs import StepGraphs
 from varprop.train.model import TrainingModel
 from varprop.train.probe import probe
 from varprop.train.track import EVALUATIONS, OF_PROBE, batch_statistics
@@ -33,6 +34,9 @@ ATTENTION_KERNELS = [
     *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
 ]
 """In the order in which they are asked: cuDNN's is the fastest on Hopper; it refuses deterministic algorithms."""
+
+EAGER_STEPS = 3
+"""Steps before the kernels of a step are recorded: what is compiled or allocated once must have been."""
 
 
 class Trainer:
@@ -63,6 +67,8 @@ class Trainer:
         self.model = shard(plain, world, config)
         self.plain = plain  # what `shard` may have wrapped
         self.optimizer = optim.adamw(plain.transformer, spec, config)
+        self._graphs: StepGraphs | None = None
+        self._n_eager = 0
         self._windows = {name: self._evaluation_tokens(name) for name in EVALUATIONS}
         probed = evaluation_windows(corpus, config.n_probe_sequences, config.n_tokens)
         self._probe_tokens = torch.from_numpy(probed[:, :-1]).to(world.device)
@@ -71,6 +77,17 @@ class Trainer:
 
     def forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
         """Leave the gradients of a batch (B, T + 1) in the parameters; if asked for, what is recorded, else {}."""
+        if self._graphs is None and self._records_steps() and self._n_eager >= EAGER_STEPS:
+            self._graphs = StepGraphs(tokens, lambda rows: self._forward_backward(rows, True), self._update)
+        self._n_eager += 1
+        if self._graphs is not None:
+            return self._graphs.forward_backward(tokens)
+        return self._mean_over_ranks(self._forward_backward(tokens, record))
+
+    def _records_steps(self) -> bool:
+        return self.config.cuda_graph and self.world.device.type == "cuda" and self.world.size == 1
+
+    def _forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         parts = tokens.split(self._micro)
         total: dict[str, Tensor] = {}
@@ -83,7 +100,7 @@ class Trainer:
             if record:
                 for name, value in batch_statistics(found, self.spec).items():
                     total[name] = total.get(name, 0.0) + value / len(parts)
-        return self._mean_over_ranks(total)
+        return total
 
     def update(self, step: int) -> Tensor:
         """Make update number `step` from the gradients that are there; their norm before clipping.
@@ -91,6 +108,9 @@ class Trainer:
         A gradient that is not finite leaves everything as it was, on one device and under `ddp`.
         """
         optim.set_learning_rate(self.optimizer, self.learning_rate(step))
+        return self._update() if self._graphs is None else self._graphs.update()
+
+    def _update(self) -> Tensor:
         norm = optim.clipped_step(self.optimizer, self.config.clip_norm)
         if self.spec.moe is not None and self.spec.moe.router_bias and self.config.router_bias_rate > 0:
             self._balance()
