@@ -134,11 +134,15 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     family = known.get(str(model_type))
     if family is None:
         raise SpecError(f"model_type={model_type!r} is not known; expected one of {', '.join(known)}")
-    _refuse(config)
     try:
+        _refuse(config)
         return ModelSpec.from_dict(_fields(config, family))
     except VarpropError as error:
         raise SpecError(f"config.json of a {family.model_type}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a list for a number, a step of zero
+        raise SpecError(
+            f"config.json of a {family.model_type} is wrong ({error}); expected values of its kind"
+        ) from None
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
