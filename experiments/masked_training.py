@@ -139,7 +139,8 @@ def summary(table: xr.Dataset) -> str:
             ):
                 mean, half = _interval(values)
                 cells.append(f"{name} {label} {float(mean):.4g} ± {float(half):.2g}")
-        mean, half = _interval(table.sel(density=density).isel(step=-1).bits_per_byte)
+        bits = table.sel(density=density, evaluation="fixed_length").isel(evaluation_step=-1).bits_per_byte
+        mean, half = _interval(bits)
         lines.append("  ".join([*cells, f"bits per byte {float(mean):.4g} ± {float(half):.2g}"]))
     return "\n".join(lines)
 

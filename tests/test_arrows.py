@@ -11,14 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINES = (
     ("errors", "_version"),
-    ("files", "log_mean"),
-    ("spec", "stats", "results"),
+    ("files", "locks", "slurm", "log_mean"),
+    ("spec", "stats", "results", "points"),
     ("presets", "theory", "nn", "measure", "corpus", "summary"),
     ("hf", "simulate", "train", "diagnose", "evaluate"),
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),
     ("demo",),
-    ("cli_grid", "cli_hf"),
+    ("cli_data", "cli_grid", "cli_hf", "cli_runs", "cli_sweep"),
     ("cli",),
     ("__main__",),
 )
@@ -27,6 +27,9 @@ MAY_USE_NEIGHBOUR = {("train", "hf"), ("simulate", "hf"), ("diagnose", "hf")}
 THIRD_PARTY = {
     "errors": set(),
     "files": set(),
+    "locks": {"filelock"},
+    "slurm": set(),
+    "points": {"numpy", "xarray"},
     "spec": set(),
     "log_mean": {"numpy"},
     "stats": {"numpy", "scipy"},

@@ -48,7 +48,7 @@ def test_the_screen_agrees_with_the_files(small_demo: tuple[Path, str]) -> None:
     assert f"{last.prediction.item():.4g}" in row
     assert row.endswith(check.attrs["verdict"])
     trained = results.load(folder / "trained-dense.nc")
-    assert f"{trained.bits_per_byte.values[0, -1]:.2f}" in text
+    assert f"{results.at_step(trained).bits_per_byte.sel(evaluation='fixed_length').item():.2f}" in text
 
 
 def test_findings_follow_the_numbers(small_demo: tuple[Path, str]) -> None:

@@ -39,7 +39,8 @@ def test_set_up_commands_are_the_targets_of_the_makefile() -> None:
 def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One folder and one Python session for the whole tour, as a reader would have."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "grid.toml").write_text(next(body for kind, body in BLOCKS if kind == "toml"))
+    for name, (_, body) in zip(("grid", "sweep"), (block for block in BLOCKS if block[0] == "toml"), strict=True):
+        (tmp_path / f"{name}.toml").write_text(body)
     session: dict[str, object] = {}
     for kind, body in BLOCKS:
         if kind == "bash":

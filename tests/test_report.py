@@ -149,6 +149,24 @@ def test_trainings_alone_and_their_growth():
     assert titles[2:] == ["Training: a", "Training: b", "Growth of the variance, first and last step", "Provenance"]
 
 
+def test_what_the_probe_read_is_drawn_and_checked_at_the_first_step():
+    run = training(8)
+    probed = np.tile(0.5 * cells(), (8, 2, 1, 1))
+    probed[:, 1] = 0.9 * cells()
+    run["token_correlation"] = (("seed", "probe_step", "layer", "site"), probed)
+    overlap = np.tile(np.eye(N_LAYERS + 1), (8, 2, 1, 1))
+    run["block_overlap"] = (("seed", "probe_step", "source_layer", "target_layer"), overlap)
+    run = run.assign_coords(probe_step=[0, 10])
+    predicted = theory()
+    predicted["token_correlation"] = 0.5 * predicted.second_moment
+    predicted["token_correlation_error"] = 0.01 * predicted.second_moment
+    sections = {s.title: s for s in report_for({"t": predicted, "run": run})}
+    assert len(sections[f"Spec {SPEC.spec_id}"].figures) == 2
+    checks = {c.dataset.attrs["variable"]: c for c in sections["t against run, step 0"].checks}
+    assert float(checks["token_correlation"].dataset.estimate.sel(layer=3, site="resid_post")) == pytest.approx(0.5)
+    assert len(sections["Training: run"].figures) == 2
+
+
 def test_saved_comparison_is_shown():
     sections = report_for({"c": check(theory(), simulation()).dataset})
     assert [s.title for s in sections] == ["Overview", "Comparison: c", "Provenance"]

@@ -114,6 +114,69 @@ def test_branches_do_not_exist_at_the_embedding():
         results.new(variables, source="theory", **ABOUT)
 
 
+def test_overlaps_of_branches_do_not_exist_at_the_embedding():
+    array = np.ones((2, 3, 3))
+    array[:, 0], array[:, :, 0] = np.nan, np.nan
+    variables = {"branch_overlap": (("branch", "source_layer", "target_layer"), array)}
+    results.new(variables, source="training", **ABOUT)
+    array[1, 1, 2] = np.nan
+    with pytest.raises(SchemaError, match="branch_overlap is nan at branch=mlp, source_layer=1, target_layer=2"):
+        results.new(variables, source="training", **ABOUT)
+    with pytest.raises(SchemaError, match="block_overlap is nan at source_layer=0, target_layer=0"):
+        results.new({"block_overlap": (("source_layer", "target_layer"), array[1])}, source="training", **ABOUT)
+
+
+@pytest.mark.parametrize("name, last", [("weight_norm", "matrix"), ("expert_load", "expert")])
+def test_layers_without_a_matrix_or_experts_are_nan_in_every_seed_and_step(name, last):
+    array = np.ones((2, 3, 3, 4))
+    array[:, :, 0] = np.nan
+    array[:, :, 1, slice(None) if last == "expert" else 2] = np.nan
+    variables = {name: (("seed", "probe_step", "layer", last), array)}
+    results.new(variables, source="training", **ABOUT)
+    array[1, 2, 2, 3] = np.nan
+    with pytest.raises(SchemaError, match=f"{name} is nan at seed=1, probe_step=2, layer=2, {last}=3"):
+        results.new(variables, source="training", **ABOUT)
+
+
+def run_of(**about):
+    """Records at 0, 10, 20 and 25 updates, the probe at 0, 20 and 25, evaluations at 0 and 25."""
+    moment = np.tile(values()[None], (1, 4, 1, 1, 1))[:, :, 0] * np.arange(1.0, 5.0)[None, :, None, None]
+    variables = {
+        "second_moment": (("seed", "step", "layer", "site"), moment),
+        "attention_entropy": (("seed", "probe_step", "layer"), [[[np.nan, 1.0], [np.nan, 2.0], [np.nan, 3.0]]]),
+        "validation_loss": (("seed", "evaluation_step", "evaluation"), [[[4.0, 4.5], [3.0, 3.5]]]),
+    }
+    coords = {"step": [0, 10, 20, 25], "probe_step": [0, 20, 25], "evaluation_step": [0, 25]}
+    coords["evaluation"] = ["fixed_length", "training_length"]
+    return results.new(variables, source="training", coords=coords, **{**ABOUT, **about})
+
+
+@pytest.mark.parametrize("step, entropy, loss", [(None, 3.0, 3.0), (25, 3.0, 3.0), (0, 1.0, 4.0), (20, 2.0, None)])
+def test_the_state_at_a_step(step, entropy, loss):
+    run = run_of()
+    at = results.at_step(run, step)
+    results.validate(at)
+    chosen = 25 if step is None else step
+    assert at.step.item() == chosen
+    assert not set(results.STEPS) & set(at.dims)
+    assert at.second_moment.equals(run.second_moment.sel(step=chosen))
+    assert at.attention_entropy.sel(layer=1).item() == entropy
+    assert ("validation_loss" in at) == (loss is not None)
+    if loss is not None:
+        assert at.validation_loss.sel(evaluation="fixed_length").item() == loss
+
+
+def test_a_step_that_nothing_was_recorded_at():
+    with pytest.raises(SchemaError, match="step=7 was not recorded; expected one of 0, 10, 20, 25"):
+        results.at_step(run_of(), 7)
+    assert results.at_step(result()).equals(result())
+
+
+def test_runs_at_one_step_merge():
+    runs = [results.at_step(run_of(seed_entropy=str(seed))).assign_coords(seed=[seed]) for seed in (0, 1)]
+    assert results.merge(runs, "seed").validation_loss.sizes["seed"] == 2
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -9,11 +9,15 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from varprop import cli
-from varprop.errors import VarpropError
+from varprop.errors import Stopped, VarpropError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 a comparison that does not agree, 2 bad input."""
+    """Run the command line; return the exit code.
+
+    0: done. 1: a comparison that does not agree, runs of a sweep that failed. 2: bad input. 3: a signal ended a run,
+    whose state is saved.
+    """
     try:
         return cli.run(sys.argv[1:] if arguments is None else arguments)
     except VarpropError as error:
@@ -28,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError as error:
         print(f"varprop: out of memory ({error}); expected a smaller model, fewer tokens or networks", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"varprop: {stopped}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("varprop: interrupted", file=sys.stderr)
         return 130

@@ -15,7 +15,21 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varprop import cli_grid, cli_hf, compare, demo, files, presets, report, results, simulate, theory
+from varprop import (
+    cli_data,
+    cli_grid,
+    cli_hf,
+    cli_runs,
+    cli_sweep,
+    compare,
+    demo,
+    files,
+    presets,
+    report,
+    results,
+    simulate,
+    theory,
+)
 from varprop._version import __version__
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec
@@ -171,22 +185,17 @@ def _train(arguments: argparse.Namespace) -> int:
         _spec(arguments), train.TrainConfig(**options), run_dir=arguments.run_dir, corpus_dir=arguments.corpus_dir
     )
     results.save(dataset, out)
-    last = dataset.isel(step=-1)
-    print(f"{_profile(last)}\nvalidation loss {last.validation_loss.item():.4f} nats per token\nwrote {out}")
+    last = results.at_step(dataset)
+    loss = last.validation_loss.sel(evaluation="fixed_length").item()
+    print(f"{_profile(last)}\nvalidation loss {loss:.4f} nats per token\nwrote {out}")
     return 0
 
 
 def _at_step(dataset: xr.Dataset, step: int | None) -> xr.Dataset:
     """A training result at one step (the last by default); other results as they are."""
-    if "step" not in dataset.dims:
-        if step is not None:
-            raise ArgumentError(f"step={step} is given for a result without steps; expected a training result")
-        return dataset
-    steps = dataset.step.values
-    chosen = steps[-1] if step is None else step
-    if chosen not in steps:
-        raise ArgumentError(f"step={chosen} was not logged; expected one of {', '.join(map(str, steps))}")
-    return dataset.sel(step=chosen)
+    if step is not None and not set(results.STEPS) & set(dataset.dims):
+        raise ArgumentError(f"step={step} is given for a result without steps; expected a training result")
+    return results.at_step(dataset, step)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -348,10 +357,13 @@ def parser() -> argparse.ArgumentParser:
     source = sample.add_mutually_exclusive_group()
     source.add_argument("--text", type=int, metavar="N_SEQUENCES", help="read windows of real text, in turn")
     source.add_argument("--inputs", metavar="FILE", help="a .npy array of token ids or of embedding outputs")
-    sample.add_argument("--corpus", default="embedded", metavar="NAME", help="embedded, docs, books or a token file")
+    texts = "embedded, docs, books, a tokenised directory or a token file"
+    sample.add_argument("--corpus", default="embedded", metavar="NAME", help=texts)
     sample.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
 
     cli_grid.add(command("grid", cli_grid.run, "Simulate a whole grid: what a kill ended goes on.", None))
+
+    cli_data.add(command("data", cli_data.run, "Text files to token ids.", None))
 
     train = command("train", _train, "Train a model of a spec and record every layer.", "training.nc")
     _add_spec(train)
@@ -361,7 +373,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
     train.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
 
+    cli_sweep.add(command("sweep", cli_sweep.run, "Train a whole sweep: what a kill ended goes on.", None))
     cli_hf.add(command)
+    cli_runs.add(command("runs", cli_runs.run, "The paper's training runs, their reduced twins, and their cost.", None))
 
     comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")
     comparison.add_argument("predicted", help="a result file of predict")

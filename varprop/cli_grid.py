@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from pathlib import Path
 
-from varprop import files, results, simulate
+from varprop import files, results, simulate, slurm
 from varprop.errors import ArgumentError, require
 
 SLURM = """\
@@ -28,10 +27,6 @@ exec {program} grid run {grid} --directory {directory} --n-workers {n_workers} -
 """
 
 
-SLURM_TIME = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,9}-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
-MOST_JOBS = 10**6
-
-
 def add(parser: argparse.ArgumentParser) -> None:
     """The commands and their arguments."""
     commands = parser.add_subparsers(dest="grid_command", required=True, metavar="run|status|merge|slurm")
@@ -46,12 +41,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     run = command("run", "Compute what is missing, with any other process at it, and write the result.")
     status = command("status", "Points, networks and damaged files; the time left.")
     merge = command("merge", "One result from finished rounds, after runs with --shard.")
-    slurm = command("slurm", "Print a SLURM job array that runs the grid: > job.sh, then sbatch job.sh.")
-    for one in (run, status, slurm):
+    job = command("slurm", "Print a SLURM job array that runs the grid: > job.sh, then sbatch job.sh.")
+    for one in (run, status, job):
         one.add_argument("--directory", help="folder of the finished rounds (default: the grid file's name less .toml)")
-    for one in (run, merge, slurm):
+    for one in (run, merge, job):
         one.add_argument("--out", default="grid.nc", metavar="FILE", help="netCDF or .zarr (default %(default)s)")
-    for one in (run, slurm):
+    for one in (run, job):
         one.add_argument("--n-workers", type=int, default=1, help="processes (default %(default)s)")
     run.add_argument("--devices", help="of the processes in turn, as cuda:0,cuda:1 (default all of the grid's kind)")
     shard = "begin with the points i, i + n, ...; writes no result: merge does, also from one shared folder"
@@ -59,10 +54,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--only-own", action="store_true", help="leave the points of other shards to other machines")
     merge.add_argument("--directory", action="append", required=True, help="folder of finished rounds (repeatable)")
     merge.add_argument("--partial", action="store_true", help="also of an unfinished grid, with what there is")
-    slurm.add_argument("--n-jobs", type=int, required=True, help="jobs of the array")
-    slurm.add_argument(
-        "--time", default="24:00:00", help="limit of a job, as 30, 8:00:00 or 2-12 (default %(default)s)"
-    )
+    job.add_argument("--n-jobs", type=int, required=True, help="jobs of the array")
+    job.add_argument("--time", default="24:00:00", help="limit of a job, as 30, 8:00:00 or 2-12 (default %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -126,11 +119,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _slurm(arguments: argparse.Namespace) -> int:
     plan = simulate.read_grid(arguments.grid)
     for name in ("n_jobs", "n_workers"):
-        number = getattr(arguments, name)
-        domain = f"an integer in 1..{MOST_JOBS}"
-        require(1 <= number <= MOST_JOBS, ArgumentError, name, number, "outside the domain", domain)
-    good = SLURM_TIME.fullmatch(arguments.time) is not None
-    require(good, ArgumentError, "time", arguments.time, "no limit of SLURM", "minutes, h:mm:ss, or days-h[:mm[:ss]]")
+        slurm.require_count(name, getattr(arguments, name))
+    slurm.require_time(arguments.time)
     quoted = {
         "program": f"{shlex.quote(sys.executable)} -m varprop",
         "grid": shlex.quote(str(Path(arguments.grid).absolute())),

@@ -147,7 +147,8 @@ def trained_rows(outcome: Outcome) -> list[list[str]]:
     """One row a trained model: last-layer second moment and block share at the start and the end, r, bits per byte."""
     rows = []
     for label, dataset in outcome.trained.items():
-        start, end = dataset.isel(step=0), dataset.isel(step=-1)
+        start, end = results.at_step(dataset, 0), results.at_step(dataset)
+        bits = [d.bits_per_byte.sel(evaluation="fixed_length").item() for d in (start, end)]
         correlation = [float(d.branch_correlation.isel(layer=slice(1, None)).mean()) for d in (start, end)]
         rows.append(
             [
@@ -155,7 +156,7 @@ def trained_rows(outcome: Outcome) -> list[list[str]]:
                 f"{_stream(start)[-1]:.4g} → {_stream(end)[-1]:.4g}",
                 f"{100 * _block_share(start):.1f} → {100 * _block_share(end):.1f} %",
                 f"{round(correlation[0], 2) + 0.0:.2f} → {round(correlation[1], 2) + 0.0:.2f}",
-                f"{start.bits_per_byte.item():.2f} → {end.bits_per_byte.item():.2f}",
+                f"{bits[0]:.2f} → {bits[1]:.2f}",
             ]
         )
     return rows
@@ -255,7 +256,7 @@ def _sections(outcome: Outcome) -> list[report.Section]:
             figures=[plot.plot_growth(outcome.trained, "second_moment")],
         ),
         *(
-            report.Section(f"Training: {label}", figures=[plot.plot_training(dataset)])
+            report.Section(f"Training: {label}", figures=[plot.plot_training(dataset), plot.plot_depth_map(dataset)])
             for label, dataset in outcome.trained.items()
         ),
         report.Section(

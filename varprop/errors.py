@@ -20,6 +20,10 @@ class AssumptionError(VarpropError):
     """A closed form was asked outside the assumptions under which it holds."""
 
 
+class Stopped(Exception):  # noqa: N818
+    """A signal asked a run to end before its last step; its state is saved. The command line exits with 3."""
+
+
 class AccuracyWarning(UserWarning):
     """A prediction claims an error too large to be relied on; the message gives its size."""
 

@@ -236,3 +236,9 @@ def paper_moe_2b_400m() -> ModelSpec:
 def paper_moe_l32() -> ModelSpec:
     """The paper's 32-layer ablation mixture: d_model 1120, 16 heads of 70, 64 experts of 1120, 8 active."""
     return _paper(1120, 16, n_layers=32, moe=MoESpec(n_experts=64, top_k=8, d_expert=1120))
+
+
+@_preset
+def paper_dense_l32() -> ModelSpec:
+    """The dense counterpart of `paper_moe_l32`, inferred from "1.2B": its shape, d_ff 8960 as of 8 active experts."""
+    return _paper(1120, 16, n_layers=32, feed_forward=FeedForwardSpec(d_ff=8 * 1120))

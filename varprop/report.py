@@ -13,7 +13,7 @@ import matplotlib as mpl
 import xarray as xr
 from matplotlib.figure import Figure
 
-from varprop import plot
+from varprop import plot, results
 from varprop.compare import SHOWN_ROWS, VERDICTS, Check, check
 from varprop.errors import ArgumentError, VarpropError
 from varprop.files import write_text
@@ -178,7 +178,10 @@ def report_for(datasets: Mapping[str, xr.Dataset], resolution: float = 0.05) -> 
         sections += _spec_sections(spec_id, members, resolution)
     trained = {name: d for name, d in datasets.items() if d.attrs["source"] == "training" and "step" in d.dims}
     for name, dataset in trained.items():
-        sections.append(Section(f"Training: {name}", figures=[plot.plot_training(dataset)]))
+        figures = [plot.plot_training(dataset)]
+        if "block_overlap" in dataset:
+            figures.append(plot.plot_depth_map(dataset))
+        sections.append(Section(f"Training: {name}", figures=figures))
     comparable = {name: d for name, d in trained.items() if "variance" in d}
     if len(comparable) > 1:
         sections.append(Section("Growth of the variance, first and last step", figures=[plot.plot_growth(comparable)]))
@@ -225,7 +228,7 @@ def _spec_sections(spec_id: str, members: Mapping[str, xr.Dataset], resolution: 
 def _check_section(title: str, theory: xr.Dataset, measured: xr.Dataset, resolution: float) -> Section:
     """Verdicts with their figures; a training is checked at its first step."""
     if "step" in measured.dims:
-        measured = measured.isel(step=0)
+        measured = results.at_step(measured, int(measured.step.values[0]))
         title += f", step {int(measured.step)}"
     text, figures, checks = [], [], []
     for variable in _checkable(theory, measured):

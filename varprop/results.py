@@ -1,11 +1,15 @@
 """The one kind of result: a labelled `xarray.Dataset`. Build, validate, save, load, merge.
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
-where only the site `resid_post` exists: variables are NaN there at the other sites.
+where only the site `resid_post` exists: variables are NaN there at the other sites, and those of branches at either
+layer 0 of a pair of layers. A variable over `matrix` or `expert` is NaN at the layers that lack the matrix or the
+experts, then in every seed and at every step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
-networks (labels below `n_networks`) and layers a point has: floating-point variables are NaN at the others. A variable
-that a point does not have, such as gates without a mixture, is NaN all over it. NaN stands nowhere else. Its text
+networks (labels below `n_networks`) and layers a point has; where points differ in another dimension, such as `step`,
+the boolean variable `has_step`, over the axes and it, says which of its labels a point has. Floating-point variables
+are NaN at the others. A variable that a point does not have, such as gates without a mixture, is NaN all over it. NaN
+stands nowhere else. Its text
 variable `point`, over the axes, holds what each point is: JSON of the attributes that it has as a result of its own.
 """
 
@@ -19,7 +23,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +43,11 @@ SOURCES = ("theory", "simulation", "training", "checkpoint", "comparison")
 DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
+    *("probe_step", "update_step", "evaluation_step", "evaluation"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
+STEPS = ("step", "probe_step", "update_step", "evaluation_step")
+"""Dimensions of a training whose labels are updates made: of the training batch, the probe batch and evaluations."""
 ATTRIBUTES = (
     *("schema_version", "source", "spec", "spec_id", "seed_entropy", "n_tokens", "dtype", "device"),
     *("varprop_version", "git_commit", "git_dirty", "created_at", "command", "end_condition"),
@@ -56,6 +63,8 @@ MOMENTS = ("second_moment", "variance", "token_correlation")
 """Variables that every reader gives, floating point over layer and site."""
 EXTENT = {"network": ("n_networks", 0), "layer": ("last_layer", 1)}
 """Dimension -> the variable that says how far it goes at each point of a grid, and the label of its first entry."""
+HAS = "has_"
+"""Begins the name of a boolean variable over axes and a dimension: which labels of the dimension a point has."""
 POINT = "point"
 """The variable that holds the attributes of each point of a grid."""
 GRID_ATTRIBUTES = ("axes", "stop")
@@ -152,6 +161,9 @@ def validate(dataset: xr.Dataset, where: str = "result") -> None:
     for name, _ in EXTENT.values():
         if name in dataset and dataset[name].dtype.kind not in "iu":
             raise SchemaError(f"{where}: {name} is no array of integers; expected counts over the axes of a grid")
+    for dim in dataset.dims:
+        if f"{HAS}{dim}" in dataset and dataset[f"{HAS}{dim}"].dtype.kind != "b":
+            raise SchemaError(f"{where}: {HAS}{dim} is no array of booleans; expected which labels a point has")
     for name, values in dataset.data_vars.items():
         if values.dtype.kind == "f":
             _check_finite(dataset, str(name), f"{where}: {name}")
@@ -168,15 +180,20 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
+    if "branch" in values.dims:
+        for dim in {"source_layer", "target_layer"} & set(values.dims):
+            absent = absent | _along(values, dim, values[dim] == 0)
+    if "matrix" in values.dims or "expert" in values.dims:
+        own = [dim for dim in values.dims if dim in DIMENSIONS and dim not in ("layer", "matrix")]
+        absent = absent | missing.all(axis=tuple(values.dims.index(dim) for dim in own), keepdims=True)
     if dataset.attrs["source"] == "comparison" and "verdict" in dataset and dataset.verdict.dims == values.dims:
         absent = absent | (dataset.verdict == "absent").to_numpy()
-    for dim, (extent, first) in EXTENT.items():
-        if dim in values.dims and extent in dataset:
-            beyond = dataset[dim] >= dataset[extent] + first
+    for variable, dim, beyond in _beyond(dataset):
+        if dim in values.dims:
             beyond = beyond.all([other for other in beyond.dims if other not in values.dims])
             beyond = beyond.broadcast_like(values).transpose(*values.dims).to_numpy()
             if not (missing | ~beyond).all():
-                raise SchemaError(f"{where} has values beyond {extent}; expected NaN there")
+                raise SchemaError(f"{where} has values beyond {variable}; expected NaN there")
             absent = absent | beyond
     if "axes" in dataset.attrs and name not in MOMENTS:
         within = tuple(i for i, dim in enumerate(values.dims) if dim in DIMENSIONS)
@@ -186,6 +203,44 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
         index = np.argwhere(bad)[0]
         labels = ", ".join(f"{dim}={values[dim].values[i]}" for dim, i in zip(values.dims, index, strict=True))
         raise SchemaError(f"{where} is {array[tuple(index)]} at {labels}; expected a finite number")
+
+
+def _beyond(dataset: xr.Dataset) -> Iterator[tuple[str, str, xr.DataArray]]:
+    """Variables that say which labels of a dimension a point has, the dimension, and where a point has none."""
+    for dim, (extent, first) in EXTENT.items():
+        if dim in dataset.dims and extent in dataset:
+            yield extent, dim, dataset[dim] >= dataset[extent] + first
+    for dim in map(str, dataset.dims):
+        if HAS + dim in dataset:
+            yield HAS + dim, dim, ~dataset[HAS + dim]
+
+
+def at_step(dataset: xr.Dataset, step: int | None = None) -> xr.Dataset:
+    """The state of a training after `step` updates, None = the last one: the result without its dimensions of steps.
+
+    Variables that were not measured at that step are left out; results without steps are returned as they are. Raises
+    `SchemaError` for a step that nothing was measured at.
+
+    >>> variables = {"train_loss": (("step",), [3.0, 2.0, 1.0]), "validation_loss": (("evaluation_step",), [3.0, 1.5])}
+    >>> about = {"source": "training", "spec_json": "{}", "spec_id": "0" * 12, "n_tokens": 8}
+    >>> run = new(variables, **about, coords={"step": [0, 10, 20], "evaluation_step": [0, 20]})
+    >>> at_step(run).validation_loss.item(), list(at_step(run, 10).data_vars)
+    (1.5, ['train_loss'])
+    """
+    known = {dim: dataset[dim].values.tolist() for dim in STEPS if dim in dataset.dims}
+    if not known:
+        return dataset
+    recorded = sorted({label for labels in known.values() for label in labels})
+    chosen = recorded[-1] if step is None else step
+    if chosen not in recorded:
+        raise SchemaError(f"step={chosen} was not recorded; expected one of {', '.join(map(str, recorded))}")
+    without = [dim for dim, labels in known.items() if chosen not in labels]
+    left = dataset.drop_dims(without)
+    return (
+        left.sel({dim: chosen for dim in known if dim not in without})
+        .drop_vars(STEPS, errors="ignore")
+        .assign_coords(step=chosen)
+    )
 
 
 def point_variable(points: Sequence[Mapping[str, Any]]) -> NDArray[np.str_]:
@@ -206,10 +261,11 @@ def present(dataset: xr.Dataset) -> xr.Dataset:
     >>> present(grid.sel(density=1.0)).loss.values
     array([1., 2.])
     """
-    for dim, (extent, first) in EXTENT.items():
-        if extent in dataset and dim in dataset.dims and set(dataset[extent].dims) <= {dim}:
-            found = (dataset[dim] < dataset[extent] + first).to_numpy()
-            dataset = dataset.isel({dim: found}).drop_vars(extent)
+    for variable, dim, beyond in list(_beyond(dataset)):
+        if set(beyond.dims) <= {dim}:
+            dataset = dataset.isel({dim: ~beyond.to_numpy()}).drop_vars(variable)
+    chosen = [f"{HAS}{dim}" for dim in DIMENSIONS if dim not in dataset.dims]  # of a label that was selected
+    dataset = dataset.drop_vars(chosen, errors="ignore")
     if "axes" not in dataset.attrs:
         return dataset
     floating = [name for name, values in dataset.data_vars.items() if values.dtype.kind == "f" and name not in MOMENTS]

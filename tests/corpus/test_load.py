@@ -43,6 +43,7 @@ def test_assets_match_their_manifest() -> None:
 def test_embedded_text_is_tokenised_and_held_out_by_document() -> None:
     corpus = load_corpus()
     tokenizer = load._tokenizer()
+    assert corpus.document_end == 0
     assert np.count_nonzero(corpus.train == 0) == 6
     assert np.flatnonzero(corpus.validation == 0).tolist() == [len(corpus.validation) - 1]
     text = tokenizer.decode(corpus.validation.tolist(), skip_special_tokens=True)
@@ -92,7 +93,7 @@ def test_plain_files(tmp_path: Path) -> None:
         corpus = load_corpus(path)
         assert (len(corpus.train), len(corpus.validation), corpus.vocab_size) == (950, 50, 1000)
         assert corpus.validation[0] == 950
-        assert corpus.bytes_per_token is None
+        assert (corpus.bytes_per_token, corpus.document_end) == (None, None)
         assert isinstance(corpus.train, np.memmap)
 
 
@@ -126,7 +127,7 @@ def test_token_beyond_the_vocabulary(corpus_dir: Path) -> None:
     manifest = json.loads((corpus_dir / "manifest.json").read_text())
     manifest["docs.train.u16.xz"]["sha256_of_u16"] = hashlib.sha256(content).hexdigest()
     (corpus_dir / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArgumentError, match="token id 8192 is beyond the vocabulary"):
+    with pytest.raises(ArgumentError, match="token id 8192 at position 1 is beyond the vocabulary"):
         load_corpus("docs", corpus_dir)
 
 

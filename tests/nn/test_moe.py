@@ -55,7 +55,7 @@ def test_router_bias_selects_and_does_not_weigh() -> None:
     spec, weights, x = setting(router_bias=True)
     assert spec.moe is not None
     weights["moe.router_bias"] = torch.tensor([0.0, 0.0, 9.0, 9.0], dtype=torch.float64)
-    gates, active = route(x, weights, spec.moe)
+    gates, active = route(x, weights, spec.moe).dense(spec.moe)
     assert bool(active[..., 2:].all())
     assert not bool(active[..., :2].any())
     scores = (x @ weights["moe.router"].mT).softmax(dim=-1)
@@ -66,7 +66,7 @@ def test_router_bias_selects_and_does_not_weigh() -> None:
 def test_number_of_active_pairs(routing: str, axis: int, count: int) -> None:
     spec, weights, x = setting(routing=routing)
     assert spec.moe is not None
-    _, active = route(x, weights, spec.moe)
+    _, active = route(x, weights, spec.moe).dense(spec.moe)
     assert bool((active.sum(dim=axis) == count).all())
 
 

@@ -1,4 +1,4 @@
-"""Profiles and training curves show the numbers of their Datasets, and refuse what they cannot draw."""
+"""Profiles show the numbers of their Datasets, and refuse what they cannot draw."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from varprop import plot, stats
 from varprop.errors import ArgumentError
 
-from .datasets import N_LAYERS, drawn, simulation, theory, training
+from .datasets import N_LAYERS, drawn, probed, simulation, theory, training
 
 
 def labels(figure: Figure) -> list[str]:
@@ -35,6 +35,12 @@ def test_profiles_take_the_nearest_recorded_steps():
     assert labels(figure) == ["run, step 100", "run, step 1,000"]
 
 
+def test_profiles_of_what_the_probe_read():
+    figure = plot.plot_profiles({"run": probed()}, "attention_concentration", steps=[400])
+    assert labels(figure) == ["run, step 500"]
+    np.testing.assert_array_equal(figure.axes[0].get_lines()[0].get_xdata(), np.arange(1, N_LAYERS + 1))
+
+
 def test_profiles_of_branch_correlation():
     figure = plot.plot_profiles({"run": training()}, "branch_correlation", site="mlp")
     assert len(drawn(figure)) > 1000
@@ -56,19 +62,6 @@ def test_axis_is_logarithmic_beyond_a_decade(growth, scale):
 def test_unknown_names_are_refused(arguments):
     with pytest.raises(ArgumentError, match=r"(site|variable)='no\w+' is (unknown|missing); expected one of"):
         plot.plot_profiles({"theory": theory()}, **arguments)
-
-
-@pytest.mark.parametrize("n_seeds, loss, panels", [(1, True, 2), (3, True, 2), (2, False, 1)])
-def test_training(n_seeds, loss, panels):
-    figure = plot.plot_training(training(n_seeds, loss=loss))
-    assert len(drawn(figure)) > 1000
-    assert len(figure.axes) == panels + 1  # the colour bar
-    assert len(figure.axes[panels - 1].get_lines()) == N_LAYERS + 1
-
-
-def test_training_refuses_a_result_without_steps():
-    with pytest.raises(ArgumentError, match="is without step; expected a training result"):
-        plot.plot_training(simulation())
 
 
 def test_growth_shows_first_and_last_step():

@@ -1,157 +1,292 @@
-"""A killed run resumes as if it had not been killed; a run directory of another run is refused."""
+"""A killed run resumes as if it had not been killed; a run directory of another run, or a damaged one, is refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
+import resource
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from varprop import results
-from varprop.errors import ArgumentError
-from varprop.spec import ModelSpec
-from varprop.train import TrainConfig, checkpoint, fit, load_model
-from varprop.train.loop import Trainer
+from tests.train.ranks import CONFIG, CORPUS, KILLED, SPEC, Run, launch
+from varprop.errors import ArgumentError, DamagedShardWarning
+from varprop.train import load_model, shards
+from varprop.train.checkpoint import RunDirectory
+from varprop.train.distributed import World
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from varprop.spec import ModelSpec
-from varprop.train import TrainConfig, fit, checkpoint
-from varprop.train.loop import Trainer
-
-spec, config, run_dir, place, step = *sys.argv[1:5], int(sys.argv[5])
-torch.set_num_threads(int(sys.argv[6]))
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-if place == "update":
-    update = Trainer.update
-    Trainer.update = lambda self, at: die() if at == step else update(self, at)
-else:  # the new checkpoint is written but not yet renamed
-    replace = Path.replace
-    def killed(source, target):
-        if "checkpoint" in str(target) and checkpoint._load(source)[0]["step"] == step:
-            die()
-        replace(source, target)
-    Path.replace = killed
-fit(ModelSpec.from_json(spec), TrainConfig.from_json(config), run_dir=run_dir)
-"""
+ONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def run_until_killed(spec: ModelSpec, config: TrainConfig, run_dir: Path, place: str, step: int) -> None:
-    arguments = [spec.to_json(), config.to_json(), str(run_dir), place, str(step), str(torch.get_num_threads())]
-    child = subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=120, capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_kill_and_resume_twice_is_bitwise_the_same(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
-    """Checkpoints at 3, 6, 9: killed in update 4, resumed, killed while writing checkpoint 6, resumed to the end."""
-    spec = spec.with_fields(density=0.5)
-    undisturbed = fit(spec, config, run_dir=tmp_path / "whole")
-    run_dir = tmp_path / "killed"
-    run_until_killed(spec, config, run_dir, "update", 4)
-    run_until_killed(spec, config, run_dir, "checkpoint", 6)
-    assert checkpoint._load(run_dir / "checkpoint.safetensors")[0]["step"] == 3
-    assert results.identical(fit(spec, config, run_dir=run_dir), undisturbed)
-    whole, resumed = load_model(tmp_path / "whole").state_dict(), load_model(run_dir).state_dict()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+def saved_steps(path: Path) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step-")) for folder in (path / "checkpoints").iterdir())
+
+
+def saved_run(path: Path, *steps: int) -> Run:
+    """A run that has saved its state at these steps."""
+    run = Run(ONE)
+    with run.directory(path) as directory:
+        for start, stop in zip((0, *steps), steps, strict=False):
+            run.steps(start, stop).save(directory, stop)
+    return run
+
+
+def restored(path: Path) -> tuple[int, Run]:
+    run = Run(ONE)
+    with run.directory(path) as directory:
+        return run.restore(directory), run
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+def check_end(folder: Path, n_steps: int, exact: bool) -> None:
+    """Losses and weights, and the state of the optimiser, are those of the undisturbed run."""
+    undisturbed = Run(ONE).steps(0, n_steps)
+    losses, state = json.loads((folder / "losses.json").read_text()), load_file(folder / "end.safetensors")
+    if exact:
+        assert losses == undisturbed.losses
+        assert equal(state, undisturbed.state())
+        return
+    assert losses == pytest.approx(undisturbed.losses, rel=1e-5)
+    for name, expected in undisturbed.state().items():
+        torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kill_and_resume_twice_is_bitwise_the_same(tmp_path: Path) -> None:
+    """Killed before update 3, with checkpoint 2 perhaps written, then at the second rename, then resumed to the end."""
+    (tmp_path / "n_steps").write_text("8")
+    ended = launch(tmp_path, "resumed:1:0 before 4", "resumed:1:0 rename 2", "resumed:1")
+    assert ended == [(KILLED, []), (KILLED, []), (0, [])]
+    check_end(tmp_path, 8, exact=True)
+    weights = dict(load_model(tmp_path / "run").state_dict())
+    assert equal(weights, {name: tensor for name, tensor in Run(ONE).steps(0, 8).state().items() if name in weights})
 
 
 @pytest.mark.long
-def test_many_kills_at_random_steps(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    config = dataclasses.replace(config, n_steps=40, record_every=5)
-    undisturbed = fit(spec, config)
-    done = 0
-    for _ in range(8):
-        step = int(rng.integers(done, 40))
-        place = "update" if rng.random() < 0.5 or step // 3 * 3 <= done else "checkpoint"
-        step = step if place == "update" else step // 3 * 3
-        run_until_killed(spec, config, tmp_path / "run", place, step)
-        saved = tmp_path / "run" / "checkpoint.safetensors"
-        done = checkpoint._load(saved)[0]["step"] if saved.exists() else 0
-    assert results.identical(fit(spec, config, run_dir=tmp_path / "run"), undisturbed)
+@pytest.mark.parametrize("n", (1, 2))
+def test_many_kills(tmp_path: Path, n: int) -> None:
+    """Twenty kills at random places: on one process bitwise the undisturbed run, between one and two to rounding."""
+    rng = np.random.default_rng(n)
+    (tmp_path / "n_steps").write_text("100")
+    runs = []
+    for _ in range(20):  # none gets further than four updates
+        size = int(rng.integers(1, n + 1))
+        place, most = [("before", 4), ("file", 2), ("rename", 2)][rng.integers(3)]
+        rank = 0 if place == "rename" else int(rng.integers(size))
+        runs.append(f"resumed:{size}:{rank} {place} {rng.integers(most) + 1}")
+    *killed, last = launch(tmp_path, *runs, f"resumed:{n}")
+    assert {code for code, _ in killed} <= {KILLED, 2}, killed
+    assert last == (0, [])
+    check_end(tmp_path, 100, exact=n == 1)
 
 
-def test_a_finished_run_is_returned_again(
-    spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = fit(spec, config, run_dir=tmp_path)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint.safetensors", "model.safetensors", "run.json"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "forward_backward", lambda *_: pytest.fail("trained again"))
-        assert results.identical(fit(spec, config, run_dir=tmp_path), first)
-    assert results.identical(fit(spec, config), first)
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
-def test_another_run_is_refused(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
-    fit(spec, config, run_dir=tmp_path)
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on while a checkpoint is written; the next save waits for it."""
+    written, writing = threading.Event(), []
+    write_shard = shards.write_shard
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        writing.append(arguments[0].name)
+        assert written.wait(timeout=60)
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(shards, "write_shard", slow)
+    run = Run(ONE).steps(0, 1)
+    expected = run.state()
+    with run.directory(tmp_path) as directory:
+        run.save(directory, 1)
+        run.steps(1, 2)
+        assert not (tmp_path / "checkpoints" / "step-00000001").exists()
+        second = threading.Thread(target=run.save, args=(directory, 2))
+        second.start()
+        second.join(timeout=0.2)
+        assert second.is_alive()
+        assert writing == [".step-00000001.part"]
+        written.set()
+        second.join(timeout=60)
+    assert saved_steps(tmp_path) == [1, 2]
+    (tmp_path / "checkpoints" / "step-00000002" / shards.MANIFEST).write_text("{")
+    with pytest.warns(DamagedShardWarning):
+        step, found = restored(tmp_path)
+    assert step == 1
+    assert equal(found.state(), expected)
+
+
+def test_the_last_two_are_kept_and_remains_are_removed(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1, 2, 3)
+    assert saved_steps(tmp_path) == [2, 3]
+    (tmp_path / "checkpoints" / ".step-00000004.part").mkdir()
+    assert restored(tmp_path)[0] == 3
+    assert saved_steps(tmp_path) == [2, 3]
+
+
+def test_no_pickle(tmp_path: Path) -> None:
+    """Every file is JSON, an empty lock, or safetensors: the length of a JSON header, the header, bytes."""
+    run = saved_run(tmp_path, 1)
+    with run.directory(tmp_path) as directory:
+        directory.finish(run.model)
+    kinds = set()
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        content = path.read_bytes()
+        kinds.add(path.suffix)
+        if path.suffix == ".safetensors":
+            content = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        assert path.suffix == ".lock" or json.loads(content)
+    assert kinds == {".json", ".lock", ".safetensors"}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """The system refuses files larger than 4 kB: one line at the next save, and the run resumes from what is whole."""
+    run = Run(ONE).steps(0, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    directory = run.directory(tmp_path)
+    run.save(directory, 1)
+    run.steps(1, 2)
+    directory.wait()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        run.save(directory, 2)
+        with pytest.raises(ArgumentError, match=r"step-00000002' cannot be written \(.*File too large.*before it are"):
+            directory.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved_steps(tmp_path) == [1]
+    step, found = restored(tmp_path)
+    assert step == 1
+    assert equal(found.steps(1, 2).state(), run.state())
+
+
+def test_a_failed_save_does_not_hide_another_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "write_manifest", full)
+    run = Run(ONE)
+
+    def fails() -> None:
+        with run.directory(tmp_path) as directory:
+            run.save(directory, 0)
+            raise KeyError("first")
+
+    with pytest.warns(DamagedShardWarning, match="No space left"), pytest.raises(KeyError):
+        fails()
+    assert saved_steps(tmp_path) == []
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", (shorten, flip_a_bit, Path.unlink))
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: Any) -> None:
+    run = saved_run(tmp_path, 1, 2)
+    damage(tmp_path / "checkpoints" / "step-00000002" / "00000-of-00001.safetensors")
+    with pytest.warns(DamagedShardWarning, match=r"step-00000002/00000-of-00001\.safetensors' is truncated or damaged"):
+        step, found = restored(tmp_path)
+    assert step == 1
+    with found.directory(tmp_path) as directory:
+        found.steps(1, 2).save(directory, 2)  # in place of the damaged one
+    assert equal(found.state(), run.state())
+    assert restored(tmp_path)[0] == 2
+
+
+@pytest.mark.filterwarnings("ignore::varprop.errors.DamagedShardWarning")
+def test_nothing_whole_is_refused(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-00000001" / shards.MANIFEST).write_text("[]")
+    with pytest.raises(ArgumentError, match=r"has no whole checkpoint: file='.*checkpoint\.json' is damaged"):
+        restored(tmp_path)
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1)
+
+    def opened(spec: Any = SPEC, config: Any = CONFIG, corpus: Any = CORPUS) -> None:
+        RunDirectory(tmp_path, spec, config, corpus, ONE).close()
+
     with pytest.raises(ArgumentError, match=r"holds a run with config\.seed=0; expected 1$"):
-        fit(spec, dataclasses.replace(config, seed=1), run_dir=tmp_path)
+        opened(config=dataclasses.replace(CONFIG, seed=1))
     with pytest.raises(ArgumentError, match=r"holds a run with spec\.n_layers=2; expected 3$"):
-        fit(spec.with_fields(n_layers=3), config, run_dir=tmp_path)
+        opened(spec=SPEC.with_fields(n_layers=3))
+    with pytest.raises(ArgumentError, match=r"holds a run with corpus\.sha256='0+'; expected '1'$"):
+        opened(corpus=dataclasses.replace(CORPUS, sha256="1"))
+    opened(config=dataclasses.replace(CONFIG, micro_batch_size=2, parallel="fsdp", checkpoint_every=7))
+    other = tmp_path / "other"
+    saved_run(other, 1)
+    folder = other / "checkpoints" / "step-00000001"
+    manifest = json.loads((folder / shards.MANIFEST).read_text())
+    manifest["run"]["config"]["seed"] = 5  # as if copied from another run
+    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArgumentError, match=r"holds a run with config\.seed=5; expected 0$"):
+        restored(other)
 
 
-def test_damaged_run_directories(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    run = Run(ONE)
+    with (
+        run.directory(tmp_path),
+        pytest.raises(ArgumentError, match=r"^run_dir='.*' is in use by another run; expected one at a time$"),
+    ):
+        run.directory(tmp_path)
+    run.directory(tmp_path).close()
+
+
+def test_damaged_run_directories(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"has no model\.safetensors"):
         load_model(tmp_path)
-    fit(spec, config, run_dir=tmp_path)
-    saved = tmp_path / "checkpoint.safetensors"
-    saved.write_bytes(saved.read_bytes()[:-100])
-    with pytest.raises(ArgumentError, match=r"checkpoint\.safetensors' is truncated or damaged"):
-        fit(spec, config, run_dir=tmp_path)
+    run = saved_run(tmp_path, 1)
+    with run.directory(tmp_path) as directory:
+        directory.finish(run.model)
+    assert equal(dict(load_model(tmp_path).state_dict()), dict(run.model.transformer.state_dict()))  # type: ignore[operator, union-attr]
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ArgumentError, match=r"model\.safetensors' is truncated or damaged"):
         load_model(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ArgumentError, match=r"run\.json' is damaged"):
-        fit(spec, config, run_dir=tmp_path)
-    (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(ArgumentError, match="holds a run with"):
-        fit(spec, config, run_dir=tmp_path)
+    description = tmp_path / "run.json"
+    for content, message in (("{", r"run\.json' is damaged"), ("[]", "holds a run with")):
+        description.write_text(content)
+        with pytest.raises(ArgumentError, match=message):
+            run.directory(tmp_path)
     with pytest.raises(ArgumentError, match="cannot be made"):
-        fit(spec, config, run_dir=tmp_path / "run.json" / "below")
+        run.directory(description / "below")
+    description.unlink()
+    with pytest.raises(ArgumentError, match=r"has checkpoints without run\.json; expected a whole run directory$"):
+        run.directory(tmp_path)
 
 
-def test_a_failed_write_leaves_the_last_checkpoint(
-    spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace, targets = Path.replace, []
-
-    def full_at_the_fourth(source: Path, target: Path) -> None:
-        targets.append(target)
-        if len(targets) == 4:  # run.json, then the checkpoints of steps 3, 6 and 9
-            raise OSError(28, os.strerror(28))
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full_at_the_fourth)
-        with pytest.raises(ArgumentError, match=r"checkpoint\.safetensors' cannot be written \(No space left"):
-            fit(spec, config, run_dir=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "run.json"]
-    assert checkpoint._load(tmp_path / "checkpoint.safetensors")[0]["step"] == 6
-    assert results.identical(fit(spec, config, run_dir=tmp_path), fit(spec, config))
-
-
-def test_no_pickle(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
-    """A safetensors file starts with the length of its JSON header."""
-    fit(spec, config, run_dir=tmp_path)
-    for name in ("checkpoint.safetensors", "model.safetensors"):
-        content = (tmp_path / name).read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        assert "varprop" in header["__metadata__"]
-
-
-def test_a_checkpoint_without_its_description_is_refused(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
-    fit(spec, config, run_dir=tmp_path)
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(ArgumentError, match=r"has a checkpoint without run\.json; expected a whole run directory"):
-        fit(spec, dataclasses.replace(config, seed=1), run_dir=tmp_path)
+@pytest.mark.gpu
+def test_the_copy_on_cuda_is_of_that_moment(tmp_path: Path) -> None:
+    """Copies to pinned memory are queued, then the weights change: the file has them as they were."""
+    config = dataclasses.replace(CONFIG, device="cuda")
+    world = World.start(config)
+    run = Run(world, config).steps(0, 1)
+    expected = run.state()
+    with run.directory(tmp_path) as directory:
+        run.save(directory, 1)
+        run.steps(1, 3)
+    again = Run(world, config)
+    with again.directory(tmp_path) as directory:
+        assert again.restore(directory) == 1
+    assert equal(again.state(), expected)

@@ -51,3 +51,17 @@ def cached(name: str, sha256: str, build: Callable[[], bytes]) -> Path:
     with replacing(path) as temporary:
         temporary.write_bytes(content)
     return path
+
+
+def once(path: Path, expected: str, check: Callable[[], None]) -> None:
+    """Call `check` unless it has passed before for this file, as large and as old as it is now, and for `expected`.
+
+    That it has passed is an empty file in the cache directory; remove it to check again.
+    """
+    found = path.stat()
+    state = f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ino} {expected}"
+    passed = cache_directory() / f"checked-{hashlib.sha256(state.encode()).hexdigest()[:32]}"
+    if not passed.exists():
+        check()
+        with contextlib.suppress(OSError):  # a full disk: it is checked again next time
+            passed.touch()

@@ -1,4 +1,4 @@
-"""Token corpora as memory maps. Files are little-endian token ids. Token 0 ends each document."""
+"""`load_corpus`: the embedded text, the prepared corpora, tokenised directories and plain token files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from varprop.corpus.cache import cached, sha256_of_file
+from varprop.corpus.directory import load_directory
+from varprop.corpus.tokens import Corpus, memory_map, require_ids_below
 from varprop.errors import ArgumentError, require
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -28,33 +29,17 @@ CORPORA = ("docs", "books")
 """Corpora read from a corpus directory."""
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """Training and validation token ids.
-
-    train, validation: read-only token ids (n,). vocab_size: ids are below it. bytes_per_token: bytes of text per
-    validation token, None where the tokeniser is not known. sha256: of the token bytes (of a plain file), or of the
-    two hexadecimal hashes of the training and validation token bytes, joined.
-    """
-
-    train: np.ndarray
-    validation: np.ndarray
-    vocab_size: int
-    bytes_per_token: float | None
-    name: str
-    sha256: str
-
-
 def load_corpus(name_or_path: str | Path = "embedded", corpus_dir: str | Path | None = None) -> Corpus:
-    """The corpus `embedded`, `docs` or `books`, or a plain token file.
+    """The corpus `embedded`, `docs` or `books`, a directory of `varprop data tokenize`, or a plain token file.
 
     `embedded` lies in the package: six novels of Jane Austen and Moby Dick, 1.3 million tokens; `Persuasion` is the
     validation text. `docs` and `books` are read from `corpus_dir`, or the directory named by the environment variable
     VARPROP_CORPUS: `<name>.train.u16.xz`, `<name>.val.u16.xz` and `manifest.json` with their token counts and hashes.
-    A path ending in `.u16` or `.u32` is a file of token ids; its last twentieth is the validation text.
+    Another directory is one of `varprop data tokenize`, checked as `directory.load_directory` says. A path ending in
+    `.u16` or `.u32` is a file of token ids; its last twentieth is the validation text.
 
     Unpacked files are kept in the user's cache directory and checked by hash on every load. Raises `ArgumentError` for
-    an unknown name, a missing directory, and a truncated or damaged file.
+    an unknown name, a missing directory, a truncated or damaged file, and a token id beyond the vocabulary.
 
     >>> corpus = load_corpus()
     >>> len(corpus.train), len(corpus.validation), corpus.vocab_size
@@ -67,8 +52,11 @@ def load_corpus(name_or_path: str | Path = "embedded", corpus_dir: str | Path | 
         return _from_directory(name, corpus_dir or os.environ.get("VARPROP_CORPUS") or None)
     if name.endswith((".u16", ".u32")):
         return _from_file(Path(name_or_path))
+    if Path(name_or_path).is_dir():
+        return load_directory(Path(name_or_path))
     known = ", ".join(("embedded", *CORPORA))
-    raise ArgumentError(f"corpus={name!r} is unknown; expected one of {known}, or a path ending in .u16 or .u32")
+    expected = f"one of {known}, a corpus directory, or a path ending in .u16 or .u32"
+    raise ArgumentError(f"corpus={name!r} is unknown; expected {expected}")
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -93,7 +81,7 @@ def _tokenise(folder: Path) -> dict[str, bytes]:
     for document in _unpack(folder / "embedded.txt.xz").decode().split(DOCUMENT_END):
         part = "validation" if document.lstrip().startswith(HELD_OUT_NOVEL) else "train"
         ids = tokenizer.encode(document).ids  # one at a time: a batch starts threads, which warn when a user forks
-        parts[part].append(np.array([*ids, tokenizer.token_to_id(DOCUMENT_END)], dtype="<u2"))
+        parts[part].append(np.array([*ids, _document_end()], dtype="<u2"))
     return {part: np.concatenate(documents).tobytes() for part, documents in parts.items()}
 
 
@@ -114,34 +102,21 @@ def _tokenised(name: str, folder: Path, builds: Mapping[str, Callable[[], bytes]
         cached(file.removesuffix(".xz"), sha256, build)
         for (file, build), sha256 in zip(builds.items(), hashes, strict=True)
     ]
-    train, validation = (_memory_map(path, "<u2") for path in paths)
+    train, validation = (memory_map(path, "<u2") for path in paths)
     lengths = _token_bytes()
-    for tokens in (train, validation):
-        _require_ids_below(len(lengths), tokens, name)
+    for path, tokens in zip(paths, (train, validation), strict=True):
+        require_ids_below(len(lengths), tokens, str(path))
     bytes_per_token = float(lengths[validation].mean())
     sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return Corpus(train, validation, len(lengths), bytes_per_token, name, sha256)
+    return Corpus(train, validation, len(lengths), bytes_per_token, name, sha256, _document_end())
 
 
 def _from_file(path: Path) -> Corpus:
     require(path.is_file(), ArgumentError, "corpus", str(path), "missing", "a file of token ids")
-    tokens = _memory_map(path, "<u2" if path.suffix == ".u16" else "<u4")
+    tokens = memory_map(path, "<u2" if path.suffix == ".u16" else "<u4")
     held_out = int(len(tokens) * HELD_OUT_FRACTION)
     train, validation = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
-    return Corpus(train, validation, int(tokens.max()) + 1, None, path.name, sha256_of_file(path))
-
-
-def _memory_map(path: Path, dtype: str) -> np.memmap:
-    size, width = path.stat().st_size, np.dtype(dtype).itemsize
-    whole = size > 0 and size % width == 0
-    require(whole, ArgumentError, "corpus", str(path), f"truncated ({size} bytes)", f"whole tokens of {width} bytes")
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _require_ids_below(vocab_size: int, tokens: np.ndarray, name: str) -> None:
-    largest = int(tokens.max())
-    wrong = f"wrong (token id {largest} is beyond the vocabulary)"
-    require(largest < vocab_size, ArgumentError, "corpus", name, wrong, f"ids below {vocab_size}")
+    return Corpus(train, validation, int(tokens.max()) + 1, None, path.name, sha256_of_file(path), None)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -172,6 +147,11 @@ def _unpack(path: Path) -> bytes:
 @functools.cache
 def _tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(ASSETS / "bpe8192.json"))
+
+
+@functools.cache
+def _document_end() -> int:
+    return _tokenizer().get_vocab()[DOCUMENT_END]
 
 
 @functools.cache

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import numpy as np
 
+from varprop.corpus.order import permuted
 from varprop.errors import ArgumentError, require
 
 
@@ -24,17 +24,21 @@ def n_windows(tokens: np.ndarray, n_tokens: int) -> int:
     return size
 
 
-def window_starts(tokens: np.ndarray, n_tokens: int, seed: int, numbers: Iterable[int]) -> list[int]:
-    """First positions of the windows with these numbers in the order of (seed, epoch).
+def window_starts(tokens: np.ndarray, n_tokens: int, seed: int, numbers: range | np.ndarray) -> np.ndarray:
+    """First positions, int64, of the windows with these numbers in the order of (seed, epoch).
 
-    Each epoch has every window once; number i belongs to epoch i // n_windows. Raises `ArgumentError` if the text is
-    shorter than one window.
+    Each epoch has every window once; number i belongs to epoch i // n_windows. No table of the order is kept, whatever
+    the length of the text (`order.permuted`). Raises `ArgumentError` if the text is shorter than one window.
 
-    >>> sorted(window_starts(np.arange(9), 4, 0, range(2)))
+    >>> sorted(window_starts(np.arange(9), 4, 0, range(2)).tolist())
     [0, 4]
     """
     size = n_windows(tokens, n_tokens)
-    return [int(_permutation(seed, number // size, size)[number % size]) * n_tokens for number in numbers]
+    epochs, places = np.divmod(np.asarray(numbers, dtype=np.int64), size)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        places[here] = permuted(places[here], size, (seed, int(epoch)))
+    return places * n_tokens
 
 
 def windows(tokens: np.ndarray, starts: Iterable[int], length: int) -> np.ndarray:
@@ -44,8 +48,3 @@ def windows(tokens: np.ndarray, starts: Iterable[int], length: int) -> np.ndarra
     [[0, 1, 2], [4, 5, 6]]
     """
     return np.stack([tokens[start : start + length] for start in starts]).astype(np.int64)
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)

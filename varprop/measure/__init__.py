@@ -1,11 +1,17 @@
 """What is read off tensors, once for all readers."""
 
+from varprop.measure.attention import AttentionStatistics, attention_statistics
 from varprop.measure.jacobian import jacobian_deviation, probe_jacobian_deviation, random_signs
 from varprop.measure.mixing import (
     attention_concentration,
     attention_entropy,
+    balance_bias,
+    expert_load,
     expert_load_concentration,
     gate_second_moment,
+    load_balance_loss,
+    router_entropy,
+    router_z_loss,
 )
 from varprop.measure.moments import (
     BRANCH_STREAM,
@@ -17,21 +23,48 @@ from varprop.measure.moments import (
     token_correlation,
     variance,
 )
+from varprop.measure.overlap import overlap_sums
+from varprop.measure.tokens import QUANTILES, TokenMoments, sink_positions, token_moments, token_quantiles
+from varprop.measure.weights import (
+    effective_density_participation,
+    effective_density_threshold_tenth_rms,
+    rms,
+    spectral_norm,
+    stable_rank,
+)
 
 __all__ = [
     "BRANCH_STREAM",
+    "QUANTILES",
+    "AttentionStatistics",
     "PowerSums",
+    "TokenMoments",
     "attention_concentration",
     "attention_entropy",
+    "attention_statistics",
+    "balance_bias",
     "branch_correlation",
     "cosine",
+    "effective_density_participation",
+    "effective_density_threshold_tenth_rms",
+    "expert_load",
     "expert_load_concentration",
     "fourth_moment",
     "gate_second_moment",
     "jacobian_deviation",
+    "load_balance_loss",
+    "overlap_sums",
     "probe_jacobian_deviation",
     "random_signs",
+    "rms",
+    "router_entropy",
+    "router_z_loss",
     "second_moment",
+    "sink_positions",
+    "spectral_norm",
+    "stable_rank",
     "token_correlation",
+    "token_moments",
+    "token_quantiles",
     "variance",
 ]

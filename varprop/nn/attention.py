@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from varprop.errors import ArgumentError
-from varprop.nn.linear import Weights, linear, linear_together
+from varprop.nn import kernels
+from varprop.nn.linear import Weights, linear, packed_linear
 from varprop.nn.norm import rms_norm
 from varprop.spec import ModelSpec
 
@@ -91,13 +92,18 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softca
 
 def _queries_keys_values(x: Tensor, weights: Weights, spec: ModelSpec, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (*lead, N, T, H), keys and values (*lead, G, T, H): projected, normalised, rotated."""
-    projected = linear_together(x, weights, ("attention.q", "attention.k", "attention.v"))
-    q, k, v = (_heads(y, weights, spec, name) for y, name in zip(projected, "qkv", strict=True))
-    theta = spec._attention().rope_theta
-    if theta is None:
-        return q, k, v
-    turns = shared.rotation or rotation(spec, x.shape[-2], x.device, torch.promote_types(x.dtype, torch.float32))
-    return rotate(q, *turns), rotate(k, *turns), v
+    part = spec._attention()
+    turns = shared.rotation
+    if part.rope_theta is not None and turns is None:
+        turns = rotation(spec, x.shape[-2], x.device, torch.promote_types(x.dtype, torch.float32))
+    power_of_two = spec.head_dim & (spec.head_dim - 1) == 0
+    whole = part.rope_fraction == 1 and part.qk_norm == "none" and power_of_two
+    if turns is not None and whole and kernels.serve(x, weights["attention.q"]):
+        packed = packed_linear(x, weights, ("attention.q", "attention.k"))
+        q, k = kernels.split_and_rotate(packed, *turns, spec.n_heads)
+        return q.transpose(-3, -2), k.transpose(-3, -2), _heads(linear(x, weights, "attention.v"), weights, spec, "v")
+    q, k, v = (_heads(linear(x, weights, f"attention.{name}"), weights, spec, name) for name in "qkv")
+    return (q, k, v) if turns is None else (rotate(q, *turns), rotate(k, *turns), v)
 
 
 def _heads(y: Tensor, weights: Weights, spec: ModelSpec, name: str) -> Tensor:

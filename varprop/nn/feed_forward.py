@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from varprop.nn import kernels
 from varprop.nn.activation import ACTIVATIONS
-from varprop.nn.linear import Weights, linear, linear_together
+from varprop.nn.linear import Weights, linear, packed_linear
 from varprop.spec import ModelSpec
 
 
@@ -18,9 +19,10 @@ def feed_forward(x: Tensor, weights: Weights, spec: ModelSpec, layer: int) -> Te
 def two_layers(x: Tensor, weights: Weights, prefix: str, activation: str) -> Tensor:
     """The feed-forward whose weights are `<prefix>.up`, `<prefix>.down` and, where present, `<prefix>.gate`."""
     phi = ACTIVATIONS[activation]
-    if f"{prefix}.gate" in weights:
-        gate, up = linear_together(x, weights, (f"{prefix}.gate", f"{prefix}.up"))
-        inner = phi(gate) * up
-    else:
+    if f"{prefix}.gate" not in weights:
         inner = phi(linear(x, weights, f"{prefix}.up"))
+    elif activation == "silu" and kernels.serve(x, weights[f"{prefix}.gate"]):
+        inner = kernels.swiglu(packed_linear(x, weights, (f"{prefix}.gate", f"{prefix}.up")))
+    else:
+        inner = phi(linear(x, weights, f"{prefix}.gate")) * linear(x, weights, f"{prefix}.up")
     return linear(inner, weights, f"{prefix}.down")

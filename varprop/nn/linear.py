@@ -38,16 +38,11 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     return y + per_token(weights[bias]) if bias in weights else y
 
 
-def linear_together(x: Tensor, weights: Weights, names: Sequence[str]) -> list[Tensor]:
-    """`linear` for several matrices that read the same x: one product where the sequences share their weights."""
-    matrices = [weights[name] for name in names]
-    if not all(isinstance(matrix, Tensor) and matrix.dim() == 2 for matrix in matrices):
-        return [linear(x, weights, name) for name in names]
-    y = x @ torch.cat(matrices).mT
+def packed_linear(x: Tensor, weights: Weights, names: Sequence[str]) -> Tensor:
+    """`linear` of several plain matrices (out, in) that read the same x, side by side: one product."""
+    y = x @ torch.cat([weights[name] for name in names]).mT
     biases = [weights.get(f"{name}_bias") for name in names]
-    if biases[0] is not None:
-        y = y + torch.cat(biases)
-    return list(y.split([len(matrix) for matrix in matrices], dim=-1))
+    return y if biases[0] is None else y + torch.cat(biases)
 
 
 def per_token(vector: Tensor) -> Tensor:

@@ -22,17 +22,22 @@ def added(
     name: `attention` or `mlp`; its norms are `<name>_norm` and, for `peri`, `<name>_out_norm`.
     """
     placement = spec.norm_placement(layer)
-    if placement in ("pre", "peri", "lns"):
-        y = norm(x, weights, spec, f"{name}_norm")
-        # A tensor where layers share one compiled block: a number would be compiled into it.
-        y = branch(y * weights.get(DEPTH_FACTOR, layer**-0.5) if placement == "lns" else y)
-    else:
-        y = branch(x)
+    y = branch(branch_input(x, weights, spec, layer, name))
     if placement == "peri":
         y = norm(y, weights, spec, f"{name}_out_norm")
     if placement == "reordered":
         y = norm(y, weights, spec, f"{name}_norm")
     return scaled(spec.branch_scale, y)
+
+
+def branch_input(x: Tensor, weights: Weights, spec: ModelSpec, layer: int, name: str) -> Tensor:
+    """What a branch reads of the stream x: its norm where one stands before the branch, else x itself."""
+    placement = spec.norm_placement(layer)
+    if placement not in ("pre", "peri", "lns"):
+        return x
+    y = norm(x, weights, spec, f"{name}_norm")
+    # A tensor where layers share one compiled block: a number would be compiled into it.
+    return y * weights.get(DEPTH_FACTOR, layer**-0.5) if placement == "lns" else y
 
 
 def scaled(factor: float, x: Tensor) -> Tensor:

@@ -5,13 +5,16 @@ with a band, training is lines by step. Colours are told apart by readers who do
 Ito for series, cividis for values, purple and orange for ratios.
 """
 
+from varprop.plot.depth_map import plot_depth_map
 from varprop.plot.heat_map import plot_heat_map
-from varprop.plot.profiles import plot_growth, plot_profiles, plot_training
+from varprop.plot.profiles import plot_growth, plot_profiles
 from varprop.plot.qq import plot_qq
 from varprop.plot.ratio import VERDICT_STYLE, plot_ratio
+from varprop.plot.training import plot_training
 
 __all__ = [
     "VERDICT_STYLE",
+    "plot_depth_map",
     "plot_growth",
     "plot_heat_map",
     "plot_profiles",

@@ -1,20 +1,18 @@
-"""Profiles over the layers and curves over training steps."""
+"""Profiles over the layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from varprop.errors import ArgumentError, require
-from varprop.plot.reading import BAND, INTERVAL, at_place, curve, place_of
+from varprop.plot.reading import BAND, INTERVAL, at_place, curve, place_of, step_dimension
 from varprop.plot.style import (
     COLOURS,
     decorate,
@@ -56,11 +54,12 @@ def plot_profiles(
         key = specs.index(str(dataset.attrs["spec_id"])) if len(specs) > 1 else index
         colour = COLOURS[key % len(COLOURS)]
         values = at_place(dataset, variable, site)
-        if "step" in values.dims:
-            chosen = _steps(values, steps)
+        along = step_dimension(values)
+        if along:
+            chosen = _steps(values[along].values, steps)
             for rank, step in enumerate(chosen):
                 shade = tint(colour, 0.6 * (1 - (rank + 1) / len(chosen)))
-                draw_line(axes, curve(values.sel(step=step), "layer"), shade, f"{name}, step {step:,}")
+                draw_line(axes, curve(values.sel({along: step}), "layer"), shade, f"{name}, step {step:,}")
         elif dataset.attrs["source"] == "theory":
             claimed = at_place(dataset, "theory_error", site) if _has_theory_error(dataset, variable) else None
             _theory(axes, values, claimed, colour, name)
@@ -70,37 +69,6 @@ def plot_profiles(
             draw_line(axes, curve(values, "layer", band), colour, name + BANDS[band])
     place = next((place_of(dataset, variable, site) for dataset in datasets.values()), "")
     finish(axes, "layer (0 = embedding)", label(variable) + (f"\nat {place}" if place else ""))
-    return figure
-
-
-def plot_training(dataset: xr.Dataset) -> Figure:
-    """Loss curves, and the variance of the stream over the steps with one line per layer coloured by depth.
-
-    dataset: `train_loss` and `validation_loss` (seed, step) in nats per token, whichever exist; `variance` or
-    `second_moment` (seed, step, layer, site). Lines are means over seeds, bands 95 % t intervals where there are two.
-    """
-    losses = [name for name in ("train_loss", "validation_loss") if name in dataset]
-    streams = [name for name in ("variance", "second_moment") if name in dataset and "step" in dataset[name].dims]
-    if not losses and not streams:
-        raise ArgumentError(f"dataset={list(dataset.data_vars)} is without step; expected a training result")
-    figure, panels = new_figure(bool(losses) + bool(streams))
-    if losses:
-        for name, colour in zip(losses, COLOURS, strict=False):
-            draw_line(panels[0], curve(dataset[name], "step"), colour, name.replace("_loss", ""), marker="")
-        finish(panels[0], "step", "loss (nats per token)")
-    if streams:
-        axes, values = panels[-1], at_place(dataset, streams[0], "resid_post")
-        layers = values.layer.values
-        colours = colormaps["viridis"].resampled(len(layers))
-        for rank, layer in enumerate(layers):
-            x, y, _, _ = curve(values.sel(layer=layer), "step")
-            axes.plot(x, y, color=colours(rank), lw=1.2)
-        edges = np.append(layers - 0.5, layers[-1] + 0.5)
-        scale = ScalarMappable(BoundaryNorm(edges, len(layers)), colours)
-        bar = figure.colorbar(scale, ax=axes, label="layer", pad=0.02)
-        bar.locator = MaxNLocator(9, integer=True)
-        bar.update_ticks()
-        finish(axes, "step", f"{label(streams[0])}\nat resid_post", legend=False)
     return figure
 
 
@@ -126,8 +94,7 @@ def _has_theory_error(dataset: xr.Dataset, variable: str) -> bool:
     return "theory_error" in dataset and variable in ("second_moment", "variance")
 
 
-def _steps(values: xr.DataArray, steps: Sequence[int] | None) -> list[int]:
-    recorded = values.step.values
+def _steps(recorded: NDArray[Any], steps: Sequence[int] | None) -> list[int]:
     wanted = (recorded[0], recorded[-1]) if steps is None else steps
     return sorted({int(recorded[np.abs(recorded - step).argmin()]) for step in wanted})
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from varprop import stats
 from varprop.errors import ArgumentError
+from varprop.results import STEPS
 from varprop.summary import QUANTILES, REPLICATES
 
 INTERVAL = 0.95
@@ -35,6 +36,11 @@ def at_place(dataset: xr.Dataset, variable: str, place: str) -> xr.DataArray:
 def place_of(dataset: xr.Dataset, variable: str, place: str) -> str:
     """`place` where the variable has sites or branches, else nothing."""
     return place if {"site", "branch"} & set(dataset[variable].dims) else ""
+
+
+def step_dimension(values: xr.DataArray) -> str:
+    """The dimension of training steps that the variable has, "" where it has none."""
+    return next((dim for dim in STEPS if dim in values.dims), "")
 
 
 def curve(values: xr.DataArray, along: str, band: str | None = "interval") -> Curve:

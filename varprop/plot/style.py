@@ -24,6 +24,8 @@ LABELS = {
     "attention_concentration": "attention concentration (dimensionless)",
     "attention_entropy": "attention entropy (nats)",
     "gate_second_moment": "gate second moment (dimensionless)",
+    "branch_overlap": "overlap (per neuron)",
+    "block_overlap": "overlap (per neuron)",
 }
 
 

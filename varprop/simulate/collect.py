@@ -16,6 +16,7 @@ import xarray as xr
 from varprop import results
 from varprop.errors import ArgumentError, ReducedBatchWarning, SchemaError
 from varprop.measure.jacobian import DEFINITIONS
+from varprop.points import stacked
 from varprop.simulate import shards
 from varprop.simulate.drain import Needs
 from varprop.simulate.plan import Plan, Point, Span, first_gap, n_missing
@@ -164,18 +165,8 @@ def _dataset(
     shape = tuple(map(len, labels.values()))
     ids = [point.id for point in plan.points]
     depths = [point.spec.n_layers for point in plan.points]
-    sizes = {"network": max(extent.values()), "layer": max(depths) + 1}
-    names = dict.fromkeys(str(name) for dataset in points.values() for name in dataset.data_vars)
-    variables: dict[str, tuple[tuple[str, ...], Any]] = {}
-    for name in names:
-        like = next(dataset[name] for dataset in points.values() if name in dataset)
-        inner = tuple(map(str, like.dims))
-        stacked = np.full((len(ids), *(sizes.get(dim, like.sizes[dim]) for dim in inner)), np.nan)
-        for row, point_id in zip(stacked, ids, strict=True):
-            if point_id in points and name in points[point_id]:
-                values = points[point_id][name].values
-                row[tuple(slice(size) for size in values.shape)] = values
-        variables[name] = ((*labels, *inner), stacked.reshape(*shape, *stacked.shape[1:]))
+    within = {"network": range(max(extent.values())), "layer": range(max(depths) + 1)}
+    variables = stacked([points.get(i) for i in ids], labels, within)
     variables["n_networks"] = (tuple(labels), np.array([extent[i] for i in ids]).reshape(shape))
     if len(set(depths)) > 1:
         variables["last_layer"] = (tuple(labels), np.array(depths).reshape(shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from varprop.simulate.sampling import DTYPES, METHODS, check_device, checked_pro
 from varprop.simulate.stop import StopRule
 from varprop.simulate.text import text_tokens
 from varprop.spec import ModelSpec
-from varprop.spec.axes import RENAMED, Axes, combinations
+from varprop.spec.axes import Axes, check_names, combinations
 
 RUN_ARGUMENTS = ("n_tokens", "token_correlation")
 """Arguments of `sample` that may be axes."""
@@ -96,7 +96,7 @@ def make_plan(
     round_networks: int | None = None,
 ) -> Plan:
     """The points of a grid, checked: `ArgumentError` or `SpecError` before anything runs. Arguments as of `grid`."""
-    _check_names(axes)
+    check_names(axes, DIMENSIONS, VARIABLES, "more n_networks, or a grid a seed")
     require(
         isinstance(method, str) and method in METHODS,
         ArgumentError,
@@ -134,20 +134,6 @@ def make_plan(
     domain = f"at least 2 for each of the {len(plan.distinct)} points"
     require(enough, ArgumentError, "stop.max_networks", budget, "too few", domain)
     return plan
-
-
-def _check_names(axes: Axes) -> None:
-    """`ArgumentError` for an axis whose dimension would not stand beside those and the variables of the result."""
-    require(isinstance(axes, Mapping), ArgumentError, "axes", type(axes).__name__, "no mapping", "field: values")
-    require("seed" not in axes, ArgumentError, "axes", "seed", "no axis of a grid", "more n_networks, or a grid a seed")
-    for name in axes:
-        good = isinstance(name, str) and name.isprintable() and name
-        require(bool(good), ArgumentError, "axes", name, "no name", "the name of a field, or one of your own")
-        require(name not in DIMENSIONS, ArgumentError, "axes", name, "the name of a dimension", "another name")
-        taken = RENAMED.get(name, name) in VARIABLES
-        require(not taken, ArgumentError, "axes", name, "the name of a variable of the result", "another name")
-    twice = next((new for old, new in RENAMED.items() if old in axes and new in axes), None)
-    require(twice is None, ArgumentError, "axes", twice, "the dimension of another axis", "another name")
 
 
 def _point(

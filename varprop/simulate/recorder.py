@@ -67,7 +67,7 @@ class Recorder:
 
     def observe(self, layer: int, what: str, values: Tensor) -> None:
         """Record the attention probabilities or the gates of a layer."""
-        for name, statistic in OBSERVED[what].items():
+        for name, statistic in OBSERVED.get(what, {}).items():
             self._observed[name][:, layer] = statistic(values)
 
     def arrays(self) -> dict[str, np.ndarray]:

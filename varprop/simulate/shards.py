@@ -7,23 +7,22 @@ ends. A round is claimed, then looked for once more, then computed, so that no t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import xarray as xr
-from filelock import FileLock, Timeout
 
-from varprop import results
-from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError
+from varprop import locks, results
+from varprop.errors import DamagedShardWarning, SchemaError
+from varprop.locks import writing
 from varprop.simulate.plan import Point, Span
 from varprop.simulate.sampling import sample
 
@@ -136,49 +135,11 @@ def device_name(device: str) -> str:
     return platform.machine()
 
 
-@contextlib.contextmanager
-def claim(path: Path) -> Iterator[bool]:
+def claim(path: Path) -> contextlib.AbstractContextManager[bool]:
     """Whether this process has the lock of a round; never waits."""
-    with contextlib.ExitStack() as stack:
-        with writing(path):
-            try:
-                stack.enter_context(FileLock(path.with_suffix(".lock"), blocking=False))
-                mine = True
-            except Timeout:
-                mine = False
-        yield mine
+    return locks.claim(path.with_suffix(".lock"))
 
 
 def n_claimed(directory: Path, point: Point) -> int:
-    """How many rounds of the point processes compute now, on machines that share the locks of this one.
-
-    Looks through a shared lock, which no other look sees and which leaves no file; it needs no right to write.
-    """
-    return sum(map(_is_locked, (directory / point.id).glob("*.lock")))
-
-
-def _is_locked(lock: Path) -> bool:
-    try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except OSError:  # its round has been finished
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Faults of the file system as one line."""
-    try:
-        yield
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        message = f"directory={str(path.parent)!r} cannot be written ({reason}); expected a writable directory"
-        raise ArgumentError(message) from None
+    """How many rounds of the point processes compute now, on machines that share the locks of this one."""
+    return sum(map(locks.is_claimed, (directory / point.id).glob("*.lock")))

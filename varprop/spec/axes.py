@@ -1,4 +1,4 @@
-"""Axes of a grid: field names and their values, checked, combined and labelled alike by theory and simulation.
+"""Axes of a grid: field names and their values, checked, combined and labelled alike by all who read a spec.
 
 An axis is a field name with a sequence of values, or a name of its own with named sets of changes,
 `model = {"dense": {}, "moe": {"feed_forward": None, "n_experts": 8, "top_k": 2}}`.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from varprop.errors import ArgumentError, require
 
 Axis = Sequence[Any] | Mapping[str, Mapping[str, Any]]
 Axes = Mapping[str, Axis]
-RENAMED = {"token_correlation": "input_token_correlation"}
+RENAMED = {"token_correlation": "input_token_correlation", "learning_rate": "peak_learning_rate"}
 """Dimension of an axis whose own name is that of a variable."""
+CONFIG = "config."
+"""Begins the name of a field that is not the spec's but of how a model is trained."""
 MAX_POINTS = 10**6
 DOMAIN = "at least one value, all distinct"
 
@@ -81,8 +83,36 @@ def axes_json(axes: Axes) -> str:
 
 
 def dimensions(axes: Axes) -> dict[str, list[Any]]:
-    """Dimension name -> labels; values that are not all numbers or all text are labelled by their JSON."""
-    return {RENAMED.get(name, name): _labels([plain(value) for value in values]) for name, values in axes.items()}
+    """Dimension name -> labels; values that are not all numbers or all text are labelled by their JSON.
+
+    >>> dimensions({"config.learning_rate": [1e-3], "n_kv_heads": [1, None]})
+    {'peak_learning_rate': [0.001], 'n_kv_heads': ['1', 'null']}
+    """
+    return {dimension(name): _labels([plain(value) for value in values]) for name, values in axes.items()}
+
+
+def dimension(name: str) -> str:
+    """The dimension of an axis: the name of its field, or another where that is a variable's."""
+    field = name.removeprefix(CONFIG)
+    return RENAMED.get(field, field)
+
+
+def check_names(axes: Axes, dimensions: Collection[str], variables: Collection[str], seed: str) -> None:
+    """`ArgumentError` for an axis whose dimension would not stand beside those and the variables of the result.
+
+    seed: what there is instead of an axis over seeds.
+    """
+    require(isinstance(axes, Mapping), ArgumentError, "axes", type(axes).__name__, "no mapping", "field: values")
+    for name in axes:
+        good = isinstance(name, str) and name.isprintable() and name
+        require(bool(good), ArgumentError, "axes", name, "no name", "the name of a field, or one of your own")
+        require(name.removeprefix(CONFIG) != "seed", ArgumentError, "axes", name, "no axis of a grid", seed)
+        require(name not in dimensions, ArgumentError, "axes", name, "the name of a dimension", "another name")
+        taken = dimension(name) in variables
+        require(not taken, ArgumentError, "axes", name, "the name of a variable of the result", "another name")
+    names = [dimension(name) for name in axes]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, ArgumentError, "axes", twice, "the dimension of another axis", "another name")
 
 
 def _labels(values: list[Any]) -> list[Any]:

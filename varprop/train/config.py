@@ -15,8 +15,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Parallel = Literal["ddp", "fsdp"]
 EXECUTION_FIELDS = (
-    *("micro_batch_size", "device", "compile", "compile_layers", "parallel", "activation_checkpointing"),
-    *("checkpoint_every", "deterministic"),
+    *("micro_batch_size", "device", "compile", "compile_layers", "cuda_graph", "parallel"),
+    *("activation_checkpointing", "checkpoint_every", "deterministic", "max_loss_rise"),
 )
 """Fields that say how a run is computed and not what: a run may be resumed with others, equal to rounding."""
 
@@ -35,7 +35,8 @@ class TrainConfig:
     more dimensions except the embedding and the unembedding) or `everything`. clip_norm: largest global gradient norm,
     None = no clipping. base_d_model, base_n_layers: the shape that learning_rate, eps, weight_decay were tuned at, to
     transfer them by CompleteP (arXiv 2505.01618); None = as they are. load_balance_weight, router_z_weight: of the two
-    auxiliary losses of every mixture layer, the same at every layer and depth.
+    auxiliary losses of every mixture layer, the same at every layer and depth. router_bias_rate: step of the selection
+    bias of a spec with `router_bias` (arXiv 2408.15664).
 
     seed: of the initial weights and of the data order. corpus: see `load_corpus`. document_mask: attention stays within
     a document. record_every, probe_every, evaluate_every: updates between records of the training batch, of the fixed
@@ -46,7 +47,7 @@ class TrainConfig:
     How it is computed (`EXECUTION_FIELDS`, which a resumed run may change): precision of the matrix products and the
     stream (weights, gradients and optimiser are float32; auto = bfloat16 on CUDA, else float32; not to be changed);
     device: a torch device, auto = CUDA where there is one, else the CPU. compile: torch.compile, compile_layers layers
-    at a time. parallel: how several processes share the work. activation_checkpointing: blocks are computed again in
+    at a time. cuda_graph: on one GPU the kernels of a step are recorded once and launched together. parallel: how several processes share the work. activation_checkpointing: blocks are computed again in
     the backward pass. checkpoint_every: updates between checkpoints, where a run directory is given. deterministic:
     deterministic kernels alone.
 
@@ -78,6 +79,7 @@ class TrainConfig:
     base_n_layers: int | None = None
     load_balance_weight: float = 0.01
     router_z_weight: float = 0.001
+    router_bias_rate: float = 0.001
     seed: int = 0
     corpus: str = "embedded"
     document_mask: bool = False
@@ -92,6 +94,7 @@ class TrainConfig:
     device: str = "auto"
     compile: bool = False
     compile_layers: int = 1
+    cuda_graph: bool = False
     parallel: Parallel = "ddp"
     activation_checkpointing: bool = False
     checkpoint_every: int = 100
@@ -169,7 +172,7 @@ _NOT_NEGATIVE = (0.0, 1.7e308, "a finite number >= 0")
 _FRACTION = (0.0, 1.0, "a number in [0, 1]")
 _INTERVALS = {
     **dict.fromkeys(("total_flops", "learning_rate", "eps", "clip_norm", "max_loss_rise"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "load_balance_weight", "router_z_weight"), _NOT_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "load_balance_weight", "router_z_weight", "router_bias_rate"), _NOT_NEGATIVE),
     **dict.fromkeys(("final_lr_fraction", "decay_fraction"), _FRACTION),
 }
 

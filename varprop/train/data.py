@@ -2,43 +2,131 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 
 from varprop.corpus import Corpus, n_windows, window_starts, windows
+from varprop.errors import ArgumentError, require
+
+ALL_ROWS = slice(None)
 
 
 def batch(
-    corpus: Corpus, seed: int, step: int, batch_size: int, n_tokens: int, device: str | torch.device = "cpu"
+    corpus: Corpus,
+    seed: int,
+    step: int,
+    batch_size: int,
+    n_tokens: int,
+    device: str | torch.device = "cpu",
+    rows: slice = ALL_ROWS,
 ) -> torch.Tensor:
-    """The training batch of a global step: token ids (B, T + 1), int64; inputs `[:, :-1]`, targets `[:, 1:]`.
+    """The training batch of a global step, or some rows of it: token ids (B, T + 1), int64.
 
-    Each epoch visits every window of the training text once, in an order drawn from (seed, epoch); sequence b of a
-    step is number `step * batch_size + b` of that order, whatever the number of workers. On CUDA the copy is
-    asynchronous. Raises `ArgumentError` if the text is shorter than one sequence.
+    Inputs are `[:, :-1]`, targets `[:, 1:]`. Each epoch visits every window of the training text once, in an order
+    drawn from (seed, epoch); sequence b of a step is number `step * batch_size + b` of that order, so that neither the
+    number of processes nor the micro-batches change what a step sees.
+
+    batch_size: B of the whole batch, over all processes. rows: the part of this process. On CUDA the copy is
+    asynchronous, from pinned memory. Raises `ArgumentError` if the text is shorter than one sequence.
     """
-    numbers = range(step * batch_size, (step + 1) * batch_size)
-    starts = window_starts(corpus.train, n_tokens, seed, numbers)
-    return _on_device(windows(corpus.train, starts, n_tokens + 1), device)
+    return _on_device(_batch(corpus, seed, step, batch_size, n_tokens, torch.device(device), rows), device)
+
+
+@contextlib.contextmanager
+def batches(
+    corpus: Corpus,
+    seed: int,
+    batch_size: int,
+    n_tokens: int,
+    *,
+    first_step: int = 0,
+    device: str | torch.device = "cpu",
+    rows: slice = ALL_ROWS,
+    n_ahead: int = 2,
+) -> Iterator[Iterator[torch.Tensor]]:
+    """A context that gives `batch(...)` of the steps first_step, first_step + 1, ... without end.
+
+    Tokens are read, and copied to pinned memory where the device is a GPU, in one background thread, `n_ahead` steps
+    before they are asked for; the asynchronous copy to the device is made when they are. Other arguments and errors:
+    as of `batch`. An error of a step is raised when that step is asked for.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # of this thread: the other one starts with GPU 0
+    with ThreadPoolExecutor(1, initializer=_use_device, initargs=(device,)) as thread:
+        ready: collections.deque[Future[torch.Tensor]] = collections.deque()
+
+        def stream() -> Iterator[torch.Tensor]:
+            for step in itertools.count(first_step):
+                ready.append(thread.submit(_batch, corpus, seed, step, batch_size, n_tokens, device, rows))
+                if len(ready) > n_ahead:
+                    yield _on_device(ready.popleft().result(), device)
+
+        try:
+            yield stream()
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+def document_ids(tokens: torch.Tensor, document_end: int | None) -> torch.Tensor:
+    """The document of each token, counted from 0 in each row: (B, T), int32. The end token is of the one it ends.
+
+    tokens: (B, T). document_end: `Corpus.document_end`; None raises `ArgumentError`. Computed on the tokens' device.
+
+    >>> document_ids(torch.tensor([[5, 0, 6, 0, 0, 7]]), 0).tolist()
+    [[0, 0, 1, 1, 2, 3]]
+    """
+    known = document_end is not None
+    require(known, ArgumentError, "document_end", document_end, "not known", "a corpus that says what ends a document")
+    ends = tokens == document_end
+    return ends.cumsum(1, dtype=torch.int32) - ends.int()
+
+
+def evaluation_windows(corpus: Corpus, n_sequences: int, length: int) -> np.ndarray:
+    """Token ids (n, length + 1), int64, of whole windows spread evenly over the validation text: always the same.
+
+    n is n_sequences, or all windows of a text that has fewer. Raises `ArgumentError` if it has none.
+
+    >>> from varprop.corpus import load_corpus
+    >>> evaluation_windows(load_corpus(), 3, 128).shape
+    (3, 129)
+    """
+    size = n_windows(corpus.validation, length)
+    count = min(size, n_sequences)
+    return windows(corpus.validation, [number * size // count * length for number in range(count)], length + 1)
 
 
 def validation_batches(
     corpus: Corpus, n_batches: int, batch_size: int, n_tokens: int, device: str | torch.device = "cpu"
 ) -> list[torch.Tensor]:
-    """Up to `n_batches` batches of windows spread evenly over the validation text, the same at every step.
-
-    All batches have `batch_size` rows; a text with fewer windows gives one smaller batch of them all.
-    """
+    """`evaluation_windows` in up to `n_batches` batches of `batch_size`; a short text gives one smaller batch."""
     size = n_windows(corpus.validation, n_tokens)
     count = min(size, n_batches * batch_size)
     count -= count % batch_size if count > batch_size else 0
-    starts = [number * size // count * n_tokens for number in range(count)]
-    rows = [starts[row : row + batch_size] for row in range(0, count, batch_size)]
-    return [_on_device(windows(corpus.validation, row, n_tokens + 1), device) for row in rows]
+    ids = torch.from_numpy(evaluation_windows(corpus, count, n_tokens))
+    return [rows.to(device) for rows in ids.split(batch_size)]
 
 
-def _on_device(ids: np.ndarray, device: str | torch.device) -> torch.Tensor:
-    rows = torch.from_numpy(ids)
-    if torch.device(device).type == "cuda":
-        return rows.pin_memory().to(device, non_blocking=True)
-    return rows.to(device)
+def _batch(
+    corpus: Corpus, seed: int, step: int, batch_size: int, n_tokens: int, device: torch.device, rows: slice
+) -> torch.Tensor:
+    """The rows of a batch in memory that `device` can copy from while the processor goes on."""
+    numbers = range(step * batch_size, (step + 1) * batch_size)[rows]
+    ids = torch.from_numpy(windows(corpus.train, window_starts(corpus.train, n_tokens, seed, numbers), n_tokens + 1))
+    return ids.pin_memory() if device.type == "cuda" else ids
+
+
+def _on_device(rows: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    return rows.to(device, non_blocking=True)
+
+
+def _use_device(device: torch.device) -> None:
+    """Pinning memory in a new thread would otherwise start a context on the first GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -6,27 +6,36 @@ batch's update; the last state is recorded on batch n_steps, which makes no upda
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from varprop.corpus import Corpus, load_corpus
-from varprop.errors import ArgumentError, require
-from varprop.nn import Transformer
+from varprop import results
+from varprop.corpus import load_corpus
+from varprop.errors import ArgumentError, Stopped, require
 from varprop.spec import ModelSpec
-from varprop.train import optim
+from varprop.train import budget, log
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.config import TrainConfig
-from varprop.train.data import batch, validation_batches
-from varprop.train.loss import chunk_size, chunked_mean_loss, sum_of_losses
-from varprop.train.track import History, Tracker, dataset
+from varprop.train.data import batches
+from varprop.train.distributed import World
+from varprop.train.signals import stop_on_signals
+from varprop.train.track import EVALUATIONS, Fetcher, History, dataset
+from varprop.train.trainer import Trainer, deterministic_kernels, is_finite
+
+RISE_WINDOW = 50
+"""Records whose mean a loss is compared with by `max_loss_rise`."""
+STOP_EVERY = 10
+"""Steps between two agreements of several processes on whether to stop."""
 
 
 def fit(
@@ -35,141 +44,240 @@ def fit(
     *,
     run_dir: str | Path | None = None,
     corpus_dir: str | Path | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    logs: Sequence[str] = (),
     progress: bool = True,
 ) -> xr.Dataset:
     """Train the network of `spec` and return its statistics by step: a Dataset with source="training".
 
-    Variables: variance, second_moment, token_correlation (seed, step, layer, site), branch_correlation (seed, step,
-    layer, branch), all in the forward pass of the training batch and before the final norm; train_loss,
-    validation_loss (nats per token), bits_per_byte, learning_rate, gradient_norm, tokens_seen (seed, step).
+    Along `step`, in the forward pass of the training batch and before the final norm: variance, second_moment (seed,
+    step, layer, site), branch_correlation (seed, step, layer, branch), train_loss (nats per token), gradient_norm,
+    learning_rate, tokens_seen; of a mixture gate_second_moment, expert_load, load_balance_loss, router_z_loss. Along
+    `probe_step`: the variables of `train.probe` and `train.weights`. Along `evaluation_step`: validation_loss (nats per
+    token) and bits_per_byte at the fixed evaluation length and at the training length.
 
-    run_dir: where checkpoints and the final weights are kept; the same call resumes a killed run, on a CPU bitwise as
-    if it had not been killed. corpus_dir: of `load_corpus`. progress: a bar on stderr where that is a terminal.
-    Raises `ArgumentError` for bad input, a run directory of another run, and a loss that is not finite.
+    run_dir: where checkpoints and the final weights are kept; the same call resumes a killed run, on a CPU (and with
+    config.deterministic on one GPU) bitwise as if it had not been killed. corpus_dir: of `load_corpus`. initial:
+    tensors by the names of the network's state to start from, such as `train.grow` makes. logs: of `train.log.NAMES`.
+    progress: the console log where stderr is a terminal. Under torchrun all processes train together.
+    Raises `ArgumentError` for bad input, a run directory of another run, a loss that is not finite or rises by more
+    than config.max_loss_rise (then `run_dir` holds `stopped.nc` and `stopped.safetensors`), and `Stopped` after a
+    signal that asks to end, when the state is saved.
     """
     config = config or TrainConfig()
-    corpus = load_corpus(config.corpus, corpus_dir)
-    fits = corpus.vocab_size <= spec.vocab_size
-    expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
-    require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
-    trainer = Trainer(spec, config, corpus)
-    run = None if run_dir is None else RunDirectory(run_dir, spec, config, corpus)
-    start, history = (0, History()) if run is None else run.restore(trainer.model, trainer.optimizer)
-    with _progress_bar((config.n_steps or 0), progress) as show:
-        for step in range(start, (config.n_steps or 0) + 1):
-            if run is not None and step % config.checkpoint_every == 0 and step > start:
-                trainer.require_finite()
-                run.save(step, trainer.model, trainer.optimizer, history)
-            recording = step % config.record_every == 0 or step == (config.n_steps or 0)
-            record = trainer.forward_backward(step, recording)
-            if recording:
-                trainer.require_finite()
-                history.append(step, record)
-            if step < (config.n_steps or 0):
-                trainer.update(step)
-            show(step, history)
-    if run is not None and start <= (config.n_steps or 0):
-        run.save_model(trainer.model)
-        run.save((config.n_steps or 0) + 1, trainer.model, trainer.optimizer, history)  # nothing is left to do
-    return dataset(history, spec, config, corpus, device=trainer.device.type, dtype=trainer.dtype)
+    with ExitStack() as stack:
+        world = stack.enter_context(World.start(config))
+        stack.enter_context(deterministic_kernels(config.deterministic))
+        stop_requested = stack.enter_context(stop_on_signals())
+        with world.raise_together():
+            corpus = load_corpus(config.corpus, corpus_dir)
+            fits = corpus.vocab_size <= spec.vocab_size
+            expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
+            require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
+            trainer = Trainer(spec, config, corpus, world, initial)
+        run = None
+        if run_dir is not None:
+            run = stack.enter_context(RunDirectory(run_dir, spec, config, corpus, world, _fingerprint(initial)))
+        return _Loop(trainer, run, _names(logs, progress), stop_requested, _fingerprint(initial)).run()
 
 
-class Trainer:
-    """A network, its optimiser and the two halves of a step."""
+def _names(logs: Sequence[str], progress: bool) -> tuple[str, ...]:
+    shown = progress and sys.stderr.isatty() and "console" not in logs
+    return ("console", *logs) if shown else tuple(logs)
 
-    def __init__(self, spec: ModelSpec, config: TrainConfig, corpus: Corpus) -> None:
-        self.device = resolve_device(config.device)
-        wide = config.precision == "float32" or (config.precision == "auto" and self.device.type == "cpu")
-        self.dtype = "float32" if wide else "bfloat16"
-        self.model = Transformer(spec, seed=config.seed, device=self.device)
-        self.optimizer = optim.adamw(self.model, spec, config)
-        self._spec, self._config, self._corpus = spec, config, corpus
-        self._validation = validation_batches(
+
+def _fingerprint(initial: Mapping[str, Tensor] | None) -> str:
+    """Of the tensors that a run starts from, empty for those that its seed draws."""
+    if initial is None:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(initial):
+        digest.update(name.encode())
+        digest.update(initial[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Loop:
+    """One call of `fit`: the steps, and what is measured, logged and saved between them."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: RunDirectory | None,
+        logs: Sequence[str],
+        stop_requested: Callable[[], bool],
+        fingerprint: str,
+    ) -> None:
+        self._trainer, self._run, self._fingerprint = trainer, run, fingerprint
+        self._stop_requested = stop_requested
+        self._config, self._world = trainer.config, trainer.world
+        restored = None if run is None else run.restore(trainer.model, trainer.optimizer)
+        self._start, arrays = restored or (0, {})
+        self._history, self._fetcher = History.from_arrays(arrays), Fetcher()
+        with self._world.raise_together():
+            wanted = logs if self._world.is_main else ()
+            path = None if run is None else run.path
+            self._logs = log.loggers(wanted, path, self._start, n_steps=trainer.n_steps)
+        self._timer = _Timer(self._start)
+
+    def run(self) -> xr.Dataset:
+        """The steps from where the run stands to its end."""
+        trainer, config, corpus = self._trainer, self._config, self._trainer.corpus
+        rows = slice(trainer.rows.start, trainer.rows.stop)
+        stream = batches(
             corpus,
-            -(-config.n_evaluation_sequences // config.batch_size),
+            config.seed,
             config.batch_size,
             config.n_tokens,
-            self.device,
+            first_step=self._start,
+            device=self._world.device,
+            rows=rows,
         )
-        self._table = dict(self.model.named_parameters())["embed" if spec.tied_embeddings else "unembed"]
-        self._chunk = chunk_size(self.device.type, spec.vocab_size)
-        self._hidden = self.model.hidden
-        self._sum_of_losses = functools.partial(sum_of_losses, self.model.unembed)
-        if config.compile:
-            self._hidden = torch.compile(self._hidden, dynamic=False)
-            self._sum_of_losses = torch.compile(self._sum_of_losses)
-        # Step of the first loss or gradient that is not finite, -1 if none: kept on the device, read at records.
-        self._first_bad = torch.full((), -1, device=self.device)
+        try:
+            with stream as tokens:
+                for step in range(self._start, trainer.n_steps + 1):
+                    self._save_if_due(step)
+                    self._step(step, next(tokens))
+                    self._take(wait=self._world.device.type == "cpu" or step == trainer.n_steps)
+        finally:
+            for each in self._logs:
+                each.close()
+        if self._run is not None:
+            self._run.finish(trainer.model)
+            if self._start <= trainer.n_steps:  # nothing is left to do
+                self._run.save(trainer.n_steps + 1, trainer.model, trainer.optimizer, self._history.arrays())
+                self._run.wait()
+        return self._dataset()
 
-    def forward_backward(self, step: int, recording: bool = False) -> dict[str, torch.Tensor]:
-        """Leave the clipped gradients of batch `step` in the parameters; the record, if asked for, else empty."""
-        config = self._config
-        tokens = batch(self._corpus, config.seed, step, config.batch_size, config.n_tokens, self.device)
-        tracker = Tracker(self._spec) if recording else None
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(tokens, tracker)
-        loss.backward()
-        norm = optim.clip_gradients(self.model.parameters(), config.clip_norm)
-        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-        self._first_bad = torch.where(finite | (self._first_bad >= 0), self._first_bad, step)
-        if self.device.type == "cpu":
-            self.require_finite()
-        if tracker is None:
-            return {}
-        losses = {"train_loss": loss, "validation_loss": self.validation_loss(), "gradient_norm": norm}
-        return {**tracker.values(), **losses}
+    def _step(self, step: int, tokens: Tensor) -> None:
+        trainer, last = self._trainer, step == self._trainer.n_steps
+        due = {
+            name: last or step % getattr(self._config, f"{name}_every") == 0 for name in ("record", "probe", "evaluate")
+        }
+        record = trainer.forward_backward(tokens, due["record"])
+        if due["evaluate"] or due["probe"]:
+            with self._timer.pause():
+                self._measure(step, due)
+        before = trainer.snapshot() if due["probe"] and not last else None
+        norm = trainer.gradient_norm() if last else trainer.update(step)
+        if before is not None:
+            self._history.append("update_step", step, trainer.update_ratios(before))
+        if due["record"]:
+            self._fetcher.put(step, {**record, "gradient_norm": norm})
 
-    def update(self, step: int) -> None:
-        """The update number `step`, from the gradients that are there."""
-        optim.set_learning_rate(self.optimizer, optim.learning_rate(self._config, step))
-        self.optimizer.step()
+    def _measure(self, step: int, due: Mapping[str, bool]) -> None:
+        self._take(wait=True)
+        if due["probe"]:
+            self._history.append("probe_step", step, self._trainer.probe())
+        if due["evaluate"]:
+            losses = self._trainer.evaluate()
+            self._history.append("evaluation_step", step, losses)
+            pairs = zip(EVALUATIONS, losses["validation_loss"], strict=True)
+            self._write(step, {f"validation/loss_{name}": float(loss) for name, loss in pairs})
 
-    @torch.no_grad()
-    def validation_loss(self) -> torch.Tensor:
-        """Mean loss in nats per token over the fixed validation batches."""
-        total = sum(self._loss(tokens).double() * len(tokens) for tokens in self._validation)
-        return total / sum(map(len, self._validation))  # type: ignore[operator]
+    # Between steps ----------------------------------------------------------------------------------------------------
 
-    def require_finite(self) -> None:
-        """Raise `ArgumentError` if a loss or gradient so far was not finite."""
-        step = int(self._first_bad)
-        if step >= 0:
-            rate = optim.learning_rate(self._config, step)
-            raise ArgumentError(
+    def _save_if_due(self, step: int) -> None:
+        stopping = self._is_stopping(step)
+        if self._run is not None and step > self._start and (stopping or step % self._config.checkpoint_every == 0):
+            self._take(wait=True)
+            self._run.save(step, self._trainer.model, self._trainer.optimizer, self._history.arrays())
+        if stopping:
+            where = "nothing is saved without a run directory"
+            if self._run is not None:
+                self._run.wait()
+                where = f"the same call goes on from {str(self._run.path)!r}"
+            raise Stopped(f"stopped before update {step} of {self._trainer.n_steps}; {where}")
+
+    def _is_stopping(self, step: int) -> bool:
+        if self._world.size == 1:
+            return self._stop_requested()
+        return step % STOP_EVERY == 0 and any(self._world.gather_text("stop" if self._stop_requested() else ""))
+
+    def _take(self, wait: bool) -> None:
+        """Put what has come from the device into the history and the logs, and look at the loss."""
+        for step, record in self._fetcher.take(wait):
+            problem = self._problem(step, record)
+            if problem:
+                raise ArgumentError(problem + self._keep_stopped(step))
+            self._history.append("step", step, record)
+            self._write(step, self._values(step, record))
+
+    def _problem(self, step: int, record: Mapping[str, np.ndarray]) -> str:
+        rate = self._trainer.learning_rate(step)
+        if not is_finite(record):
+            return (
                 f"loss or gradient at step {step} is not finite; expected a finite one (learning_rate={rate:g} there)"
             )
+        before = self._history.of("train_loss")[-RISE_WINDOW:]
+        limit, loss = self._config.max_loss_rise, float(record["train_loss"])
+        if limit is None or not before or loss <= float(np.mean(before)) + limit:
+            return ""
+        return (
+            f"train_loss={loss:.4g} at step {step} is more than max_loss_rise={limit:g} above the mean "
+            f"{float(np.mean(before)):.4g} of the records before; expected a smaller rise (learning_rate={rate:g} there)"
+        )
 
-    def _loss(self, tokens: torch.Tensor, tracker: Tracker | None = None) -> torch.Tensor:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            hidden = self._hidden(inputs) if tracker is None else self.model.hidden(inputs, tracker)
-            return chunked_mean_loss(self._sum_of_losses, [self._table], hidden, targets, self._chunk)
+    def _keep_stopped(self, step: int) -> str:
+        """Keep what a failed run has come to; what the line of the failure says of it."""
+        if self._run is None:
+            return ""
+        weights = self._run.path / "stopped.safetensors"
+        self._run.finish(self._trainer.model, weights)
+        if self._world.is_main and self._history.steps["step"]:
+            results.save(self._dataset(f"stopped at step {step}"), self._run.path / "stopped.nc")
+        return f"; weights and statistics up to there: {str(self._run.path / 'stopped.*')!r}"
+
+    def _values(self, step: int, record: Mapping[str, np.ndarray]) -> dict[str, float]:
+        values = {
+            log.LOSS: float(record["train_loss"]),
+            "train/gradient_norm": float(record["gradient_norm"]),
+            "train/learning_rate": self._trainer.learning_rate(step),
+            "stream/variance_last_layer": float(record["variance"][-1, -1]),
+        }
+        speed = self._timer.steps_per_second(step)
+        if speed is not None:
+            tokens_per_s = speed * self._config.tokens_per_step
+            values[log.SPEED] = tokens_per_s
+            cuda = self._world.device.type == "cuda"
+            name = torch.cuda.get_device_name(self._world.device) if cuda else "cpu"
+            spec, length = self._trainer.spec, self._config.n_tokens
+            share = budget.mfu(spec, length, tokens_per_s, name, self._world.size)
+            if share is not None:
+                values[log.MFU] = share
+                values["memory/peak_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
+        return values
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        for each in self._logs:
+            each.write(step, values)
+
+    def _dataset(self, end_condition: str = "complete") -> xr.Dataset:
+        trainer = self._trainer
+        about: dict[str, Any] = {
+            "n_steps": trainer.n_steps,
+            "device": self._world.device.type,
+            "dtype": str(trainer.dtype).removeprefix("torch."),
+            "attributes": {"initial": self._fingerprint},
+        }
+        return dataset(self._history, trainer.spec, self._config, trainer.corpus, end_condition=end_condition, **about)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device called `name`; `auto` is CUDA where there is one. `ArgumentError` for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ArgumentError(f"device={name!r} is not available; expected auto, cpu or a CUDA device") from None
-    return device
+class _Timer:
+    """Steps per second between records, without the pauses of measurements."""
 
+    def __init__(self, step: int) -> None:
+        self._step, self._since, self._paused = step, time.monotonic(), 0.0
 
-@contextmanager
-def _progress_bar(n_steps: int, wanted: bool) -> Iterator:
-    """A function (step, history) that moves a bar on stderr, or does nothing where stderr is no terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda step, history: None
-        return
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("training", total=n_steps, loss="")
+    def pause(self) -> ExitStack:
+        """A context whose time does not count."""
+        stack, began = ExitStack(), time.monotonic()
+        stack.callback(lambda: setattr(self, "_paused", self._paused + time.monotonic() - began))
+        return stack
 
-        def show(step: int, history: History) -> None:
-            loss = history.last("validation_loss")
-            bar.update(task, completed=step, loss=f"validation loss {loss:.3f}")
-
-        yield show
+    def steps_per_second(self, step: int) -> float | None:
+        """Since the record before; None for the first one."""
+        now = time.monotonic()
+        seconds, steps = now - self._since - self._paused, step - self._step
+        self._step, self._since, self._paused = step, now, 0.0
+        return steps / seconds if steps > 0 and seconds > 0 else None

@@ -1,135 +1,228 @@
-"""What is recorded while a network trains: statistics of the stream in the forward pass of a step, and the losses.
+"""What is recorded while a network trains, from the device to the result.
 
-Legend: B sequences, T tokens, D d_model, L layers.
+Legend: B sequences, T tokens, D d_model, L layers, E experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
 from varprop import results
 from varprop.corpus import Corpus
-from varprop.measure import moments
+from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
+from varprop.train import probe, weights
 from varprop.train.config import TrainConfig
+from varprop.train.model import SUMS, Forward
 from varprop.train.optim import learning_rate
 
-STATISTICS = {
-    "variance": moments.variance,
-    "second_moment": moments.second_moment,
-    "token_correlation": moments.token_correlation,
+EVALUATIONS = ("fixed_length", "training_length")
+OF_BATCH: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("variance", "second_moment"), ("layer", "site")),
+    "branch_correlation": ("layer", "branch"),
+    "gate_second_moment": ("layer",),
+    "expert_load": ("layer", "expert"),
+    **dict.fromkeys(("train_loss", "gradient_norm", "load_balance_loss", "router_z_loss"), ()),
 }
-"""Statistics of every layer and site; each maps (B, T, D) to (B,)."""
+"""Variables of the training batch, along `step`: their dimensions."""
+OF_PROBE: dict[str, tuple[str, ...]] = {
+    **{name: dims for name, dims in {**probe.DIMENSIONS, **weights.DIMENSIONS}.items() if name not in OF_BATCH},
+}
+"""Variables of the probe batch and of the weights, along `probe_step`; `update_ratio` is along `update_step`."""
+DIMENSIONS = {
+    "step": OF_BATCH,
+    "probe_step": OF_PROBE,
+    "update_step": {"update_ratio": weights.DIMENSIONS["update_ratio"]},
+    "evaluation_step": {"validation_loss": ("evaluation",)},
+}
 
 
-class Tracker:
-    """Records one forward pass: pass it as `record`; every value stays on the device until `History.append`.
+def batch_statistics(found: Forward, spec: ModelSpec) -> dict[str, Tensor]:
+    """The variables of `OF_BATCH` that a forward pass gives, float64, on the device: means over its sequences.
 
-    Values are means over the sequences of the batch, float64. `resid_pre` is the `resid_post` of the layer before.
+    variance, second_moment, branch_correlation: as in `varprop.measure`, NaN where there is no such site. expert_load:
+    share of each expert in the assignments of a layer, NaN in layers without a mixture, whose gate_second_moment is 1.
+    Means over equal micro-batches and ranks are those of the whole batch.
     """
+    d_model = spec.d_model
+    sums = dict(zip(SUMS, found.token_sums.unbind(dim=1), strict=True))  # (L, B, T)
+    squares = {site: sums[f"{site} squares"] for site in SITES[1:]}
+    totals = {site: sums[f"{site} sum"] for site in SITES[1:]}
+    for kind, first in ((totals, found.embedded[0]), (squares, found.embedded[1])):
+        kind["resid_post"] = torch.cat((first[None], kind["resid_post"]))  # layer 0 too
+        kind["resid_pre"] = kind["resid_post"][:-1]
+    moments = {site: value.mean(dim=(1, 2), dtype=torch.float64) / d_model for site, value in squares.items()}
+    means = {site: (value / d_model).square().mean(dim=(1, 2), dtype=torch.float64) for site, value in totals.items()}
+    variances = {site: (moments[site] - means[site]).clamp(min=0) for site in SITES}
+    values = {
+        "variance": _table(variances),
+        "second_moment": _table(moments),
+        "branch_correlation": _branch_correlation(sums, squares),
+        "train_loss": found.cross_entropy.double(),
+    }
+    return values | _mixture_statistics(found.mixtures, spec)
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._n_layers = spec.n_layers
-        self._values: dict[tuple[str, int, str], torch.Tensor] = {}
-        self._streams: dict[str, torch.Tensor] = {}
 
-    @torch.no_grad()
-    def __call__(self, layer: int, site: str, tensor: torch.Tensor) -> None:
-        tensor = tensor.detach()
-        with torch.autocast(tensor.device.type, enabled=False):
-            self._record(layer, site, tensor)
+def _table(by_site: Mapping[str, Tensor]) -> Tensor:
+    """(L + 1, sites), NaN at layer 0 but for resid_post."""
+    rows = by_site["resid_post"].new_full((len(by_site["resid_post"]), len(SITES)), math.nan)
+    for column, site in enumerate(SITES):
+        rows[len(rows) - len(by_site[site]) :, column] = by_site[site]
+    return rows
 
-    def _record(self, layer: int, site: str, tensor: torch.Tensor) -> None:
-        for name, statistic in STATISTICS.items():
-            if site == "resid_pre":  # the stream after the block before, measured there
-                self._values[name, layer, site] = self._values[name, layer - 1, "resid_post"]
-            else:
-                self._values[name, layer, site] = statistic(tensor).mean()
-        if site in moments.BRANCH_STREAM:
-            stream = self._streams[moments.BRANCH_STREAM[site]]
-            self._values["branch_correlation", layer, site] = moments.branch_correlation(stream, tensor).mean()
-        else:
-            self._streams[site] = tensor
 
-    def values(self) -> dict[str, torch.Tensor]:
-        """Tensors (L + 1, sites) per statistic and (L + 1, branches) for the branch correlation, NaN where absent."""
-        tables = dict.fromkeys(STATISTICS, results.SITES)
-        sites = {**tables, "branch_correlation": tuple(f"{branch}_out" for branch in results.BRANCHES)}
-        return {name: self._table(name, columns) for name, columns in sites.items()}
+def _branch_correlation(sums: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> Tensor:
+    columns = []
+    for branch, stream in zip(BRANCHES, ("resid_pre", "resid_mid"), strict=True):
+        product = sums[f"{branch}_out product"].sum(dim=-1, dtype=torch.float64)  # (L, B)
+        power = squares[stream].sum(dim=-1, dtype=torch.float64) * squares[f"{branch}_out"].sum(-1, dtype=torch.float64)
+        columns.append(torch.where(power > 0, product / power.sqrt(), 0.0).mean(dim=-1))
+    table = torch.stack(columns, dim=-1)
+    return torch.cat((table.new_full((1, len(BRANCHES)), math.nan), table))
 
-    def _table(self, name: str, sites: tuple[str, ...]) -> torch.Tensor:
-        absent = torch.full_like(next(iter(self._values.values())), math.nan)
-        layers = range(self._n_layers + 1)
-        rows = [self._values.get((name, layer, site), absent) for layer in layers for site in sites]
-        return torch.stack(rows).view(len(layers), len(sites))
+
+def _mixture_statistics(mixtures: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    if not mixtures:
+        return {}
+    load = mixtures["expert_load"].double()
+    layers = [layer for layer in range(1, spec.n_layers + 1) if spec.is_moe(layer)]
+    shares = load.new_full((spec.n_layers + 1, load.shape[-1]), math.nan)
+    shares[layers] = load / load.sum(dim=-1, keepdim=True)
+    gates = load.new_ones(spec.n_layers + 1)
+    gates[0] = math.nan
+    gates[layers] = mixtures["gate_second_moment"].double()
+    losses = {f"{name}_loss": mixtures[name].double().mean() for name in ("load_balance", "router_z")}
+    return {"expert_load": shares, "gate_second_moment": gates, **losses}
+
+
+class Fetcher:
+    """Records on their way from the device: nothing waits for them, each comes when its copy is there."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, dict[str, torch.Size], Tensor, Any]] = []
+
+    def put(self, step: int, record: Mapping[str, Tensor]) -> None:
+        """Begin to copy the record of a step."""
+        flat = torch.cat([value.detach().double().flatten() for value in record.values()])
+        copied = None
+        if flat.is_cuda:
+            host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            flat, copied = host.copy_(flat, non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._waiting.append((step, {name: value.shape for name, value in record.items()}, flat, copied))
+
+    def take(self, wait: bool = False) -> list[tuple[int, dict[str, np.ndarray]]]:
+        """Records that have come, in order; wait: all of them."""
+        ready = []
+        while self._waiting:
+            step, shapes, flat, copied = self._waiting[0]
+            if copied is not None:
+                if not wait and not copied.query():
+                    break
+                copied.synchronize()
+            parts = flat.split([shape.numel() for shape in shapes.values()])
+            arrays = {name: p.view(shapes[name]).numpy().copy() for name, p in zip(shapes, parts, strict=True)}
+            ready.append((step, arrays))
+            self._waiting.pop(0)
+        return ready
 
 
 class History:
-    """Records by step: arrays of float64 on the CPU."""
+    """Records by dimension of steps: arrays of float64 on the CPU."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
+        self.steps: dict[str, list[int]] = {dimension: [] for dimension in DIMENSIONS}
         self._rows: dict[str, list[np.ndarray]] = {}
 
-    def append(self, step: int, record: Mapping[str, torch.Tensor]) -> None:
-        """Add the record of a step; all of it is fetched from the device in one copy."""
-        flat = torch.cat([value.detach().double().flatten() for value in record.values()]).cpu().numpy()
-        ends = np.cumsum([value.numel() for value in record.values()])[:-1]
-        self.steps.append(step)
-        for (name, value), row in zip(record.items(), np.split(flat, ends), strict=True):
-            self._rows.setdefault(name, []).append(row.reshape(value.shape))
+    def append(self, dimension: str, step: int, record: Mapping[str, np.ndarray]) -> None:
+        """Add a record."""
+        self.steps[dimension].append(step)
+        for name, value in record.items():
+            self._rows.setdefault(name, []).append(value)
 
-    def last(self, name: str) -> float:
-        """The latest value of a scalar variable."""
-        return float(self._rows[name][-1])
+    def of(self, name: str) -> list[np.ndarray]:
+        """The values of a variable so far."""
+        return self._rows.get(name, [])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every variable with its steps as first axis, and `step` itself."""
-        return {"step": np.array(self.steps, np.int64), **{name: np.stack(rows) for name, rows in self._rows.items()}}
+        """Every variable with its steps as first axis, and the steps themselves."""
+        labels = {name: np.array(steps, np.int64) for name, steps in self.steps.items() if steps}
+        return labels | {name: np.stack(rows) for name, rows in self._rows.items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> History:
         """The history that `arrays` was made from."""
         history = cls()
-        history.steps = [int(step) for step in arrays["step"]]
-        history._rows = {name: list(values) for name, values in arrays.items() if name != "step"}
+        for name, values in arrays.items():
+            if name in DIMENSIONS:
+                history.steps[name] = [int(step) for step in values]
+            else:
+                history._rows[name] = list(values)
         return history
 
 
 def dataset(
-    history: History, spec: ModelSpec, config: TrainConfig, corpus: Corpus, *, device: str, dtype: str
+    history: History,
+    spec: ModelSpec,
+    config: TrainConfig,
+    corpus: Corpus,
+    *,
+    n_steps: int,
+    device: str,
+    dtype: str,
+    end_condition: str = "complete",
+    attributes: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
-    """The result of a run: every variable of the history along (seed, step), and what follows from the step.
+    """The result of a run: every variable of the history along (seed, its steps), and what follows from the step.
 
     `learning_rate` is that of the update made after `step` updates, `tokens_seen` the tokens of the updates before it,
     `bits_per_byte` = validation_loss / ln 2 / (bytes per token), absent where the tokeniser is not known.
     """
     arrays = history.arrays()
-    steps = arrays.pop("step")
-    variables: dict[str, tuple[Sequence[str], np.ndarray]] = {}
-    for name, values in arrays.items():
-        within = ("layer", "branch") if name == "branch_correlation" else ("layer", "site")
-        variables[name] = (("seed", "step", *within[: values.ndim - 1]), values[None])
-    rates = np.array([learning_rate(config, int(step)) for step in steps])
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for dimension, named in DIMENSIONS.items():
+        for name in named.keys() & arrays.keys():
+            variables[name] = (("seed", dimension, *named[name]), arrays[name][None])
+    steps = arrays["step"]
+    rates = np.array([learning_rate(config, n_steps, int(step)) for step in steps])
     variables["learning_rate"] = (("seed", "step"), rates[None])
     variables["tokens_seen"] = (("seed", "step"), steps[None] * config.tokens_per_step)
-    if corpus.bytes_per_token is not None:
+    if corpus.bytes_per_token is not None and "validation_loss" in arrays:
         bits = arrays["validation_loss"] / math.log(2) / corpus.bytes_per_token
-        variables["bits_per_byte"] = (("seed", "step"), bits[None])
-    return results.new(
+        variables["bits_per_byte"] = (("seed", "evaluation_step", "evaluation"), bits[None])
+    coordinates = {
+        **{name: labels for name, labels in arrays.items() if name in DIMENSIONS},
+        **(probe.coordinates(spec) if "probe_step" in arrays else {}),
+        "seed": [config.seed],
+        "evaluation": list(EVALUATIONS),
+        "matrix": weights.matrix_labels(spec),
+    }
+    used = {dim for dims, _ in variables.values() for dim in dims}
+    made = results.new(
         variables,
         source="training",
         spec_json=spec.to_json(),
         spec_id=spec.spec_id,
         n_tokens=config.n_tokens,
-        coords={"seed": [config.seed], "step": steps},
+        coords={name: labels for name, labels in coordinates.items() if name in used},
         seed_entropy=str(config.seed),
         dtype=dtype,
         device=device,
-        attributes={"config": config.to_json(), "corpus": corpus.name, "corpus_sha256": corpus.sha256},
+        end_condition=end_condition,
+        attributes={
+            "config": config.to_json(),
+            "corpus": corpus.name,
+            "corpus_sha256": corpus.sha256,
+            **(attributes or {}),
+        },
     )
+    if "evaluation" in used:
+        made = made.assign_coords(evaluation_length=("evaluation", [config.evaluation_length, config.n_tokens]))
+    return made

@@ -1,0 +1,163 @@
+"""Two passes over memory that the compiler does not find, for matrices whose outputs lie side by side (GPU, bfloat16).
+
+One product for queries and keys, and one for gate and up, save reads of their common input and, in the backward pass,
+the sum of its gradients. What follows must then read and write the packed tensor in one pass: compiled from plain torch,
+the gradient of a split is a concatenation that reads every operand once per part (1.9 times the time). These kernels
+read and write each number once, and hand attention the contiguous heads that its fastest kernels ask for; values need
+no turning, so a product of their own leaves them as attention wants them.
+
+Shape suffixes: `B` sequences, `T` tokens, `N` query heads, `G` key/value heads, `H` head_dim, `F` d_ff.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a build of torch without an accelerator
+    triton = None
+
+TILE = 4096
+"""Numbers that one program works on."""
+
+
+def serve(x: Tensor, weight: Any) -> bool:
+    """Whether these kernels serve x with weights like this one: bfloat16 on a GPU, shared by the sequences."""
+    plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] % 16 == 0
+    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16 and plain
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a tile of a row-major table: columns divide `width` and are a power of two."""
+    columns = min(width & -width, 1024)
+    return TILE // columns, columns
+
+
+if triton is not None:
+
+    @triton.jit
+    def _swiglu_kernel(packed, out, n_rows, F: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+        rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+        columns = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+        inside = rows < n_rows
+        gate = tl.load(packed + rows * (2 * F) + columns, mask=inside).to(tl.float32)
+        up = tl.load(packed + rows * (2 * F) + F + columns, mask=inside).to(tl.float32)
+        tl.store(out + rows * F + columns, gate * tl.sigmoid(gate) * up, mask=inside)
+
+    @triton.jit
+    def _swiglu_backward_kernel(packed, of_out, of_packed, n_rows, F: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+        rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+        columns = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+        inside = rows < n_rows
+        at = rows * (2 * F) + columns
+        gate = tl.load(packed + at, mask=inside).to(tl.float32)
+        up = tl.load(packed + at + F, mask=inside).to(tl.float32)
+        gradient = tl.load(of_out + rows * F + columns, mask=inside).to(tl.float32)
+        open_ = tl.sigmoid(gate)
+        silu = gate * open_
+        tl.store(of_packed + at, gradient * up * (open_ + silu * (1 - open_)), mask=inside)
+        tl.store(of_packed + at + F, gradient * silu, mask=inside)
+
+    @triton.jit
+    def _rotate_kernel(
+        packed, q, k, cos, sin, n_rows, n_tokens,
+        N: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
+    ):  # fmt: skip
+        """One head of R tokens: packed to q, k and turned (SPLIT), or q, k to packed and turned back."""
+        rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+        head = tl.program_id(1)
+        i = tl.arange(0, HALF)[None, :]
+        inside = rows < n_rows
+        at = (rows * (N + G) + head) * (2 * HALF) + i
+        if head < N:
+            own = q
+            own_at = (rows * N + head) * (2 * HALF) + i
+        else:
+            own = k
+            own_at = (rows * G + head - N) * (2 * HALF) + i
+        if SPLIT:
+            first = tl.load(packed + at, mask=inside).to(tl.float32)
+            second = tl.load(packed + at + HALF, mask=inside).to(tl.float32)
+        else:
+            first = tl.load(own + own_at, mask=inside).to(tl.float32)
+            second = tl.load(own + own_at + HALF, mask=inside).to(tl.float32)
+        c = tl.load(cos + (rows % n_tokens) * HALF + i, mask=inside)
+        s = tl.load(sin + (rows % n_tokens) * HALF + i, mask=inside)
+        if not SPLIT:  # the inverse turn is the transpose
+            s = -s
+        if SPLIT:
+            tl.store(own + own_at, first * c - second * s, mask=inside)
+            tl.store(own + own_at + HALF, second * c + first * s, mask=inside)
+        else:
+            tl.store(packed + at, first * c - second * s, mask=inside)
+            tl.store(packed + at + HALF, second * c + first * s, mask=inside)
+
+    @torch.library.triton_op("varprop::swiglu", mutates_args=())
+    def swiglu(packed: Tensor) -> Tensor:
+        """silu(gate) * up of packed = gate | up (..., 2 F), computed in float32: (..., F)."""
+        width = packed.shape[-1] // 2
+        out = packed.new_empty(*packed.shape[:-1], width)
+        n_rows, (rows, columns) = out.numel() // width, _tile(width)
+        grid = (triton.cdiv(n_rows, rows), width // columns)
+        torch.library.wrap_triton(_swiglu_kernel)[grid](packed, out, n_rows, width, rows, columns)
+        return out
+
+    @torch.library.triton_op("varprop::swiglu_backward", mutates_args=())
+    def swiglu_backward(of_out: Tensor, packed: Tensor) -> Tensor:
+        """The gradient of `packed` from that of `swiglu(packed)`."""
+        width = of_out.shape[-1]
+        of_packed = torch.empty_like(packed)
+        n_rows, (rows, columns) = of_out.numel() // width, _tile(width)
+        grid = (triton.cdiv(n_rows, rows), width // columns)
+        torch.library.wrap_triton(_swiglu_backward_kernel)[grid](
+            packed, of_out.contiguous(), of_packed, n_rows, width, rows, columns
+        )
+        return of_packed
+
+    @torch.library.triton_op("varprop::split_and_rotate", mutates_args=())
+    def split_and_rotate(packed: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+        """Rotated queries (B, T, N, H) and keys (B, T, G, H) of packed = queries | keys (B, T, (N + G) H).
+
+        cos, sin: (T, H / 2), float32. The rotation of `varprop.nn.attention.rotate`, in float32.
+        """
+        head_dim = 2 * cos.shape[-1]
+        q = packed.new_empty(*packed.shape[:-1], n_heads, head_dim)
+        k = packed.new_empty(*packed.shape[:-1], packed.shape[-1] // head_dim - n_heads, head_dim)
+        _rotate(packed, q, k, cos, sin, True)
+        return q, k
+
+    @torch.library.triton_op("varprop::join_and_rotate_back", mutates_args=())
+    def join_and_rotate_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The inverse of `split_and_rotate`, which is its transpose: from gradients of q and k that of `packed`."""
+        packed = q.new_empty(*q.shape[:-2], (q.shape[-2] + k.shape[-2]) * q.shape[-1])
+        _rotate(packed, q.contiguous(), k.contiguous(), cos, sin, False)
+        return packed
+
+    def _rotate(packed: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, split: bool) -> None:
+        n_heads, n_kv_heads, half = q.shape[-2], k.shape[-2], cos.shape[-1]
+        n_rows = packed.numel() // packed.shape[-1]
+        rows = max(1, TILE // 2 // half)
+        grid = (triton.cdiv(n_rows, rows), n_heads + n_kv_heads)
+        torch.library.wrap_triton(_rotate_kernel)[grid](
+            packed, q, k, cos, sin, n_rows, packed.shape[-2], n_heads, n_kv_heads, half, rows, split
+        )
+
+    def _swiglu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    def _swiglu_gradient(ctx: Any, of_out: Tensor) -> Tensor:
+        return swiglu_backward(of_out, ctx.saved_tensors[0])
+
+    def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1], inputs[2])
+
+    def _rotate_gradient(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor, None, None, None]:
+        return join_and_rotate_back(q, k, *ctx.saved_tensors), None, None, None
+
+    swiglu.register_autograd(_swiglu_gradient, setup_context=_swiglu_setup)
+    split_and_rotate.register_autograd(_rotate_gradient, setup_context=_rotate_setup)
