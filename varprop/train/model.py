@@ -147,7 +147,6 @@ class TrainingModel(nn.Module):
             return torch.utils.checkpoint.checkpoint(run, x, layers, shared, use_reentrant=False)
         return run(x, layers, shared)
 
-
     def _key_mask(self, block: Block, x: Tensor) -> Tensor | None:
         """As `Block.forward` draws it: at every call the same numbers, (B, N, T, T)."""
         if self.spec.attention is None or self.spec.attention.key_mask_density == 1:

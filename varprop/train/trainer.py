@@ -80,11 +80,14 @@ class Trainer:
     def forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
         """Leave the gradients of a batch (B, T + 1) in the parameters; if asked for, what is recorded, else {}."""
         if self._graphs is None and self._records_steps() and self._n_eager >= EAGER_STEPS:
-            self._graphs = StepGraphs(tokens, lambda rows: self._forward_backward(rows, True), self._update)
+            self._graphs = StepGraphs(tokens, self._recorded_passes, self._update)
         self._n_eager += 1
         if self._graphs is not None:
             return self._graphs.forward_backward(tokens)
         return self._mean_over_ranks(self._forward_backward(tokens, record))
+
+    def _recorded_passes(self, tokens: Tensor) -> dict[str, Tensor]:
+        return self._forward_backward(tokens, self.plain.statistics)
 
     def _records_steps(self) -> bool:
         return self.config.cuda_graph and self.world.device.type == "cuda" and self.world.size == 1
