@@ -150,6 +150,7 @@ def test_overfits_one_batch(spec: ModelSpec, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).permutation(32)[:16]
     np.tile(tokens, 40).astype("<u2").tofile(tmp_path / "repeated.u16")
     config = dataclasses.replace(CPU, n_steps=150, batch_size=1, n_tokens=16, learning_rate=1e-2, warmup_steps=5)
+    config = dataclasses.replace(config, evaluation_length=16)
     ds = fit(spec, dataclasses.replace(config, corpus=str(tmp_path / "repeated.u16")))
     assert float(ds.train_loss[0, 0]) > np.log(16)
     assert float(ds.train_loss[0, -1]) < 0.05
@@ -231,8 +232,10 @@ def test_bad_input(spec: ModelSpec, config: TrainConfig) -> None:
         fit(spec, dataclasses.replace(config, device="cuda:77"))
     with pytest.raises(ArgumentError, match="device='tpuu' is not available"):
         fit(spec, dataclasses.replace(config, device="tpuu"))
-    with pytest.raises(ArgumentError, match="n_tokens=250 is too long for a text of 200 tokens"):
+    with pytest.raises(ArgumentError, match="n_tokens=250 is too long for a held-out text of 200 tokens"):
         fit(spec, dataclasses.replace(config, n_tokens=250))
+    with pytest.raises(ArgumentError, match="evaluation_length=200 is too long for a held-out text of 200 tokens"):
+        fit(spec, dataclasses.replace(config, evaluation_length=200))
     with pytest.raises(ArgumentError, match="corpus='nope' is unknown"):
         fit(spec, dataclasses.replace(config, corpus="nope"))
 
@@ -250,7 +253,8 @@ def test_progress_bar_only_on_a_terminal(
     fit(spec, config, progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "validation loss" in captured.err
+    assert "10/10" in captured.err
+    assert "loss" in captured.err
 
 
 @pytest.mark.long
