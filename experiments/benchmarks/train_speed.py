@@ -130,12 +130,12 @@ def measure(d_model: int, arguments: argparse.Namespace, device: torch.device) -
     for variant in arguments.variant or VARIANTS:
         spec = spec_of(d_model, experts=variant == "moe", n_layers=arguments.n_layers)
         torch._dynamo.reset()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         step = stepper(variant, spec, config, device)
         seconds_per_step(step, batches, 6 if cuda else 1)
         warm = time.perf_counter() - began
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         times = [seconds_per_step(step, batches, arguments.n_calls) for _ in range(arguments.n_repeats)]
         middle = statistics.median(times)
         rate = config.tokens_per_step / middle

@@ -6,12 +6,15 @@ line does.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from varprop import results
 from varprop.corpus import Corpus
 from varprop.errors import ArgumentError, VarpropError
-from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec
-from varprop.train import TrainConfig, optim, shards
+from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, MoESpec
+from varprop.train import TrainConfig, fit, optim, shards
 from varprop.train.checkpoint import RunDirectory
+from varprop.train.config import Parallel
 from varprop.train.distributed import World, accumulate, compute_dtype, full, shard, unwrapped
 from varprop.train.model import TrainingModel
+from varprop.train.trainer import Trainer
 
 SPEC = ModelSpec(
     d_model=8,
@@ -35,9 +41,21 @@ SPEC = ModelSpec(
     vocab_size=32,
     attention=AttentionSpec(n_heads=2),
     feed_forward=FeedForwardSpec(d_ff=13),
+    moe=MoESpec(n_experts=3, top_k=1, d_expert=5),
+    moe_pattern=(False, True),
 ).with_fields(density=0.5)
-CONFIG = TrainConfig(n_steps=4, batch_size=8, n_tokens=8, warmup_steps=1, clip_norm=0.1, device="cpu")
+"""Sizes that two processes cannot share evenly."""
+CONFIG = TrainConfig(
+    n_steps=4,
+    batch_size=8,
+    n_tokens=8,
+    warmup_steps=1,
+    clip_norm=0.1,
+    load_balance_weight=0.0,  # of the sequences that are computed together: the one loss that is no mean over them
+    device="cpu",
+)
 CORPUS = Corpus(np.zeros(0, np.uint16), np.zeros(0, np.uint16), 32, None, "none", "0" * 64, 0)
+SHORT_TIMEOUT = 10.0
 
 
 class Run:
@@ -64,10 +82,17 @@ class Run:
                     part = self.model(rows[:, :-1], rows[:, 1:]).loss / len(micro)
                     part.backward()
                 loss += part.detach()
+            self.evaluate()
             norm = optim.clipped_step(self.optimizer, self.config.clip_norm)
             self.losses.append(float(self.world.mean(loss)))
             self.norms.append(float(norm))
         return self
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """A pass without gradients, as an evaluation between backward pass and update makes it."""
+        tokens = torch.zeros(2, 3, dtype=torch.long, device=self.world.device)
+        self.model(tokens, tokens)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, masks and the state of the optimiser, whole."""
@@ -116,8 +141,8 @@ def everything(world: World, folder: Path) -> None:
             run = Run(world, config(parallel=parallel, micro_batch_size=micro)).steps(0, 4)
             keep(f"{parallel}/{micro}", run)
             if micro is None:
-                with run.directory(folder / parallel) as directory, torch.no_grad():
-                    run.model(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))
+                run.evaluate()
+                with run.directory(folder / parallel) as directory:
                     run.save(directory, 4)  # also where an evaluation has left the parameters gathered
                     directory.finish(run.model)
     for saved, parallel in (("one", "ddp"), ("one", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")):
@@ -136,6 +161,10 @@ def everything(world: World, folder: Path) -> None:
                 raise ArgumentError("corpus='x' is damaged; expected it whole")
     except VarpropError as error:
         numbers["error"] = str(error)
+    try:
+        Run(world).directory(folder if world.is_main else Path("of another machine"))
+    except VarpropError as error:
+        numbers["not shared"] = str(error)
     (folder / f"rank{world.rank}.json").write_text(json.dumps(numbers))
     save_file(tensors, folder / f"rank{world.rank}.safetensors")
 
@@ -144,6 +173,14 @@ def one_raises(world: World, folder: Path) -> None:
     """Process 1 has a bad input while the other waits for its gradients."""
     if world.rank == 1:
         raise ArgumentError("corpus='x' is damaged; expected it whole")
+    world.sum(torch.ones(1))
+
+
+def one_sleeps(world: World, folder: Path) -> None:
+    """Process 1 does not answer within the timeout."""
+    if world.rank == 1:
+        time.sleep(2 * SHORT_TIMEOUT)
+        os._exit(0)
     world.sum(torch.ones(1))
 
 
@@ -189,8 +226,45 @@ def resumed(world: World, folder: Path) -> None:
         (folder / "losses.json").write_text(json.dumps(run.losses))
 
 
-PROGRAMS: dict[str, Callable[[World, Path], None]] = {
-    program.__name__: program for program in (everything, one_raises, resumed)
+def fits(parallel: Parallel, folder: Path) -> None:
+    """`fit` in run directory `run_<parallel>`, which may hold a run to go on with; `VARPROP_KILL`: before the count-th `update`."""
+    rank, place, count = os.environ["VARPROP_KILL"].split()
+    update, left = Trainer.update, [int(count)]
+
+    def killed(self: Trainer, step: int) -> Tensor:
+        left[0] -= 1
+        if place == "update" and (self.world.rank, left[0]) == (int(rank), 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, step)
+
+    Trainer.update = killed
+    dataset = fit(SPEC, fit_config(folder, parallel=parallel), run_dir=folder / f"run_{parallel}", progress=False)
+    if os.environ["RANK"] == "0":
+        results.save(dataset, folder / f"fit_{parallel}.nc")
+
+
+def fit_config(folder: Path, **fields: object) -> TrainConfig:
+    """A config over the token file of the folder, with something of everything measured."""
+    every = dict.fromkeys(("record_every", "checkpoint_every"), 2) | dict.fromkeys(("probe_every", "evaluate_every"), 3)
+    few = {"n_probe_sequences": 2, "n_evaluation_sequences": 4, "evaluation_length": 8}
+    return config(n_steps=6, corpus=str(folder / "tokens.u16"), **every, **few, **fields)
+
+
+def in_world(program: Callable[[World, Path], None], timeout: float = 60.0) -> Callable[[Path], None]:
+    """A program that is given its world."""
+
+    def run(folder: Path) -> None:
+        with World.start(CONFIG, timeout=timeout) as world:
+            program(world, folder)
+
+    return run
+
+
+PROGRAMS: dict[str, Callable[[Path], None]] = {
+    **{program.__name__: in_world(program) for program in (everything, one_raises, resumed)},
+    "one_sleeps": in_world(one_sleeps, timeout=SHORT_TIMEOUT),
+    "fit_ddp": functools.partial(fits, "ddp"),
+    "fit_fsdp": functools.partial(fits, "fsdp"),
 }
 
 
@@ -230,14 +304,11 @@ def _run(n: int, program: str, folder: Path) -> int:
 
 def _child(program: str, folder: Path) -> int:
     try:
-        with World.start(CONFIG, timeout=60) as world:
-            PROGRAMS[program](world, folder)
+        PROGRAMS[program](folder)
     except VarpropError as error:
         print(error, file=sys.stderr, flush=True)
         return 2
     except Exception:
-        import traceback
-
         traceback.print_exc()
         return 1
     return 0

@@ -227,13 +227,14 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     def opened(spec: Any = SPEC, config: Any = CONFIG, corpus: Any = CORPUS) -> None:
         RunDirectory(tmp_path, spec, config, corpus, ONE).close()
 
-    with pytest.raises(ArgumentError, match=r"holds a run with config\.seed=0; expected 1$"):
+    with pytest.raises(ArgumentError, match=r"holds a run with config\.seed=0; expected 1$") as kept:
         opened(config=dataclasses.replace(CONFIG, seed=1))
     with pytest.raises(ArgumentError, match=r"holds a run with spec\.n_layers=2; expected 3$"):
         opened(spec=SPEC.with_fields(n_layers=3))
     with pytest.raises(ArgumentError, match=r"holds a run with corpus\.sha256='0+'; expected '1'$"):
         opened(corpus=dataclasses.replace(CORPUS, sha256="1"))
     opened(config=dataclasses.replace(CONFIG, micro_batch_size=2, parallel="fsdp", checkpoint_every=7))
+    del kept  # the traceback of a refused run does not hold the lock
     other = tmp_path / "other"
     saved_run(other, 1)
     folder = other / "checkpoints" / "step-00000001"

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.train.ranks import CONFIG, Run, launch
+from tests.train.ranks import CONFIG, KILLED, QUIET, SPEC, Run, fit_config, launch
+from varprop import results
 from varprop.errors import ArgumentError
+from varprop.train import fit
 from varprop.train.checkpoint import load_model
 from varprop.train.distributed import World, accumulate, global_norm, shard
 
 ONE = World(0, 1, 0, torch.device("cpu"))
+
+
+FITS = ("fit_ddp:2:1 update 5", "fit_ddp:1", "fit_fsdp:1:0 update 4", "fit_fsdp:2")
 
 
 class Outcome:
@@ -32,7 +42,8 @@ class Outcome:
         with self.one.directory(folder / "one") as directory:
             self.one.save(directory, 4)
         (folder / "n_steps").write_text("6")
-        runs = ("everything:2", "one_raises:2", "resumed:2:1 before 5", "resumed:1")
+        np.random.default_rng(0).integers(0, 32, 4000).astype("<u2").tofile(folder / "tokens.u16")
+        runs = ("everything:2", "one_raises:2", "resumed:2:1 before 5", "resumed:1", *FITS)
         self.ended = dict(zip(runs, launch(folder, *runs), strict=True))
         assert self.ended["everything:2"] == (0, [])
         self.read_by_one, self.finished = {}, {}
@@ -42,6 +53,8 @@ class Outcome:
                 assert run.restore(directory) == 4
             self.read_by_one[parallel] = run.state()
             self.finished[parallel] = dict(load_model(folder / parallel).state_dict())
+        self.fit_of_one = fit(SPEC, fit_config(folder))
+        self.fits = {name: results.load(folder / f"{name}.nc") for name in ("fit_ddp", "fit_fsdp")}
         names = [folder / f"rank{rank}" for rank in range(2)]
         self.numbers = [json.loads(name.with_suffix(".json").read_text()) for name in names]
         self.tensors = [load_file(name.with_suffix(".safetensors")) for name in names]
@@ -102,6 +115,8 @@ def test_sums_gathers_and_a_shared_error(outcome: Outcome) -> None:
         assert numbers["gather"] == [[0, 7], [1, 7]]
         assert numbers["texts"] == ["", "é"]
         assert numbers["error"] == "corpus='x' is damaged; expected it whole"
+        not_seen = "run_dir='of another machine' is not seen by process 1; expected a folder that all processes share"
+        assert numbers["not shared"] == not_seen
 
 
 def test_an_error_in_one_process_ends_both_with_its_line(outcome: Outcome) -> None:
@@ -116,6 +131,44 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(outcome: Outcome) -
     assert line.endswith("); expected all of them to live; the run resumes from its last checkpoint")
     assert outcome.ended["resumed:1"] == (0, [])
     assert outcome.resumed_losses == pytest.approx(Run(ONE).steps(0, 6).losses, rel=1e-6)
+
+
+@pytest.mark.long
+def test_a_process_that_does_not_answer_ends_the_other_in_time(tmp_path: Path) -> None:
+    ((code, (line,)),) = launch(tmp_path, "one_sleeps:2")
+    assert code == 2
+    assert re.fullmatch(r"rank=0 of 2 lost another process \(.*[Tt]imed out.*\); expected all .*", line)
+
+
+@pytest.mark.long
+def test_a_killed_process_under_torchrun(tmp_path: Path) -> None:
+    """torchrun ends with 1 and a report of its own, below the line of the other process if it let that one finish."""
+    (tmp_path / "n_steps").write_text("6")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, **QUIET, "VARPROP_KILL": "1 before 5"}
+    command = [*torchrun, "-m", "tests.train.ranks", str(tmp_path), "resumed"]
+    ended = subprocess.run(command, timeout=120, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1
+    assert "Signal 9 (SIGKILL)" in ended.stderr
+    assert sum("Traceback" in line for line in ended.stderr.splitlines()) == 1  # torchrun's
+    environment["VARPROP_KILL"] = "-1 nowhere 0"
+    ended = subprocess.run(command, timeout=120, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses == pytest.approx(Run(ONE).steps(0, 6).losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ("fit_ddp", "fit_fsdp"))
+def test_fit_goes_on_with_another_number_of_processes(outcome: Outcome, name: str) -> None:
+    """`ddp` from two processes to one, `fsdp` from one to two: every variable is that of one process, to rounding."""
+    assert [outcome.ended[run][0] for run in FITS] == [2, 0, KILLED, 0]
+    one, other = outcome.fit_of_one, outcome.fits[name]
+    assert set(one.data_vars) == set(other.data_vars)
+    # The balance of the load is one of the tokens that are routed together: of half the batch it is another.
+    for variable in set(one.data_vars) - {"load_balance_loss"}:
+        np.testing.assert_allclose(
+            other[variable].values, one[variable].values, rtol=1e-3, atol=1e-5, err_msg=str(variable)
+        )
 
 
 def test_one_process_needs_no_group() -> None:

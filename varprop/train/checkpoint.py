@@ -64,12 +64,16 @@ class RunDirectory:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._staging: dict[str, Tensor] = {}
-        with world.raise_together():
-            if world.is_main:
-                self._open()
-        with world.raise_together():
-            seen = self.checkpoints.is_dir()
-            require(seen, ArgumentError, "run_dir", str(path), f"not seen by process {world.rank}", "a shared folder")
+        try:
+            with world.raise_together():
+                if world.is_main:
+                    self._open()
+            with world.raise_together():
+                seen, wrong = self.checkpoints.is_dir(), f"not seen by process {world.rank}"
+                require(seen, ArgumentError, "run_dir", str(path), wrong, "a folder that all processes share")
+        except BaseException:
+            self._lock.release()
+            raise
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history_arrays: Mapping[str, np.ndarray]

@@ -240,7 +240,8 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in model.transformer.layers:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # Without it the root keeps what it has gathered for a pass without gradients, and uses it after the next update.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
 
 

@@ -25,6 +25,7 @@ from varprop.train.config import TrainConfig
 from varprop.train.data import document_ids, evaluation_windows
 from varprop.train.distributed import World, accumulate, compute_dtype, shard
 from varprop.train.graphs import StepGraphs
+from varprop.train.grow import OPTIMIZER, load_moments
 from varprop.train.model import TrainingModel
 from varprop.train.probe import probe
 from varprop.train.track import EVALUATIONS, OF_PROBE, batch_statistics
@@ -40,7 +41,7 @@ EAGER_STEPS = 3
 
 
 class Trainer:
-    """The state of a training; `initial`: tensors by name to start from instead of the drawn ones."""
+    """The state of a training; `initial`: tensors to start from, as `train.grow` names them, in place of drawn ones."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Trainer:
         self.n_steps = n_steps(config, spec)
         self.dtype = compute_dtype(config, world.device)
         self.rows = world.share(config.batch_size)
-        self._micro = config.micro_batch_size or len(self.rows)
+        self._micro = min(config.micro_batch_size or len(self.rows), len(self.rows))
         wrong, domain = "not a divisor", f"a divisor of the {len(self.rows)} sequences of a process"
         good = len(self.rows) % self._micro == 0
         require(good, ArgumentError, "micro_batch_size", config.micro_batch_size, wrong, domain)
@@ -63,10 +64,11 @@ class Trainer:
             require(corpus.document_end is not None, ArgumentError, "document_mask", True, "not possible", known)
         plain = TrainingModel(spec, config, device=world.device, compute_dtype=self.dtype)
         if initial is not None:
-            _load_initial(plain, initial)
+            _load_initial(plain, {name: t for name, t in initial.items() if not name.startswith(OPTIMIZER)})
         self.model = shard(plain, world, config)
         self.plain = plain  # what `shard` may have wrapped
         self.optimizer = optim.adamw(plain.transformer, spec, config)
+        load_moments(plain.transformer, self.optimizer, initial or {})
         self._graphs: StepGraphs | None = None
         self._n_eager = 0
         self._windows = {name: self._evaluation_tokens(name) for name in EVALUATIONS}
@@ -78,11 +80,14 @@ class Trainer:
     def forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
         """Leave the gradients of a batch (B, T + 1) in the parameters; if asked for, what is recorded, else {}."""
         if self._graphs is None and self._records_steps() and self._n_eager >= EAGER_STEPS:
-            self._graphs = StepGraphs(tokens, lambda rows: self._forward_backward(rows, True), self._update)
+            self._graphs = StepGraphs(tokens, self._recorded_passes, self._update)
         self._n_eager += 1
         if self._graphs is not None:
             return self._graphs.forward_backward(tokens)
         return self._mean_over_ranks(self._forward_backward(tokens, record))
+
+    def _recorded_passes(self, tokens: Tensor) -> dict[str, Tensor]:
+        return self._forward_backward(tokens, self.plain.statistics)
 
     def _records_steps(self) -> bool:
         return self.config.cuda_graph and self.world.device.type == "cuda" and self.world.size == 1
