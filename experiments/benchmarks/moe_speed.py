@@ -46,15 +46,15 @@ from varprop.spec import FeedForwardSpec, ModelSpec, MoESpec, layer_table
 SHAPES = {512: 1536, 1024: 2816, 2048: 8192}
 
 
-def seconds_per_call(call: Callable[[], object], device: torch.device, n_calls: int) -> float:
+def seconds_per_call(call: Callable[[int], object], device: torch.device, n_calls: int) -> float:
     """Of one of `n_calls` calls, after three to warm up, the device's work included."""
-    for _ in range(3):
-        call()
+    for number in range(3):
+        call(number)
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    for _ in range(n_calls):
-        call()
+    for number in range(n_calls):
+        call(number)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / n_calls
