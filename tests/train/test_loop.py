@@ -147,13 +147,12 @@ def test_a_run_from_given_tensors(spec: ModelSpec, config: TrainConfig, tmp_path
     ds = fit(spec, config, run_dir=tmp_path / "run", initial=given)
     assert equal(given, kept)
     from_seed = fit(spec, dataclasses.replace(config, seed=9))
-    assert float(ds.second_moment[0, 0, 0, -1]) == float(from_seed.second_moment.sel(step=0)[0, 0, -1]) or True
     np.testing.assert_array_equal(ds.weight_rms.sel(probe_step=0), from_seed.weight_rms.sel(probe_step=0))
     assert len(ds.attrs["initial"]) == 64
     assert results.identical(fit(spec, config, run_dir=tmp_path / "run", initial=given), ds)
     others: tuple[Any, ...] = (None, given | {"embed": given["embed"] + 1})
     for other in others:
-        with pytest.raises(ArgumentError, match="holds a run with initial='[0-9a-f]{64}'; expected '"):
+        with pytest.raises(ArgumentError, match=r"holds a run with initial='[0-9a-f]{64}'; expected '"):
             fit(spec, config, run_dir=tmp_path / "run", initial=other)
     with pytest.raises(ArgumentError, match=r"^initial\.embed=\(1, 16\) is not that of the spec; expected \(32, 16\)$"):
         fit(spec, config, run_dir=tmp_path / "other", initial=given | {"embed": given["embed"][:1]})
@@ -209,9 +208,9 @@ def test_log_lines(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None
 
 
 def test_unknown_log(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="^log='paper' is unknown; expected one of console, jsonl"):
+    with pytest.raises(ArgumentError, match=r"^log='paper' is unknown; expected one of console, jsonl"):
         fit(spec, config, run_dir=tmp_path, logs=["paper"])
-    with pytest.raises(ArgumentError, match="^log='jsonl' is given without a run directory"):
+    with pytest.raises(ArgumentError, match=r"^log='jsonl' is given without a run directory"):
         fit(spec, config, logs=["jsonl"])
 
 
@@ -237,5 +236,5 @@ def test_micro_batches_train_alike_and_may_change_on_resume(
 
 
 def test_document_mask_needs_a_corpus_that_knows_its_documents(spec: ModelSpec, config: TrainConfig) -> None:
-    with pytest.raises(ArgumentError, match="^document_mask=True is not possible; expected a corpus that says what"):
+    with pytest.raises(ArgumentError, match=r"^document_mask=True is not possible; expected a corpus that says what"):
         fit(spec, dataclasses.replace(config, document_mask=True))
