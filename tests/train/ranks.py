@@ -227,7 +227,7 @@ def resumed(world: World, folder: Path) -> None:
 
 
 def fits(parallel: Parallel, folder: Path) -> None:
-    """`fit` in run directory `run_<parallel>`, which may hold a run to go on with; `VARPROP_KILL`: before the count-th `update`."""
+    """`fit`, perhaps of a run to go on with; VARPROP_KILL: a process is killed before its count-th `update`."""
     rank, place, count = os.environ["VARPROP_KILL"].split()
     update, left = Trainer.update, [int(count)]
 
