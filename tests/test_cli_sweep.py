@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,8 @@ batch_size = 2
 n_tokens = 16
 record_every = 2
 n_evaluation_sequences = 2
+evaluation_length = 16
+max_loss_rise = "null"
 device = "cpu"
 [axes]
 density = [1.0, 0.5]
@@ -94,6 +99,7 @@ def test_a_dry_run_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[st
     assert not Path("sweep").exists()
 
 
+@pytest.mark.long
 def test_jobs_of_a_slurm_array_share_the_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a scheduler: two jobs by hand, at the same time."""
     Path("sweep.toml").write_text(SWEEP.replace("seeds = [0, 1]", "seeds = [0]"))
@@ -143,6 +149,39 @@ def test_a_job_at_its_limit_goes_back_into_the_queue(folder: Path, capsys: pytes
         assert job.stdout.read() == expected
         job.wait(timeout=60)
         assert job.returncode in (3, 128 + number)
+
+
+@pytest.mark.long
+def test_a_job_stopped_and_requeued_is_the_undisturbed_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """USR1 as the run is under way: its state is saved, the job goes back, and the next one goes on from there."""
+    text = SWEEP.replace("n_steps = 4", "n_steps = 2000").replace("density = [1.0, 0.5]", "density = [0.5]")
+    Path("sweep.toml").write_text(text.replace("seeds = [0, 1]", "seeds = [0]"))
+    assert run("slurm", "sweep.toml", "--n-jobs", 1) == 0
+    Path("job.sh").write_text(capsys.readouterr().out)
+    Path("scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
+    Path("scontrol").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    (one,) = read_sweep("sweep.toml").runs
+    log = folder / "sweep" / one.id / "log.jsonl"
+    job = subprocess.Popen(["bash", "job.sh"], env=environment, stdout=subprocess.PIPE, text=True)
+    while not (log.exists() and log.read_bytes().count(b"\n") > 5):
+        assert job.poll() is None
+        time.sleep(0.1)
+    assert run("status", "sweep.toml") == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[3] == "running"
+    assert float(row[5]) > 0 and float(row[6].replace(",", "")) > 0 and row[7].startswith("0:")  # noqa: PT018
+    job.send_signal(signal.SIGUSR1)
+    out = job.communicate(timeout=60)[0]
+    assert f"{one.id} stopped\n1 stopped of 1\n" in out
+    assert out.endswith("scontrol requeue 7\n")
+    assert job.returncode == 3
+    begun = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert begun[-1] < 2000
+    subprocess.run(["bash", "job.sh"], env=environment, check=True, timeout=120)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(0, 2001, 2))
+    assert results.identical(results.load(f"sweep/{one.id}/result.nc"), fit(one.spec, one.config))
 
 
 @pytest.mark.long

@@ -133,9 +133,10 @@ def test_layers_without_a_matrix_or_experts_are_nan_in_every_seed_and_step(name,
     array[:, :, 1, slice(None) if last == "expert" else 2] = np.nan
     variables = {name: (("seed", "probe_step", "layer", last), array)}
     results.new(variables, source="training", **ABOUT)
-    array[1, 2, 2, 3] = np.nan
-    with pytest.raises(SchemaError, match=f"{name} is nan at seed=1, probe_step=2, layer=2, {last}=3"):
-        results.new(variables, source="training", **ABOUT)
+    for steps, first in ((2, 2), (slice(None), 0)):  # one step of a seed, all of them
+        array[1, steps, 2, 3] = np.nan
+        with pytest.raises(SchemaError, match=f"{name} is nan at seed=1, probe_step={first}, layer=2, {last}=3"):
+            results.new(variables, source="training", **ABOUT)
 
 
 def run_of(**about):

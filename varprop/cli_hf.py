@@ -91,7 +91,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from varprop import evaluate, hf
-    from varprop.train.loop import resolve_device
+    from varprop.train.distributed import resolve_device
 
     if arguments.write_lm_eval_task is not None:
         pairs = evaluate.load_pairs(_corpus_dir(arguments), arguments.limit)

@@ -92,6 +92,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         workers = "runs at a time (default: one per GPU; in a job: 1)"
         one.add_argument("--n-workers", type=int, default=None, help=workers)
     run.add_argument("--retry", action="store_true", help="also runs that failed")
+    run.add_argument("--log", metavar="NAME,NAME", help="also to console, tensorboard or wandb, beside log.jsonl")
     run.add_argument("--dry-run", action="store_true", help="a table of steps, tokens, FLOP, memory and hours alone")
     for one in (collect, job):
         one.add_argument("--out", default="sweep.nc", metavar="FILE", help="netCDF or .zarr (default %(default)s)")
@@ -120,7 +121,9 @@ def _run(sweep: Sweep, directory: Path, arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _print(_costs(sweep))
         return 0
-    return sweep_run.run_sweep(sweep, directory, n_workers=arguments.n_workers, retry=arguments.retry, report=_report)
+    logs = arguments.log.split(",") if arguments.log else ()
+    options = {"n_workers": arguments.n_workers, "retry": arguments.retry, "logs": logs, "report": _report}
+    return sweep_run.run_sweep(sweep, directory, **options)
 
 
 def _report(line: str) -> None:

@@ -262,7 +262,9 @@ def present(dataset: xr.Dataset) -> xr.Dataset:
     array([1., 2.])
     """
     for variable, dim, beyond in list(_beyond(dataset)):
-        if set(beyond.dims) <= {dim}:
+        if variable.startswith(HAS) and beyond.all():
+            dataset = dataset.drop_dims(dim)
+        elif set(beyond.dims) <= {dim}:
             dataset = dataset.isel({dim: ~beyond.to_numpy()}).drop_vars(variable)
     chosen = [f"{HAS}{dim}" for dim in DIMENSIONS if dim not in dataset.dims]  # of a label that was selected
     dataset = dataset.drop_vars(chosen, errors="ignore")

@@ -1,137 +1,207 @@
-"""Tokens per second of the training step of `varprop.train`, against a plain loop, in one run.
+"""Speed of `fit`'s step beside a plain compiled loop, in one run: tokens per second, MFU, memory, cost of statistics.
 
-Claim: the chunked loss and the statistics cost nothing that matters: `fit`'s step is at least as fast as a plain loop
-(autocast, all logits in float32, torch's cross-entropy) on the same model, and recording the statistics of every layer
-and site costs a stated share of a step. Cost: about two minutes on one GPU; seconds with --smoke, on a CPU.
-MFU counts 6 FLOP per weight of a matrix product and token (the unembedding included) and 6 L d T per token for causal
-attention, over 989 TFLOP/s (dense bfloat16 of an H100 or H200); on other devices it is not given.
+Claim: with the statistics of every layer and site at every step, a step is at least 1.05 times as fast as the plain
+loop (`plain_loop.py`), and the statistics cost at most 1 % of it. Models: head_dim 128, vocabulary 8,192, T = 1024,
+64 sequences in one micro-batch. MFU: `train.budget.flops_per_token` (6 per active weight of a product, 6 L d T) over
+989 TFLOP/s. Each variant: warm-up, then repeats of `--n-calls` steps; the median over repeats. Variants are built one
+after the other, and the plain loop before and after them, which shows how much the device drifts.
 
-    python -m experiments.benchmarks.train_speed --preset d512 --n-tokens 1024 --batch-size 64 --compile
+    python -m experiments.benchmarks.train_speed --d-model 512 --out train_speed_512.json   # one GPU, 2 minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional
 
-from varprop import presets
-from varprop.corpus import load_corpus
-from varprop.spec import ModelSpec
+from experiments.benchmarks.plain_loop import PlainLoop
+from varprop.corpus import Corpus
+from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, MoESpec
 from varprop.train import TrainConfig
-from varprop.train.data import batch
-from varprop.train.loop import Trainer
+from varprop.train.budget import flops_per_token, peak_flops
+from varprop.train.distributed import World
+from varprop.train.track import Fetcher
+from varprop.train.trainer import Trainer
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
-
-
-def flops_per_token(spec: ModelSpec, n_tokens: int) -> float:
-    """Training FLOP per token: 6 per active weight of a matrix product, 6 L d T for causal attention."""
-    rows = [row for row in spec.tensor_table() if len(row.shape) >= 2 and row.matrix != "embed"]
-    unembedding = spec.vocab_size * spec.d_model if spec.tied_embeddings else 0
-    attention = spec.n_layers * spec.n_heads * spec.head_dim * n_tokens if spec.attention else 0
-    return 6 * (sum(row.n_active for row in rows) + unembedding + attention)
+WIDTHS = {256: (32, 768), 512: (32, 1536), 1024: (32, 2816), 2048: (16, 8192)}
+"""n_layers and d_ff by d_model."""
+AIMS = {256: 0.30, 512: 0.42, 1024: 0.52, 2048: 0.60}
+VOCABULARY = 8192
+VARIANTS = ("plain", "fit", "without_statistics", "without_graph", "moe", "plain_again")
 
 
-class PlainTrainer(Trainer):
-    """The same model, optimiser and batches; the loss over all tokens at once."""
-
-    def _loss(self, tokens: torch.Tensor, tracker: object = None) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            logits = self.model.unembed(self._hidden(tokens[:, :-1]))
-            return functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def seconds_per_call(call: Callable[[int], object], device: torch.device, n_calls: int, n_repeats: int = 3) -> float:
-    """Median over `n_repeats` of the mean time of `n_calls` calls, after two calls that are not counted."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for repeat in range(n_repeats + 1):
-        wait()
-        start = time.perf_counter()
-        count = n_calls if repeat else 2
-        for number in range(count):
-            call(number)
-        wait()
-        times.append((time.perf_counter() - start) / count)
-    return statistics.median(times[1:])
-
-
-def measure(
-    spec: ModelSpec, config: TrainConfig, n_calls: int, corpus_dir: str | None = None
-) -> dict[str, float | str]:
-    """Speed of the three kinds of step; ratios are times over that of `fit`'s step without a record."""
-    corpus = load_corpus(config.corpus, corpus_dir)
-    seconds, memory = {}, {}
-    device = torch.device("cpu")
-    for name, cls, recording in (("plain", PlainTrainer, False), ("fit", Trainer, False), ("recorded", Trainer, True)):
-        trainer = cls(spec, config, corpus)
-        trainer.validation_loss = lambda: torch.zeros(())  # type: ignore[method-assign]  # not part of the step
-        device = trainer.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-        def step(number: int, trainer: Trainer = trainer, recording: bool = recording) -> None:
-            trainer.forward_backward(number, recording)
-            trainer.update(number)
-
-        seconds[name] = seconds_per_call(step, device, n_calls)
-        memory[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        del trainer, step
-    data = seconds_per_call(
-        lambda number: batch(corpus, 0, number, config.batch_size, config.n_tokens, device), device, n_calls
+def spec_of(d_model: int, *, experts: bool = False, n_layers: int | None = None) -> ModelSpec:
+    """The dense model of a width, or with 8 experts of half the width, 2 active."""
+    layers, d_ff = WIDTHS[d_model]
+    spec = ModelSpec(
+        d_model=d_model,
+        n_layers=n_layers or layers,
+        vocab_size=VOCABULARY,
+        tied_embeddings=False,
+        attention=AttentionSpec(n_heads=max(1, d_model // 128)),
+        feed_forward=FeedForwardSpec(d_ff=d_ff),
     )
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
-    row: dict[str, float | str] = {"device": kind, "batch_s": data}
-    for name, value in seconds.items():
-        rate = config.tokens_per_step / value
-        row |= {f"{name}_s": value, f"{name}_tokens_per_s": rate}
-        if peak:
-            row |= {f"{name}_mfu": rate * flops_per_token(spec, config.n_tokens) / peak, f"{name}_gib": memory[name]}
-    row |= {
-        "plain_over_fit": seconds["plain"] / seconds["fit"],
-        "recorded_over_fit": seconds["recorded"] / seconds["fit"],
-    }
-    return row
+    if not experts:
+        return spec
+    moe = MoESpec(n_experts=8, top_k=2, d_expert=d_ff // 2, normalize_gates=True)
+    return dataclasses.replace(spec, feed_forward=None, moe=moe)
+
+
+def corpus_of(n_tokens: int) -> Corpus:
+    """Random tokens: speed does not depend on them, except through the balance of experts."""
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 16 * n_tokens + 1).astype(np.uint16)
+    return Corpus(ids, ids, VOCABULARY, None, "random", "0" * 64, None)
+
+
+def stepper(variant: str, spec: ModelSpec, config: TrainConfig, device: torch.device) -> Callable[[torch.Tensor], None]:
+    """What makes one update on a batch (B, T + 1)."""
+    world = World(0, 1, 0, device)
+    if variant.startswith("plain"):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return PlainLoop(spec, config.n_tokens, device, dtype, config.compile).step
+    graph = config.cuda_graph and variant != "without_graph"
+    trainer = Trainer(spec, dataclasses.replace(config, cuda_graph=graph), corpus_of(config.n_tokens), world)
+    trainer.plain.statistics = variant != "without_statistics"
+    fetcher = Fetcher()
+    number = iter(range(10**9))
+
+    def step(tokens: torch.Tensor) -> None:
+        record = trainer.forward_backward(tokens, trainer.plain.statistics)
+        norm = trainer.update(next(number))
+        if trainer.plain.statistics:
+            fetcher.put(0, {**record, "gradient_norm": norm})
+        fetcher.take()
+
+    return step
+
+
+def seconds_per_step(step: Callable[[torch.Tensor], None], batches: list[torch.Tensor], n_calls: int) -> float:
+    """Of `n_calls` steps, the device's work included."""
+    cuda = batches[0].is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for call in range(n_calls):
+        step(batches[call % len(batches)])
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / n_calls
+
+
+def profile(step: Callable[[torch.Tensor], None], batches: list[torch.Tensor]) -> list[dict[str, Any]]:
+    """Time of each kernel in a step, the largest first: milliseconds and calls."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+        for batch in batches[:2]:
+            step(batch)
+        torch.cuda.synchronize()
+    rows = [(e.self_device_time_total / 2e3, e.count / 2, e.key) for e in found.key_averages()]
+    return [{"ms": round(ms, 3), "calls": calls, "kernel": name[:90]} for ms, calls, name in sorted(rows)[::-1] if ms]
+
+
+def measure(d_model: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One row per variant, and ratios."""
+    config = TrainConfig(
+        batch_size=arguments.batch_size,
+        n_tokens=arguments.n_tokens,
+        compile=device.type == "cuda",
+        compile_layers=4,
+        cuda_graph=device.type == "cuda",
+        device=str(device),
+        n_probe_sequences=1,
+        n_evaluation_sequences=1,
+    )
+    cuda = device.type == "cuda"
+    found: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(0)
+    shape = (arguments.batch_size, arguments.n_tokens + 1)
+    batches = [torch.randint(VOCABULARY, shape, generator=generator).to(device) for _ in range(4)]
+    for variant in arguments.variant or VARIANTS:
+        spec = spec_of(d_model, experts=variant == "moe", n_layers=arguments.n_layers)
+        torch._dynamo.reset()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        step = stepper(variant, spec, config, device)
+        seconds_per_step(step, batches, 6 if cuda else 1)
+        warm = time.perf_counter() - began
+        times = [seconds_per_step(step, batches, arguments.n_calls) for _ in range(arguments.n_repeats)]
+        middle = statistics.median(times)
+        rate = config.tokens_per_step / middle
+        row: dict[str, Any] = {"ms": middle * 1e3, "ms_repeats": [t * 1e3 for t in times], "tokens_per_s": rate}
+        row["warm_up_s"] = warm
+        peak = peak_flops(torch.cuda.get_device_name(device)) if cuda else None
+        if cuda and peak:
+            row["mfu"] = rate * flops_per_token(spec, arguments.n_tokens) / peak
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if cuda and variant in arguments.profile:
+            row["kernels"] = profile(step, batches)[:24]
+        found[variant] = row
+        print(json.dumps({"d_model": d_model, "variant": variant, **{k: v for k, v in row.items() if k != "kernels"}}))
+        del step
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    return found
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """What the claims are about."""
+    ms = {name: row["ms"] for name, row in found.items()}
+    result = {}
+    if {"plain", "fit"} <= ms.keys():
+        plain = statistics.mean([ms["plain"], ms.get("plain_again", ms["plain"])])
+        result["speed_over_plain"] = plain / ms["fit"]
+    if {"fit", "without_statistics"} <= ms.keys():
+        result["cost_of_statistics"] = ms["fit"] / ms["without_statistics"] - 1
+    if "mfu" in found.get("moe", {}) and "fit" in ms:
+        result["moe_mfu_over_dense"] = found["moe"]["mfu"] / found["fit"]["mfu"]
+    return result
 
 
 def main() -> None:
-    """Print one line of JSON per preset."""
+    """Measure, print a line per variant, and write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", action="append", help="name of a preset; may be given more than once")
+    parser.add_argument("--d-model", type=int, action="append", choices=list(WIDTHS))
+    parser.add_argument("--variant", action="append", choices=VARIANTS)
+    parser.add_argument("--profile", action="append", default=[], choices=VARIANTS)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--n-tokens", type=int, default=1024)
-    parser.add_argument("--n-calls", type=int, default=10, help="steps in one timing")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--corpus", default="embedded")
-    parser.add_argument("--corpus-dir")
-    parser.add_argument("--smoke", action="store_true", help="the tiny preset, a few steps of 8 x 128 tokens")
+    parser.add_argument("--n-layers", type=int, default=None)
+    parser.add_argument("--n-calls", type=int, default=8, help="steps in one repeat")
+    parser.add_argument("--n-repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--smoke", action="store_true", help="two small layers, a few tokens")
     arguments = parser.parse_args()
-    config = TrainConfig(
-        batch_size=arguments.batch_size, n_tokens=arguments.n_tokens, compile=arguments.compile, corpus=arguments.corpus
-    )
-    n_calls, names = arguments.n_calls, arguments.preset or ["d256", "d512"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.smoke:
-        n_calls, names = 2, arguments.preset or ["tiny"]
-        config = dataclasses.replace(config, batch_size=8, n_tokens=128)
-    for name in names:
-        row = measure(presets.get(name), config, n_calls, arguments.corpus_dir)
-        shape = {
-            "preset": name,
-            "batch_size": config.batch_size,
-            "n_tokens": config.n_tokens,
-            "compile": config.compile,
-        }
-        print(
-            json.dumps({**shape, **{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}}), flush=True
-        )
+        arguments.batch_size, arguments.n_tokens, arguments.n_layers = 2, 32, 2
+        arguments.n_calls, arguments.n_repeats, arguments.d_model = 1, 1, [256]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result: dict[str, Any] = {
+        "device": name,
+        "torch": torch.__version__,
+        "batch_size": arguments.batch_size,
+        "n_tokens": arguments.n_tokens,
+        "widths": {},
+    }
+    for d_model in arguments.d_model or list(WIDTHS):
+        found = measure(d_model, arguments, device)
+        result["widths"][d_model] = {"variants": found, "ratios": ratios(found), "aim_mfu": AIMS[d_model]}
+        print(json.dumps({"d_model": d_model, **ratios(found)}), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

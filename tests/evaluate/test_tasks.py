@@ -222,3 +222,6 @@ def test_join_and_table(model: Transformer, novel: np.ndarray, tokenizer: Tokeni
     assert lines[1].split()[:3] == ["loss", "a", "50"]
     with pytest.raises(SchemaError, match="loss"):
         evaluate.join(parts[:3])
+    other = evaluate.packed_loss(Transformer(SPEC, seed=2), text, 20, text="a")
+    with pytest.raises(SchemaError, match="datasets differ"):
+        evaluate.join([parts[0], other])

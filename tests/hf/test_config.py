@@ -143,3 +143,17 @@ def test_dense_and_expert_layers_in_turn() -> None:
         hf.spec_of({**config, "mlp_only_layers": [0, 1, 2]})
     with pytest.raises(SpecError, match="shared_expert_intermediate_size=25 is no whole experts"):
         hf.spec_of({**config, "shared_expert_intermediate_size": 25})
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral window", "qwen2_moe pattern", "qwen3_moe pattern"])
+@pytest.mark.parametrize("value", [None, -1, 0, 2.5, "x", [], [1], {}, {"a": 1}, True, float("nan"), 10**30])
+def test_any_value_of_any_key_is_a_spec_or_one_line(name: str, value: Any) -> None:
+    config = hf.config_of(HELD[name]) | {"rope_scaling": None, "rope_parameters": None, "layer_types": None}
+    messages = []
+    for key in config:
+        try:
+            hf.spec_of({**config, key: value})
+        except SpecError as error:
+            messages.append(str(error))
+    assert messages
+    assert not any("\n" in message for message in messages)

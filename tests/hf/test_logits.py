@@ -56,7 +56,9 @@ def test_a_model_of_theirs_has_its_logits_here(name: str, fused: bool, tmp_path:
     spec: ModelSpec = HELD[name]
     if fused and spec.moe is None:
         pytest.skip("no experts")
-    if spec.moe is not None and name == "qwen2_moe unshared":
+    if fused and transformers.__version__ < "5":
+        pytest.skip("transformers 4 holds experts one by one")
+    if name == "qwen2_moe unshared":
         pytest.skip("transformers makes no such model by itself")
     config = transformers.AutoConfig.for_model(**hf.config_of(spec))
     torch.manual_seed(3)

@@ -40,7 +40,7 @@ def test_what_the_probe_read() -> None:
     expected = dataset.variance_quantile.isel(probe_step=-1, quantile=2).sel(site="resid_post").mean("seed")
     np.testing.assert_allclose(tokens.get_lines()[-1].get_ydata(), expected)
     assert len(tokens.collections) == 2
-    attention = by_label["attention concentration (dimensionless)"].get_lines()
+    attention = by_label["attention concentration"].get_lines()
     assert [line.get_ydata()[0] for line in attention] == pytest.approx([0.2, 0.3, 0.4, 0.5])  # type: ignore[index]
     (load,) = by_label["load of the busiest expert"].get_lines()  # one layer is a mixture
     np.testing.assert_allclose(load.get_ydata(), 4 * 0.5)

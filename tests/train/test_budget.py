@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from varprop import presets
 from varprop.errors import ArgumentError
 from varprop.nn import Transformer
-from varprop.spec import ModelSpec
+from varprop.spec import ModelSpec, MoESpec
 from varprop.train import TrainConfig
 from varprop.train.budget import attention_flops_per_token, flops_per_token, mfu, n_steps, peak_flops
 
@@ -60,16 +60,32 @@ def test_patterns() -> None:
     assert attention_flops_per_token(no_attention, 64) == 0
 
 
+def flops_of_linear(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of the products of each row with the matrix (E, out, in) of its expert, from the shapes."""
+    return 2 * rows[0] * weight[1] * weight[2]
+
+
+def flops_of_outer(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Of the sums of outer products of rows, from the shapes."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_kv_heads": 1}, {"tied_embeddings": True}, {"moe": {"n_experts": 4, "top_k": 4, "d_expert": 16}}]
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 1},
+        {"tied_embeddings": True},
+        {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n_shared_experts=1)},
+    ],
 )
 def test_against_the_flop_counter_of_torch(spec: ModelSpec, changes: dict[str, Any]) -> None:
-    """Forward and backward of the real network; torch counts attention in full, and the experts where all act."""
-    if "moe" in changes:
-        changes = {"feed_forward": None, **changes}
+    """Forward and backward of the real network; torch counts attention in full, and does not know grouped products."""
     spec = spec.with_fields({**changes, "attention.pattern": "full"})
     model = Transformer(spec)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # flash is not counted on a CPU
+    experts = {torch.ops.varprop.looped_linear: flops_of_linear, torch.ops.varprop.looped_outer: flops_of_outer}
+    # flash is not counted on a CPU
+    with FlopCounterMode(display=False, custom_mapping=experts) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
     assert counter.get_total_flops() / 16 == flops_per_token(spec, 8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -172,13 +173,20 @@ def test_moments_from_a_checkpoint(spec: ModelSpec, config: TrainConfig, tmp_pat
         grow(tmp_path / "checkpoints", deep, moments="copied")
 
 
-def test_a_trained_run_grows(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+def test_a_trained_run_grows_and_trains_on(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+    """The deep run starts from the grown weights, and from the moments where they are copied."""
+    config = dataclasses.replace(config, n_steps=40, learning_rate=1e-2, record_every=1)
     fit(spec, config, run_dir=tmp_path / "run", progress=False)
     deep = spec.with_fields(n_layers=4)
-    state = grow(tmp_path / "run", deep)
     trained = load_model(tmp_path / "run").state_dict()
-    assert torch.equal(state["layers.3.attention.q"], trained["layers.1.attention.q"])
-    Transformer(deep).load_state_dict(state)
+    states = {moments: grow(tmp_path / "run", deep, moments=moments) for moments in ("dropped", "copied")}
+    for state in states.values():
+        assert torch.equal(state["layers.3.attention.q"], trained["layers.1.attention.q"])
+    few = dataclasses.replace(config, n_steps=2, warmup_steps=0, learning_rate=1e-3)
+    losses = {moments: fit(deep, few, initial=state, progress=False).train_loss[0] for moments, state in states.items()}
+    fresh = fit(deep, few, progress=False).train_loss[0]
+    assert losses["dropped"][0] == losses["copied"][0] < fresh[0] - 0.3
+    assert losses["dropped"][1] != losses["copied"][1]
     with pytest.raises(ArgumentError, match=r"has no model.safetensors"):
         grow(tmp_path, deep)
 

@@ -29,7 +29,7 @@ N_SEQUENCES, N_TOKENS = 3, 9
 MOE = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n_shared_experts=1)}
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"block": "parallel", "n_kv_heads": 1},
+    {"block": "parallel", "n_heads": 4, "n_kv_heads": 2, "embedding_scale": 3.0},
     {"norm.placement": "peri", "norm.kind": "layer", "norm.bias": True, "density": 0.5},
     {"norm.placement": "lns", "sink_logit": True, "logit_softcap": 2.0},
     {"norm.placement": "post", "attention.qk_norm": "head"},
@@ -151,7 +151,11 @@ def test_probe_equals_the_definitions(spec: ModelSpec, changes: dict[str, Any]) 
         active = np.stack([one[layer, "gates"] for one in seen.seen]) != 0
         load = active.sum(axis=(0, 1))
         np.testing.assert_allclose(found["expert_load"][layer], load / load.sum(), rtol=1e-12)
-        assert 0 < found["router_entropy"][layer] < np.log(spec.moe.n_experts)
+        logits = np.stack([one[layer, "router_logits"] for one in seen.seen])
+        scores = np.exp(logits) if spec.moe.router == "softmax" else 1 / (1 + np.exp(-logits))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        expected = -(scores * np.log(scores)).sum(axis=-1).mean()
+        assert found["router_entropy"][layer] == pytest.approx(expected, rel=1e-9)
 
 
 def test_chunks_do_not_change_the_numbers(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,3 +283,19 @@ def test_sharded_over_ranks(spec: ModelSpec, tmp_path: Path, n_ranks: int) -> No
         read_sharded(0, *arguments)
     else:
         torch.multiprocessing.spawn(read_sharded, arguments, nprocs=n_ranks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", [{}, MOE], ids=lambda changes: ",".join(changes) or "plain")
+def test_cuda_agrees_with_cpu(spec: ModelSpec, changes: dict[str, Any]) -> None:
+    """float32: sums of some hundred products in another order, through two layers. In bfloat16 the same variables."""
+    spec = spec.with_fields(changes)
+    cpu, cuda = Transformer(spec), Transformer(spec, device="cuda")
+    expected = read(cpu) | weight_statistics(cpu, spec)
+    found = probe(cuda, tokens().cuda()) | weight_statistics(cuda, spec)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].cpu(), value, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+    narrow = probe(cuda, tokens().cuda(), compute_dtype=torch.bfloat16)
+    for name, value in narrow.items():
+        assert torch.equal(value.isnan(), found[name].isnan())

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from varprop import presets
 from varprop.__main__ import main
 from varprop.errors import ArgumentError, SpecError
-from varprop.train import fit, runs
+from varprop.train import TrainConfig, fit, runs
 from varprop.train.budget import n_steps
 from varprop.train.config import EXECUTION_FIELDS
 from varprop.train.cost import GIB, H200_MEMORY, estimate
@@ -169,8 +170,13 @@ def test_description() -> None:
     assert "8 GPUs: " in text
     assert "not stated: the pair: d_model 1536" in text
     assert "8 GPUs" not in runs.describe(runs.get("paper-length-8192-small"))  # 4 sequences an update
+    assert "heads of 70" in runs.describe(runs.get("paper-recipe-moe")).splitlines()[-1]
+    assert "heads of 70" not in runs.describe(runs.get("paper-recipe-moe-small"))
     half = runs.describe(runs.get("paper-moe-2b-400m"), mfu=0.5)
     assert "at 50% MFU" in half
+    own = runs.describe(runs.Run("mine", presets.d512(), TrainConfig(batch_size=64)))
+    assert own.startswith("run mine, spec ")
+    assert "source" not in own
 
 
 def test_table() -> None:

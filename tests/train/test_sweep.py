@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def fields(config: TrainConfig) -> dict[str, Any]:
     """A run of milliseconds: 4 updates, recorded at 0, 2 and 4."""
-    changed = dataclasses.replace(config, n_steps=4, record_every=2, batch_size=2, n_evaluation_sequences=2)
+    shorter = {"n_steps": 4, "record_every": 2, "batch_size": 2, "n_evaluation_sequences": 2, "evaluation_length": 16}
+    changed = dataclasses.replace(config, **shorter, max_loss_rise=None)
     defaults = TrainConfig()
     given = {f.name: getattr(changed, f.name) for f in dataclasses.fields(changed)}
     return {name: value for name, value in given.items() if value != getattr(defaults, name)}
@@ -42,7 +43,7 @@ def train_all(sweep: Sweep, directory: Path) -> None:
 
 def test_a_file_is_the_same_sweep_as_its_arguments(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(spec.to_json())
-    lines = [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
+    lines = [f"{name} = {json.dumps('null' if value is None else value)}" for name, value in fields.items()]
     text = f"""
 spec = "model.json"
 seeds = [3, 1]
@@ -150,6 +151,23 @@ def test_collecting_a_part(spec: ModelSpec, fields: dict[str, Any], tmp_path: Pa
     (tmp_path / sweep.runs[1].id / "result.nc").write_bytes(b"nothing")
     with pytest.raises(SchemaError, match=sweep.runs[1].id):
         collect(sweep, tmp_path, partial=True)
+
+
+def test_points_of_other_lengths_and_parts(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
+    """What they share stands as in `fit`; the lengths of their evaluations, which differ, over the axes."""
+    moe = {"feed_forward": None, "n_experts": 4, "top_k": 2, "d_expert": 16}
+    sweep = make_sweep(spec, {"config.n_tokens": [8, 16], "model": {"dense": {}, "moe": moe}}, fields)
+    train_all(sweep, tmp_path)
+    dataset = collect(sweep, tmp_path)
+    assert dataset.evaluation_length.sel(evaluation="training_length", model="moe").values.tolist() == [[8], [16]]
+    assert dataset.attrs["n_tokens"] == ""
+    for run, values in zip(sweep.runs, sweep.values(), strict=True):
+        alone = fit(run.spec, run.config)
+        point = results.present(dataset.sel(n_tokens=values["n_tokens"], model=values["model"]))
+        assert point.attrs["n_tokens"] == values["n_tokens"]
+        results.validate(point)
+        assert point.drop_vars("evaluation_length").equals(alone.drop_vars("evaluation_length"))
+        assert ("expert" in point.dims) == (values["model"] == "moe")
 
 
 def test_an_axis_called_like_a_variable_keeps_its_runs(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from varprop import results
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, SchemaError, require
 from varprop.nn import Transformer
 
 
@@ -63,9 +63,13 @@ def dataset(
 def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
     """Evaluations of one network as one result; attributes that differ become empty strings.
 
-    Raises `SchemaError` where two of them hold one number twice, or only some of the texts were read at some length.
+    Raises `SchemaError` where two of them differ in a number, or only some of the texts were read at some length.
     """
-    merged = xr.merge(datasets, join="outer", compat="no_conflicts", combine_attrs="drop")
+    try:
+        merged = xr.merge(datasets, join="outer", compat="no_conflicts", combine_attrs="drop")
+    except xr.MergeError as error:
+        reason = str(error).splitlines()[0]
+        raise SchemaError(f"datasets differ ({reason}); expected evaluations of one network") from None
     first = datasets[0].attrs
     merged.attrs = {k: v if all(d.attrs.get(k) == v for d in datasets) else "" for k, v in first.items()}
     results.validate(merged, "evaluation")

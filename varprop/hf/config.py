@@ -13,6 +13,8 @@ from varprop.spec import ModelSpec
 MAX_POSITIONS = 2048
 """`max_position_embeddings` where none is given: evaluation programs cut longer texts there; the model has no limit."""
 
+MOST_LAYERS = 10_000
+"""Of a model with dense layers among those with experts, whose pattern is written out."""
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 """Versions of transformers write the one or the other."""
 
@@ -134,11 +136,15 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     family = known.get(str(model_type))
     if family is None:
         raise SpecError(f"model_type={model_type!r} is not known; expected one of {', '.join(known)}")
-    _refuse(config)
     try:
+        _refuse(config)
         return ModelSpec.from_dict(_fields(config, family))
     except VarpropError as error:
         raise SpecError(f"config.json of a {family.model_type}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a list for a number, a step of zero
+        raise SpecError(
+            f"config.json of a {family.model_type} is wrong ({error}); expected values of its kind"
+        ) from None
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
@@ -213,8 +219,11 @@ def _mixture_fields(config: Mapping[str, Any], family: Family, flat: Mapping[str
         fields["moe.normalize_gates"] = family.fixed["moe.normalize_gates"][0]
     if not family.is_mixed:
         return fields
+    size = flat["n_layers"]
+    good = isinstance(size, int) and 0 < size <= MOST_LAYERS
+    require(good, SpecError, "num_hidden_layers", size, "outside the domain", f"an integer in 1..{MOST_LAYERS}")
     step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
-    pattern = tuple(i not in dense and (i + 1) % step == 0 for i in range(flat["n_layers"]))
+    pattern = tuple(i not in dense and (i + 1) % step == 0 for i in range(size))
     require(any(pattern), SpecError, "mlp_only_layers", sorted(dense), "every layer", "a layer with experts")
     if not all(pattern):
         fields |= {"feed_forward.d_ff": _value(config, "intermediate_size", Key("", REQUIRED))}

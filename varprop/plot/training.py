@@ -54,7 +54,8 @@ def _panels(dataset: xr.Dataset) -> list[Panel]:
         panels.append(lambda figure, axes: _token_quantiles(axes, dataset))
     if "attention_concentration" in stepped:
         attention = stepped["attention_concentration"]
-        panels.append(lambda figure, axes: _by_layer(figure, axes, attention, label("attention_concentration")))
+        text = label("attention_concentration").replace(" (", "\n(")
+        panels.append(lambda figure, axes: _by_layer(figure, axes, attention, text))
     if "expert_load" in stepped:
         busiest = stepped["expert_load"].max("expert") * dataset.sizes["expert"]
         panels.append(

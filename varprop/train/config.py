@@ -15,8 +15,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Parallel = Literal["ddp", "fsdp"]
 EXECUTION_FIELDS = (
-    *("micro_batch_size", "device", "compile", "compile_layers", "parallel", "activation_checkpointing"),
-    *("checkpoint_every", "deterministic", "max_loss_rise"),
+    *("micro_batch_size", "device", "compile", "compile_layers", "cuda_graph", "parallel"),
+    *("activation_checkpointing", "checkpoint_every", "deterministic", "max_loss_rise"),
 )
 """Fields that say how a run is computed and not what: a run may be resumed with others, equal to rounding."""
 
@@ -47,7 +47,7 @@ class TrainConfig:
     How it is computed (`EXECUTION_FIELDS`, which a resumed run may change): precision of the matrix products and the
     stream (weights, gradients and optimiser are float32; auto = bfloat16 on CUDA, else float32; not to be changed);
     device: a torch device, auto = CUDA where there is one, else the CPU. compile: torch.compile, compile_layers layers
-    at a time. parallel: how several processes share the work. activation_checkpointing: blocks are computed again in
+    at a time. cuda_graph: on one GPU the kernels of a step are recorded once and launched together. parallel: how several processes share the work. activation_checkpointing: blocks are computed again in
     the backward pass. checkpoint_every: updates between checkpoints, where a run directory is given. deterministic:
     deterministic kernels alone.
 
@@ -94,6 +94,7 @@ class TrainConfig:
     device: str = "auto"
     compile: bool = False
     compile_layers: int = 1
+    cuda_graph: bool = False
     parallel: Parallel = "ddp"
     activation_checkpointing: bool = False
     checkpoint_every: int = 100

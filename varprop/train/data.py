@@ -102,17 +102,6 @@ def evaluation_windows(corpus: Corpus, n_sequences: int, length: int) -> np.ndar
     return windows(corpus.validation, [number * size // count * length for number in range(count)], length + 1)
 
 
-def validation_batches(
-    corpus: Corpus, n_batches: int, batch_size: int, n_tokens: int, device: str | torch.device = "cpu"
-) -> list[torch.Tensor]:
-    """`evaluation_windows` in up to `n_batches` batches of `batch_size`; a short text gives one smaller batch."""
-    size = n_windows(corpus.validation, n_tokens)
-    count = min(size, n_batches * batch_size)
-    count -= count % batch_size if count > batch_size else 0
-    ids = torch.from_numpy(evaluation_windows(corpus, count, n_tokens))
-    return [rows.to(device) for rows in ids.split(batch_size)]
-
-
 def _batch(
     corpus: Corpus, seed: int, step: int, batch_size: int, n_tokens: int, device: torch.device, rows: slice
 ) -> torch.Tensor:

@@ -46,11 +46,7 @@ def loggers(
     left. In a run of several processes only the first one logs. Raises `ArgumentError` for an unknown name or one given
     twice, a log that needs `run_dir` without it, and one whose package is not installed.
     """
-    for name in names:
-        require(name in NAMES, ArgumentError, "log", name, "unknown", "one of " + ", ".join(NAMES))
-        require(list(names).count(name) == 1, ArgumentError, "log", name, "given twice", "each log once")
-        placed = run_dir is not None or name == "console"
-        require(placed, ArgumentError, "log", name, "given without a run directory", "run_dir with it")
+    check_names(names, run_dir)
     folder = Path(run_dir or ".")
     made: list[Log] = []
     for name in names:
@@ -63,6 +59,15 @@ def loggers(
         else:
             made.append(WandB(folder))
     return made
+
+
+def check_names(names: Sequence[str], run_dir: str | Path | None) -> None:
+    """`ArgumentError` as of `loggers` for an unknown name, one given twice, or one without its `run_dir`."""
+    for name in names:
+        require(name in NAMES, ArgumentError, "log", name, "unknown", "one of " + ", ".join(NAMES))
+        require(list(names).count(name) == 1, ArgumentError, "log", name, "given twice", "each log once")
+        placed = run_dir is not None or name == "console"
+        require(placed, ArgumentError, "log", name, "given without a run directory", "run_dir with it")
 
 
 class ConsoleLog:

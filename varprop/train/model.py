@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from varprop import measure
 from varprop.nn import Block, Transformer, block_forward
 from varprop.nn.attention import Shared
-from varprop.nn.block import effective_weights
+from varprop.nn.block import KEY_MASK_STREAM, effective_weights
+from varprop.nn.init import make_generator
 from varprop.nn.residual import DEPTH_FACTOR
 from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
@@ -36,11 +37,12 @@ of the layer before), and stream times branch."""
 
 
 class Layer(NamedTuple):
-    """The tensors of a layer for the compiled function."""
+    """The tensors of a layer for the compiled function. key_mask: numbers of [0, 1) that draw it, where there is one."""
 
     parameters: dict[str, Tensor]
     masks: dict[str, Tensor]
     depth_factor: Tensor
+    key_mask: Tensor | None
 
 
 class Forward(NamedTuple):
@@ -129,7 +131,13 @@ class TrainingModel(nn.Module):
 
     def _layers(self, run_layers: Callable[..., Any], x: Tensor, blocks: Sequence[Block], shared: Shared) -> Any:
         layers = [
-            Layer(dict(b.named_parameters()), dict(b.named_buffers()), self._depth_factors[b.layer - 1]) for b in blocks
+            Layer(
+                dict(block.named_parameters()),
+                dict(block.named_buffers()),
+                self._depth_factors[block.layer - 1],
+                self._key_mask(block, x),
+            )
+            for block in blocks
         ]
         numbers = tuple(representative(self.spec, block.layer) for block in blocks)
         run = functools.partial(
@@ -138,6 +146,15 @@ class TrainingModel(nn.Module):
         if self._checkpointing and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(run, x, layers, shared, use_reentrant=False)
         return run(x, layers, shared)
+
+    def _key_mask(self, block: Block, x: Tensor) -> Tensor | None:
+        """As `Block.forward` draws it: at every call the same numbers, (B, N, T, T)."""
+        if self.spec.attention is None or self.spec.attention.key_mask_density == 1:
+            return None
+        n_sequences, n_tokens, _ = x.shape
+        generator = make_generator(block.seed, block.layer, KEY_MASK_STREAM)
+        shape = (n_sequences, self.spec.n_heads, n_tokens, n_tokens)
+        return torch.rand(shape, generator=generator).to(x.device)
 
 
 def _units(spec: ModelSpec, size: int) -> list[range]:
@@ -210,7 +227,7 @@ def run_layers(
             spec,
             number,
             record if statistics else None,
-            None,
+            None if layer.key_mask is None else lambda _, drawn=layer.key_mask: drawn,
             observe,
             observe_attention=False,
             shared=shared,

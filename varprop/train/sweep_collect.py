@@ -73,7 +73,8 @@ def collect(sweep: Sweep, directory: str | Path, *, partial: bool = False) -> xr
     shape, seeds = tuple(map(len, axes.values())), list(sweep.seeds)
     points = [runs[i : i + len(seeds)] for i in range(0, len(runs), len(seeds))]
     labels = _labels(list(loaded.values()))
-    within = [None if run is None else run.isel(seed=0, drop=True) for run in runs]
+    shared, varied = _further_coordinates(list(loaded.values()))
+    within = [None if run is None else run.isel(seed=0, drop=True).reset_coords(varied) for run in runs]
     variables = stacked(within, axes | {"seed": seeds}, labels)
     for name in axes:
         good = name not in variables and name not in labels
@@ -91,7 +92,8 @@ def collect(sweep: Sweep, directory: str | Path, *, partial: bool = False) -> xr
         variables[results.HAS + "seed"] = ((*axes, "seed"), there.reshape(*shape, len(seeds)))
     own = [_of_point([run.attrs for run in point if run is not None]) for point in points]
     variables[results.POINT] = (tuple(axes), results.point_variable(own).reshape(shape))
-    return _dataset(sweep, variables, axes | {"seed": seeds} | labels, _agreed(own), bool(missing))
+    dataset = _dataset(sweep, variables, axes | {"seed": seeds} | labels, _agreed(own), bool(missing))
+    return dataset.assign_coords(shared)
 
 
 def _labels(runs: Sequence[xr.Dataset]) -> dict[str, list[Any]]:
@@ -101,6 +103,14 @@ def _labels(runs: Sequence[xr.Dataset]) -> dict[str, list[Any]]:
         for dim in (str(name) for name in run.dims if name != "seed"):
             labels[dim] = list(dict.fromkeys([*labels.get(dim, []), *run[dim].values.tolist()]))
     return {dim: sorted(of) if all(isinstance(x, (int, float)) for x in of) else of for dim, of in labels.items()}
+
+
+def _further_coordinates(runs: Sequence[xr.Dataset]) -> tuple[dict[str, xr.DataArray], list[str]]:
+    """Coordinates beside the labels, such as the length of each evaluation: those all runs share, and the others."""
+    names = dict.fromkeys(str(name) for run in runs for name in set(run.coords) - set(run.dims))
+    first = {name: next(run[name] for run in runs if name in run) for name in names}
+    shared = {name: of for name, of in first.items() if all(name in run and of.equals(run[name]) for run in runs)}
+    return shared, [name for name in names if name not in shared]
 
 
 def _own(point: Sequence[xr.Dataset | None], dim: str) -> list[Any]:

@@ -25,6 +25,7 @@ from varprop.files import write_text
 from varprop.locks import claim, is_claimed, writing
 from varprop.spec import ModelSpec
 from varprop.train.config import TrainConfig
+from varprop.train.log import check_names
 from varprop.train.loop import fit
 from varprop.train.signals import stop_on_signals
 from varprop.train.sweep_file import Sweep, SweepRun
@@ -60,10 +61,15 @@ def _keep_failure(run_dir: Path, line: str) -> None:
         write_text(run_dir / FAILED, line + "\n")
 
 
-def write_task(sweep: Sweep, run: SweepRun, directory: Path) -> Path:
-    """Make the directory of a run, from which `work` trains it; return it."""
+def write_task(sweep: Sweep, run: SweepRun, directory: Path, logs: Sequence[str] = ()) -> Path:
+    """Make the directory of a run, from which `work` trains it; return it. logs: beside `log.jsonl`."""
     folder = directory / run.id
-    task = {"spec": run.spec.to_dict(), "config": json.loads(run.config.to_json()), "corpus_dir": sweep.corpus_dir}
+    task = {
+        "spec": run.spec.to_dict(),
+        "config": json.loads(run.config.to_json()),
+        "corpus_dir": sweep.corpus_dir,
+        "logs": ["jsonl", *logs],
+    }
     text = json.dumps(task, indent=1, sort_keys=True) + "\n"
     with writing(folder / TASK):
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,7 @@ def work(run_dir: str | Path) -> None:
     line of a failure has been kept.
     """
     folder, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
-    spec, config, corpus_dir = _read_task(folder)
+    spec, config, options = _read_task(folder)
     with claim(folder / LOCK) if first else contextlib.nullcontext(True) as mine:
         alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else the other processes would wait for this one
         require(mine or alone, ArgumentError, "directory", str(folder), "in use by another process", "a free one")
@@ -89,7 +95,7 @@ def work(run_dir: str | Path) -> None:
         if first:
             (folder / FAILED).unlink(missing_ok=True)
         try:
-            dataset = fit(spec, config, run_dir=folder, corpus_dir=corpus_dir, progress=False)
+            dataset = fit(spec, config, run_dir=folder, progress=False, **options)
             if first:
                 results.save(dataset, folder / RESULT)
         except Exception as error:
@@ -98,11 +104,11 @@ def work(run_dir: str | Path) -> None:
             raise
 
 
-def _read_task(folder: Path) -> tuple[ModelSpec, TrainConfig, str | None]:
+def _read_task(folder: Path) -> tuple[ModelSpec, TrainConfig, dict[str, Any]]:
     try:
         task = json.loads((folder / TASK).read_text(encoding="utf-8"))
         config = TrainConfig.from_json(json.dumps(task["config"]))
-        return ModelSpec.from_dict(task["spec"]), config, task["corpus_dir"]
+        return ModelSpec.from_dict(task["spec"]), config, {name: task[name] for name in ("corpus_dir", "logs")}
     except (OSError, ValueError, LookupError, TypeError):
         raise ArgumentError(f"directory={str(folder)!r} has no task.json of a run; expected one of a sweep") from None
 
@@ -118,13 +124,15 @@ def run_sweep(
     *,
     n_workers: int | None = None,
     retry: bool = False,
+    logs: Sequence[str] = (),
     report: Callable[[str], None] = print,
 ) -> int:
     """Train what is not finished, each run in a process of its own; return the exit code of the command.
 
     n_workers: processes at a time; by default one for each CUDA device, or one without. Process i has the device i
     (mod their number) alone. Runs that processes of other commands are at are left to them; a killed run is resumed; a
-    failed one is left as it is unless `retry`. report: takes a line for each beginning and end.
+    failed one is left as it is unless `retry`. logs: beside `log.jsonl`, of `log.NAMES`. report: takes a line for each
+    beginning and end.
 
     On SIGTERM, SIGINT or SIGUSR1 the runs save their state and end; if this process is killed they go on. 0: nothing is
     left to do here. 1: a run failed. 3: a signal came.
@@ -133,7 +141,8 @@ def run_sweep(
     count = len(places) if n_workers is None else n_workers
     whole = isinstance(count, int) and count >= 1
     require(whole, ArgumentError, "n_workers", count, "outside the domain", "an integer >= 1")
-    folders = {run.id: write_task(sweep, run, folder) for run in sweep.distinct}
+    check_names(["jsonl", *logs], folder)
+    folders = {run.id: write_task(sweep, run, folder, logs) for run in sweep.distinct}
     labels = {run.id: about(values) for run, values in reversed(list(zip(sweep.runs, sweep.values(), strict=True)))}
     for run_dir in folders.values():
         _discard_damaged(run_dir, report)

@@ -183,7 +183,8 @@ def dataset(
     """The result of a run: every variable of the history along (seed, its steps), and what follows from the step.
 
     `learning_rate` is that of the update made after `step` updates, `tokens_seen` the tokens of the updates before it,
-    `bits_per_byte` = validation_loss / ln 2 / (bytes per token), absent where the tokeniser is not known.
+    `evaluation_length` the tokens of a sequence of each evaluation, `bits_per_byte` = validation_loss / ln 2 / (bytes
+    per token), absent where the tokeniser is not known.
     """
     arrays = history.arrays()
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
@@ -194,6 +195,9 @@ def dataset(
     rates = np.array([learning_rate(config, n_steps, int(step)) for step in steps])
     variables["learning_rate"] = (("seed", "step"), rates[None])
     variables["tokens_seen"] = (("seed", "step"), steps[None] * config.tokens_per_step)
+    if "validation_loss" in arrays:
+        lengths = np.array([[config.evaluation_length, config.n_tokens]])
+        variables["evaluation_length"] = (("seed", "evaluation"), lengths)
     if corpus.bytes_per_token is not None and "validation_loss" in arrays:
         bits = arrays["validation_loss"] / math.log(2) / corpus.bytes_per_token
         variables["bits_per_byte"] = (("seed", "evaluation_step", "evaluation"), bits[None])
@@ -205,7 +209,7 @@ def dataset(
         "matrix": weights.matrix_labels(spec),
     }
     used = {dim for dims, _ in variables.values() for dim in dims}
-    made = results.new(
+    return results.new(
         variables,
         source="training",
         spec_json=spec.to_json(),
@@ -223,6 +227,3 @@ def dataset(
             **(attributes or {}),
         },
     )
-    if "evaluation" in used:
-        made = made.assign_coords(evaluation_length=("evaluation", [config.evaluation_length, config.n_tokens]))
-    return made

@@ -24,6 +24,8 @@ from varprop.train.budget import n_steps
 from varprop.train.config import TrainConfig
 from varprop.train.data import document_ids, evaluation_windows
 from varprop.train.distributed import World, accumulate, compute_dtype, shard
+from varprop.train.graphs import StepGraphs
+from varprop.train.grow import OPTIMIZER, load_moments
 from varprop.train.model import TrainingModel
 from varprop.train.probe import probe
 from varprop.train.track import EVALUATIONS, OF_PROBE, batch_statistics
@@ -34,9 +36,12 @@ ATTENTION_KERNELS = [
 ]
 """In the order in which they are asked: cuDNN's is the fastest on Hopper; it refuses deterministic algorithms."""
 
+EAGER_STEPS = 3
+"""Steps before the kernels of a step are recorded: what is compiled or allocated once must have been."""
+
 
 class Trainer:
-    """The state of a training; `initial`: tensors by name to start from instead of the drawn ones."""
+    """The state of a training; `initial`: tensors to start from, as `train.grow` names them, in place of drawn ones."""
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class Trainer:
         self.n_steps = n_steps(config, spec)
         self.dtype = compute_dtype(config, world.device)
         self.rows = world.share(config.batch_size)
-        self._micro = config.micro_batch_size or len(self.rows)
+        self._micro = min(config.micro_batch_size or len(self.rows), len(self.rows))
         wrong, domain = "not a divisor", f"a divisor of the {len(self.rows)} sequences of a process"
         good = len(self.rows) % self._micro == 0
         require(good, ArgumentError, "micro_batch_size", config.micro_batch_size, wrong, domain)
@@ -59,10 +64,13 @@ class Trainer:
             require(corpus.document_end is not None, ArgumentError, "document_mask", True, "not possible", known)
         plain = TrainingModel(spec, config, device=world.device, compute_dtype=self.dtype)
         if initial is not None:
-            _load_initial(plain, initial)
+            _load_initial(plain, {name: t for name, t in initial.items() if not name.startswith(OPTIMIZER)})
         self.model = shard(plain, world, config)
         self.plain = plain  # what `shard` may have wrapped
         self.optimizer = optim.adamw(plain.transformer, spec, config)
+        load_moments(plain.transformer, self.optimizer, initial or {})
+        self._graphs: StepGraphs | None = None
+        self._n_eager = 0
         self._windows = {name: self._evaluation_tokens(name) for name in EVALUATIONS}
         probed = evaluation_windows(corpus, config.n_probe_sequences, config.n_tokens)
         self._probe_tokens = torch.from_numpy(probed[:, :-1]).to(world.device)
@@ -71,6 +79,20 @@ class Trainer:
 
     def forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
         """Leave the gradients of a batch (B, T + 1) in the parameters; if asked for, what is recorded, else {}."""
+        if self._graphs is None and self._records_steps() and self._n_eager >= EAGER_STEPS:
+            self._graphs = StepGraphs(tokens, self._recorded_passes, self._update)
+        self._n_eager += 1
+        if self._graphs is not None:
+            return self._graphs.forward_backward(tokens)
+        return self._mean_over_ranks(self._forward_backward(tokens, record))
+
+    def _recorded_passes(self, tokens: Tensor) -> dict[str, Tensor]:
+        return self._forward_backward(tokens, self.plain.statistics)
+
+    def _records_steps(self) -> bool:
+        return self.config.cuda_graph and self.world.device.type == "cuda" and self.world.size == 1
+
+    def _forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         parts = tokens.split(self._micro)
         total: dict[str, Tensor] = {}
@@ -83,7 +105,7 @@ class Trainer:
             if record:
                 for name, value in batch_statistics(found, self.spec).items():
                     total[name] = total.get(name, 0.0) + value / len(parts)
-        return self._mean_over_ranks(total)
+        return total
 
     def update(self, step: int) -> Tensor:
         """Make update number `step` from the gradients that are there; their norm before clipping.
@@ -91,6 +113,9 @@ class Trainer:
         A gradient that is not finite leaves everything as it was, on one device and under `ddp`.
         """
         optim.set_learning_rate(self.optimizer, self.learning_rate(step))
+        return self._update() if self._graphs is None else self._graphs.update()
+
+    def _update(self) -> Tensor:
         norm = optim.clipped_step(self.optimizer, self.config.clip_norm)
         if self.spec.moe is not None and self.spec.moe.router_bias and self.config.router_bias_rate > 0:
             self._balance()
