@@ -246,7 +246,7 @@ def fits(parallel: Parallel, folder: Path) -> None:
 def fit_config(folder: Path, **fields: object) -> TrainConfig:
     """A config over the token file of the folder, with something of everything measured."""
     every = dict.fromkeys(("record_every", "checkpoint_every"), 2) | dict.fromkeys(("probe_every", "evaluate_every"), 3)
-    few = {"n_probe_sequences": 2, "n_evaluation_sequences": 4, "evaluation_length": 8}
+    few = {"n_probe_sequences": 2, "n_evaluation_sequences": 5, "evaluation_length": 6}
     return config(n_steps=6, corpus=str(folder / "tokens.u16"), **every, **few, **fields)
 
 
