@@ -145,6 +145,9 @@ def everything(world: World, folder: Path) -> None:
                 with run.directory(folder / parallel) as directory:
                     run.save(directory, 4)  # also where an evaluation has left the parameters gathered
                     directory.finish(run.model)
+    for parallel in ("ddp", "fsdp"):
+        run = Run(world, config(parallel=parallel, precision="bfloat16")).steps(0, 4)
+        numbers[f"{parallel}/bfloat16"] = run.losses
     for saved, parallel in (("one", "ddp"), ("one", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")):
         run = Run(world, config(parallel=parallel))
         with run.directory(folder / saved) as directory:
