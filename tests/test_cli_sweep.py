@@ -17,6 +17,7 @@ from varprop import results
 from varprop.__main__ import main
 from varprop.train import fit
 from varprop.train.sweep_file import read_sweep
+from varprop.train.sweep_run import state
 
 ROOT = str(Path(__file__).resolve().parents[1])
 SWEEP = """
@@ -185,21 +186,33 @@ def test_a_job_stopped_and_requeued_is_the_undisturbed_one(folder: Path, capsys:
 
 
 @pytest.mark.long
-def test_a_run_on_several_nodes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One job by hand on one node of one process: stand-ins for srun and scontrol."""
-    assert run("slurm", "sweep.toml", "--nodes", 1, "--gpus-per-node", 1) == 0
-    script = capsys.readouterr().out
-    Path("job.sh").write_text(script)
-    Path("scontrol").write_text("#!/bin/bash\necho localhost\n")
+def test_a_run_of_several_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One job by hand, a node of two processes: stand-ins for srun and scontrol. Stopped on the way, then ended."""
+    Path("sweep.toml").write_text(SWEEP.replace("n_steps = 4", "n_steps = 1000"))
+    assert run("slurm", "sweep.toml", "--nodes", 1, "--gpus-per-node", 2) == 0
+    Path("job.sh").write_text(capsys.readouterr().out)
+    Path("scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo localhost || echo "scontrol $*"\n')
     Path("srun").write_text('#!/bin/bash\nexec "$@"\n')
     for name in ("srun", "scontrol"):
         Path(name).chmod(0o755)
     slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost"}
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **slurm}
+    third = read_sweep("sweep.toml").runs[2]
+    log = folder / "sweep" / third.id / "log.jsonl"
+    job = subprocess.Popen(["bash", "job.sh"], env=environment, stdout=subprocess.PIPE, text=True)
+    while not (log.exists() and log.read_bytes().count(b"\n") > 5):
+        assert job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    assert job.communicate(timeout=60)[0].endswith(f"scontrol requeue {os.getpid()}\n")
+    assert state(log.parent) == "stopped"
+    assert list((log.parent / "checkpoints").glob("step-*"))
     done = subprocess.run(["bash", "job.sh"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    third = read_sweep("sweep.toml").runs[2]
-    assert results.load(f"sweep/{third.id}/result.nc").equals(fit(third.spec, third.config))
+    trained = results.load(log.parent / "result.nc").sel(step=[0, 2, 4, 6])
+    alone = fit(third.spec, third.config).sel(step=[0, 2, 4, 6])
+    np.testing.assert_allclose(trained.train_loss, alone.train_loss, rtol=1e-5)
+    np.testing.assert_allclose(trained.variance, alone.variance, rtol=1e-5)
 
 
 BAD = [

@@ -18,12 +18,14 @@ from varprop.summary import summarise
 from varprop.theory import predict
 
 if TYPE_CHECKING:
-    from varprop import compare, plot, report, simulate, train
+    from varprop import compare, evaluate, hf, plot, report, simulate, train
 
 __all__ = [
     "ModelSpec",
     "__version__",
     "compare",
+    "evaluate",
+    "hf",
     "plot",
     "predict",
     "presets",
@@ -34,7 +36,7 @@ __all__ = [
     "train",
 ]
 
-_ON_FIRST_USE = ("compare", "plot", "report", "simulate", "train")
+_ON_FIRST_USE = ("compare", "evaluate", "hf", "plot", "report", "simulate", "train")
 
 
 def __getattr__(name: str) -> ModuleType:

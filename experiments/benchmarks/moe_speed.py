@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,13 +38,28 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from experiments.benchmarks.train_speed import seconds_per_call
 from varprop.nn.experts import assign_tokens, grouped_linear
 from varprop.nn.feed_forward import two_layers
 from varprop.nn.moe import moe, route
 from varprop.spec import FeedForwardSpec, ModelSpec, MoESpec, layer_table
 
 SHAPES = {512: 1536, 1024: 2816, 2048: 8192}
+
+
+def seconds_per_call(call: Callable[[int], object], device: torch.device, n_calls: int) -> float:
+    """Of one of `n_calls` calls, after three to warm up, the device's work included."""
+    for number in range(3):
+        call(number)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for number in range(n_calls):
+        call(number)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / n_calls
+
+
 MIXTURES = ((8, 2), (64, 8))
 FLOP_PER_WEIGHT = 6
 

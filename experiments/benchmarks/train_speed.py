@@ -76,10 +76,9 @@ def stepper(variant: str, spec: ModelSpec, config: TrainConfig, device: torch.de
     number = iter(range(10**9))
 
     def step(tokens: torch.Tensor) -> None:
-        record = trainer.forward_backward(tokens, trainer.plain.statistics)
+        record = trainer.forward_backward(tokens, True)
         norm = trainer.update(next(number))
-        if trainer.plain.statistics:
-            fetcher.put(0, {**record, "gradient_norm": norm})
+        fetcher.put(0, {**record, "gradient_norm": norm})
         fetcher.take()
 
     return step

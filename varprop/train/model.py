@@ -48,15 +48,14 @@ class Layer(NamedTuple):
 class Forward(NamedTuple):
     """What a forward pass gives: the loss to differentiate, its cross-entropy, and sums for the statistics.
 
-    loss: cross-entropy plus auxiliary losses. embedded: (2, B, T) sums over neurons of x and x^2 at layer 0.
-    token_sums: (L, len(SUMS), B, T). mixtures: name -> (mixture layers, ...), empty without a mixture: `expert_load`
+    loss: cross-entropy plus auxiliary losses. stream: variance, second_moment (L + 1, sites) and branch_correlation
+    (L + 1, branches), means over the sequences, float64, NaN where there is no such site. mixtures: name -> (mixture layers, ...), empty without a mixture: `expert_load`
     (tokens of each expert), `gate_second_moment`, and the losses `load_balance` and `router_z` before their weights.
     """
 
     loss: Tensor
     cross_entropy: Tensor
-    embedded: Tensor
-    token_sums: Tensor
+    stream: dict[str, Tensor]
     mixtures: dict[str, Tensor]
 
 
@@ -67,6 +66,7 @@ class Functions(NamedTuple):
     embed: Callable[..., Any]
     normalise: Callable[..., Any]
     chunk_loss: Callable[..., Any]
+    stream_statistics: Callable[..., Any]
 
 
 class TrainingModel(nn.Module):
@@ -91,7 +91,7 @@ class TrainingModel(nn.Module):
         self._chunk = chunk_size(device.type, spec.vocab_size)
         self._depth_factors = torch.arange(1, spec.n_layers + 1, device=device, dtype=torch.float32).rsqrt()
         self.statistics = True  # a benchmark turns them off
-        self._plain = Functions(run_layers, _embed, Transformer.normalise, chunk_loss)
+        self._plain = Functions(run_layers, _embed, Transformer.normalise, chunk_loss, stream_statistics)
         self._compiled = self._plain
         if config.compile:
             self._compiled = Functions(*(torch.compile(f, dynamic=False, fullgraph=True) for f in self._plain))
@@ -120,7 +120,8 @@ class TrainingModel(nn.Module):
             if name in found and weight:
                 loss = loss + weight * found[name].sum()
         found = {name: value.detach() for name, value in found.items()}
-        return Forward(loss, cross_entropy.detach(), embedded, torch.cat(sums), found)
+        stream = do.stream_statistics(embedded, sums, self.spec.d_model) if self.statistics else {}
+        return Forward(loss, cross_entropy.detach(), stream, found)
 
     def _unit(self, run_layers: Callable[..., Any], x: Tensor, unit: range, shared: Shared) -> Any:
         if len(unit) > 1:
@@ -236,6 +237,44 @@ def run_layers(
         if routed:
             mixtures.append(_mixture(spec, routed["router_logits"], routed["gates"].detach()))
     return x, torch.stack(rows), mixtures
+
+
+def stream_statistics(embedded: Tensor, token_sums: Sequence[Tensor], d_model: int) -> dict[str, Tensor]:
+    """The `stream` of a `Forward` from sums over neurons: embedded (2, B, T) of x and x^2 at layer 0, and `SUMS`.
+
+    token_sums: tensors (layers, len(SUMS), B, T) that are those of all layers together. Each per-token sum is float32
+    and divided by d_model; means over tokens are float64. Branch correlations are of each sequence, then averaged.
+    """
+    sums = dict(zip(SUMS, torch.cat(tuple(token_sums)).unbind(dim=1), strict=True))  # (L, B, T)
+    squares = {site: sums[f"{site} squares"] / d_model for site in SITES[1:]}
+    means = {site: sums[f"{site} sum"] / d_model for site in SITES[1:]}
+    for kind, first in ((means, embedded[0]), (squares, embedded[1])):
+        kind["resid_post"] = torch.cat((first[None] / d_model, kind["resid_post"]))  # layer 0 too
+    wide = torch.float64
+    moments = {site: value.mean(dim=(1, 2), dtype=wide) for site, value in squares.items()}
+    centres = {site: value.square().mean(dim=(1, 2), dtype=wide) for site, value in means.items()}
+    variances = {site: (moments[site] - centres[site]).clamp(min=0) for site in moments}
+    powers = {site: value.mean(dim=-1, dtype=wide) for site, value in squares.items()}  # (L, B)
+    powers["resid_pre"] = powers["resid_post"][:-1]
+    correlations = []
+    for site, stream in measure.BRANCH_STREAM.items():
+        product = (sums[f"{site} product"] / d_model).mean(dim=-1, dtype=wide)
+        correlations.append(measure.cosine(product, powers[stream] * powers[site]).mean(dim=-1))
+    correlation = torch.stack(correlations, dim=-1)
+    absent = torch.full_like(correlation[:1], torch.nan)
+    return {
+        "variance": _table(variances),
+        "second_moment": _table(moments),
+        "branch_correlation": torch.cat((absent, correlation)),
+    }
+
+
+def _table(by_site: dict[str, Tensor]) -> Tensor:
+    """(L + 1, sites), NaN at layer 0 but for resid_post."""
+    post = by_site["resid_post"]
+    absent = torch.full_like(post[:1], torch.nan)
+    shifted = by_site | {"resid_pre": post[:-1]}
+    return torch.stack([post if s == "resid_post" else torch.cat((absent, shifted[s])) for s in SITES], dim=-1)
 
 
 def _mixture(spec: ModelSpec, logits: Tensor, gates: Tensor) -> dict[str, Tensor]:

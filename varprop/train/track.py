@@ -16,11 +16,10 @@ from torch import Tensor
 
 from varprop import results
 from varprop.corpus import Corpus
-from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
 from varprop.train import probe, weights
 from varprop.train.config import TrainConfig
-from varprop.train.model import SUMS, Forward
+from varprop.train.model import Forward
 from varprop.train.optim import learning_rate
 
 EVALUATIONS = ("fixed_length", "training_length")
@@ -51,55 +50,19 @@ def batch_statistics(found: Forward, spec: ModelSpec) -> dict[str, Tensor]:
     share of each expert in the assignments of a layer, NaN in layers without a mixture, whose gate_second_moment is 1.
     Means over equal micro-batches and ranks are those of the whole batch.
     """
-    d_model = spec.d_model
-    sums = dict(zip(SUMS, found.token_sums.unbind(dim=1), strict=True))  # (L, B, T)
-    squares = {site: sums[f"{site} squares"] for site in SITES[1:]}
-    totals = {site: sums[f"{site} sum"] for site in SITES[1:]}
-    for kind, first in ((totals, found.embedded[0]), (squares, found.embedded[1])):
-        kind["resid_post"] = torch.cat((first[None], kind["resid_post"]))  # layer 0 too
-        kind["resid_pre"] = kind["resid_post"][:-1]
-    moments = {site: value.mean(dim=(1, 2), dtype=torch.float64) / d_model for site, value in squares.items()}
-    means = {site: (value / d_model).square().mean(dim=(1, 2), dtype=torch.float64) for site, value in totals.items()}
-    variances = {site: (moments[site] - means[site]).clamp(min=0) for site in SITES}
-    values = {
-        "variance": _table(variances),
-        "second_moment": _table(moments),
-        "branch_correlation": _branch_correlation(sums, squares),
-        "train_loss": found.cross_entropy.double(),
-    }
-    return values | _mixture_statistics(found.mixtures, spec)
-
-
-def _table(by_site: Mapping[str, Tensor]) -> Tensor:
-    """(L + 1, sites), NaN at layer 0 but for resid_post."""
-    rows = by_site["resid_post"].new_full((len(by_site["resid_post"]), len(SITES)), math.nan)
-    for column, site in enumerate(SITES):
-        rows[len(rows) - len(by_site[site]) :, column] = by_site[site]
-    return rows
-
-
-def _branch_correlation(sums: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> Tensor:
-    columns = []
-    for branch, stream in zip(BRANCHES, ("resid_pre", "resid_mid"), strict=True):
-        product = sums[f"{branch}_out product"].sum(dim=-1, dtype=torch.float64)  # (L, B)
-        power = squares[stream].sum(dim=-1, dtype=torch.float64) * squares[f"{branch}_out"].sum(-1, dtype=torch.float64)
-        columns.append(torch.where(power > 0, product / power.sqrt(), 0.0).mean(dim=-1))
-    table = torch.stack(columns, dim=-1)
-    return torch.cat((table.new_full((1, len(BRANCHES)), math.nan), table))
-
-
-def _mixture_statistics(mixtures: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    if not mixtures:
-        return {}
-    load = mixtures["expert_load"].double()
-    layers = [layer for layer in range(1, spec.n_layers + 1) if spec.is_moe(layer)]
-    shares = load.new_full((spec.n_layers + 1, load.shape[-1]), math.nan)
-    shares[layers] = load / load.sum(dim=-1, keepdim=True)
-    gates = load.new_ones(spec.n_layers + 1)
-    gates[0] = math.nan
-    gates[layers] = mixtures["gate_second_moment"].double()
-    losses = {f"{name}_loss": mixtures[name].double().mean() for name in ("load_balance", "router_z")}
-    return {"expert_load": shares, "gate_second_moment": gates, **losses}
+    values = found.stream | {"train_loss": found.cross_entropy.double()}
+    if not found.mixtures:
+        return values
+    load = found.mixtures["expert_load"].double()
+    shares = iter(load / load.sum(dim=-1, keepdim=True))
+    gates = iter(found.mixtures["gate_second_moment"].double())
+    mixture = [False, *(spec.is_moe(layer) for layer in range(1, spec.n_layers + 1))]
+    absent, one = torch.full_like(load[0], math.nan), torch.ones_like(load[0, 0])
+    by_layer = [next(gates) if own else one for own in mixture]
+    values["gate_second_moment"] = torch.stack([absent[0], *by_layer[1:]])
+    values["expert_load"] = torch.stack([next(shares) if own else absent for own in mixture])
+    losses = {f"{name}_loss": found.mixtures[name].double().mean() for name in ("load_balance", "router_z")}
+    return values | losses
 
 
 class Fetcher:

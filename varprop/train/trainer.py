@@ -87,7 +87,7 @@ class Trainer:
         return self._mean_over_ranks(self._forward_backward(tokens, record))
 
     def _recorded_passes(self, tokens: Tensor) -> dict[str, Tensor]:
-        return self._forward_backward(tokens, self.plain.statistics)
+        return self._forward_backward(tokens, True)
 
     def _records_steps(self) -> bool:
         return self.config.cuda_graph and self.world.device.type == "cuda" and self.world.size == 1
