@@ -126,6 +126,13 @@ def test_sums_gathers_and_a_shared_error(outcome: Outcome) -> None:
         assert numbers["not shared"] == not_seen
 
 
+def test_a_fault_of_one_process_is_known_to_both(outcome: Outcome) -> None:
+    for numbers in outcome.numbers:
+        step, line = numbers["faults"]
+        assert step == 1
+        assert re.fullmatch(r"checkpoint='.*step-00000003' cannot be written \(No space left on device\); .*", line)
+
+
 def test_an_error_in_one_process_ends_both_with_its_line(outcome: Outcome) -> None:
     assert outcome.ended["one_raises:2"] == (2, ["corpus='x' is damaged; expected it whole"] * 2)
 
