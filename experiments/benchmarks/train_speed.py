@@ -77,9 +77,9 @@ def stepper(variant: str, spec: ModelSpec, config: TrainConfig, device: torch.de
 
     def step(tokens: torch.Tensor) -> None:
         record = trainer.forward_backward(tokens, True)
-        norm = trainer.update(next(number))
-        fetcher.put(0, {**record, "gradient_norm": norm})
-        fetcher.take()
+        at = next(number)
+        fetcher.put(at, {**record, "gradient_norm": trainer.update(at)})
+        fetcher.take(at)
 
     return step
 

@@ -18,7 +18,7 @@ from varprop.errors import ArgumentError
 from varprop.nn import Transformer
 from varprop.spec import AttentionSpec, FeedForwardSpec, InitSpec, ModelSpec, MoESpec
 from varprop.train import TrainConfig, fit, load_model
-from varprop.train.data import batch, validation_batches
+from varprop.train.data import batch, evaluation_windows
 
 CPU = TrainConfig(device="cpu")
 
@@ -32,13 +32,6 @@ def by_hand(model: Transformer, tokens: torch.Tensor) -> dict[tuple[str, int, st
     for (layer, site), x in seen.items():
         values["variance", layer, site] = float(np.mean([row.var() for sequence in x for row in sequence]))
         values["second_moment", layer, site] = float((x**2).mean())
-        correlations = []
-        for sequence in x:
-            products = sequence @ sequence.T
-            off_diagonal = products[~np.eye(len(products), dtype=bool)]
-            correlations.append(off_diagonal.mean() / np.diag(products).mean())
-        values["token_correlation", layer, site] = float(np.mean(correlations))
-    for (layer, site), x in seen.items():
         if site in ("attn_out", "mlp_out"):
             before = "resid_pre" if site == "attn_out" else "resid_mid"
             stream = seen[layer, before]
@@ -47,56 +40,89 @@ def by_hand(model: Transformer, tokens: torch.Tensor) -> dict[tuple[str, int, st
     return values
 
 
+def token_correlation(model: Transformer, tokens: torch.Tensor) -> list[float]:
+    """Of the stream after each layer."""
+    seen: list[np.ndarray] = []
+    with torch.no_grad():
+        model.hidden(
+            tokens, lambda _, site, x: seen.append(x.double().numpy().copy()) if site == "resid_post" else None
+        )
+    products = [x @ x.transpose(0, 2, 1) for x in seen]
+    others = ~np.eye(tokens.shape[1], dtype=bool)
+    return [float(np.mean([p[others].mean() / np.diag(p).mean() for p in each])) for each in products]
+
+
 def check_record(ds: xr.Dataset, step: int, model: Transformer, tokens: torch.Tensor) -> None:
-    """Float64 sums over float32 activations of two identical forward passes: equal to 1e-12, 1e-9 after division."""
+    """Sums of float32 numbers over 16 neurons, then float64 means."""
     for (name, layer, place), value in by_hand(model, tokens).items():
         along = "branch" if name == "branch_correlation" else "site"
         recorded = ds[name].sel(step=step, layer=layer, **{along: place}).item()
-        assert recorded == pytest.approx(value, rel=1e-9, abs=1e-12), (name, layer, place)
+        assert recorded == pytest.approx(value, rel=1e-5, abs=1e-6), (name, layer, place)
 
 
 @pytest.mark.parametrize("changes", [{}, {"block": "parallel"}, {"key_mask_density": 0.5}])
 def test_record_equals_a_computation_by_hand(
     spec: ModelSpec, config: TrainConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    spec, config = spec.with_fields(changes), dataclasses.replace(config, seed=2)
+    spec, config = spec.with_fields(changes), dataclasses.replace(config, seed=2, clip_norm=None)
     ds = fit(spec, config, run_dir=tmp_path)
     corpus = load_corpus(config.corpus)
-    model = Transformer(spec, seed=config.seed)
-    tokens = batch(corpus, config.seed, 0, config.batch_size, config.n_tokens)
-    check_record(ds, 0, model, tokens[:, :-1])
-    check_record(ds, 10, load_model(tmp_path), batch(corpus, config.seed, 10, 4, 16)[:, :-1])
-    loss = functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    loss.backward()
-    norm = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
-    # float32 sums of 64 losses, and of some thousand squares
-    assert ds.train_loss.sel(step=0).item() == pytest.approx(loss.item(), rel=1e-6)
-    assert ds.gradient_norm.sel(step=0).item() == pytest.approx(norm, rel=1e-5)
-    # batch by batch: a key mask is drawn for the sequences of a batch
-    losses = torch.stack(
-        [
-            functional.cross_entropy(model(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten())
-            for held_out in validation_batches(corpus, 2, 4, 16)
-        ]
-    )
-    assert ds.validation_loss.sel(step=0).item() == pytest.approx(losses.mean().item(), rel=1e-6)
+    model, trained = Transformer(spec, seed=config.seed), load_model(tmp_path)
+    for step, at in ((0, model), (10, trained)):
+        tokens = batch(corpus, config.seed, step, config.batch_size, config.n_tokens)
+        check_record(ds, step, at, tokens[:, :-1])
+        at.zero_grad()
+        loss = functional.cross_entropy(at(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        norm = sum(float(p.grad.double().square().sum()) for p in at.parameters() if p.grad is not None) ** 0.5
+        # float32 sums of 64 losses, and of some thousand squares
+        assert ds.train_loss.sel(step=step).item() == pytest.approx(loss.item(), rel=1e-6)
+        assert ds.gradient_norm.sel(step=step).item() == pytest.approx(norm, rel=1e-5)
+        if not changes:  # a key mask is drawn for the sequences of a batch
+            probed = torch.from_numpy(evaluation_windows(corpus, config.n_probe_sequences, config.n_tokens)[:, :-1])
+            recorded = ds.token_correlation.sel(probe_step=step, site="resid_post")[0]
+            np.testing.assert_allclose(recorded, token_correlation(at, probed), rtol=1e-5)
+
+
+def test_evaluations_by_hand(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+    """Mean over the tokens of held-out windows, at the fixed length and with as many tokens at the training length."""
+    config = dataclasses.replace(config, evaluation_length=6, n_evaluation_sequences=11, evaluate_every=4)
+    ds = fit(spec, config, run_dir=tmp_path)
+    assert ds.evaluation_step.values.tolist() == [0, 4, 8, 10]
+    assert ds.validation_loss.dims == ("seed", "evaluation_step", "evaluation")
+    assert ds.evaluation.values.tolist() == ["fixed_length", "training_length"]
+    assert ds.evaluation_length.values.tolist() == [[6, 16]]
+    validation = load_corpus(config.corpus).validation
+    for step, model in ((0, Transformer(spec, seed=0)), (10, load_model(tmp_path))):
+        for column, (length, count) in enumerate(((6, 11), (16, 4))):  # 66 tokens, 64 tokens
+            n_windows = (len(validation) - 1) // length
+            starts = [i * n_windows // count * length for i in range(count)]
+            ids = torch.tensor(np.stack([validation[s : s + length + 1].astype(np.int64) for s in starts]))
+            loss = functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
+            assert ds.validation_loss.sel(evaluation_step=step)[0, column].item() == pytest.approx(loss, rel=1e-6)
 
 
 def test_labels_and_attributes(spec: ModelSpec, config: TrainConfig) -> None:
-    config = dataclasses.replace(config, seed=5)
+    config = dataclasses.replace(config, seed=5, probe_every=3, evaluate_every=7)
     ds = fit(spec, config)
     results.validate(ds)
     assert ds.step.values.tolist() == [0, 4, 8, 10]
+    assert ds.probe_step.values.tolist() == [0, 3, 6, 9, 10]
+    assert ds.update_step.values.tolist() == [0, 3, 6, 9]  # the last state makes no update
+    assert ds.evaluation_step.values.tolist() == [0, 7, 10]
     assert ds.seed.values.tolist() == [5]
     assert ds.tokens_seen.values.tolist() == [[0, 256, 512, 640]]
     assert ds.variance.dims == ("seed", "step", "layer", "site")
     assert ds.branch_correlation.dims == ("seed", "step", "layer", "branch")
+    assert ds.token_correlation.dims == ("seed", "probe_step", "layer", "site")
+    assert ds.update_ratio.dims == ("seed", "update_step", "layer", "matrix")
     assert "bits_per_byte" not in ds  # the tokeniser of a plain file is not known
     assert ds.attrs["source"] == "training"
     assert ModelSpec.from_json(ds.attrs["spec"]) == spec
     assert TrainConfig.from_json(ds.attrs["config"]) == config
     assert ds.attrs["corpus_sha256"] == load_corpus(config.corpus).sha256
     assert (ds.attrs["seed_entropy"], ds.attrs["n_tokens"], ds.attrs["end_condition"]) == ("5", 16, "complete")
+    assert ds.attrs["initial"] == ""
 
 
 def test_same_seed_same_result_and_another_seed_another(spec: ModelSpec, config: TrainConfig) -> None:
@@ -108,8 +134,15 @@ def test_same_seed_same_result_and_another_seed_another(spec: ModelSpec, config:
 
 def test_recording_does_not_change_the_run(spec: ModelSpec, config: TrainConfig) -> None:
     often = fit(spec, dataclasses.replace(config, record_every=1))
-    seldom = fit(spec, dataclasses.replace(config, record_every=5))
-    assert often.sel(step=[0, 5, 10]).equals(seldom)
+    seldom = fit(spec, dataclasses.replace(config, record_every=5, probe_every=5, evaluate_every=5))
+    assert (
+        often.sel(step=[0, 5, 10])
+        .drop_dims(["probe_step", "update_step", "evaluation_step"])
+        .equals(seldom.drop_dims(["probe_step", "update_step", "evaluation_step"]))
+    )
+    for name in ("validation_loss", "token_correlation"):
+        dimension = seldom[name].dims[1]
+        assert often[name].sel({dimension: [0, 10]}).equals(seldom[name].sel({dimension: [0, 10]}))
 
 
 def test_overfits_one_batch(spec: ModelSpec, tmp_path: Path) -> None:
@@ -117,6 +150,7 @@ def test_overfits_one_batch(spec: ModelSpec, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).permutation(32)[:16]
     np.tile(tokens, 40).astype("<u2").tofile(tmp_path / "repeated.u16")
     config = dataclasses.replace(CPU, n_steps=150, batch_size=1, n_tokens=16, learning_rate=1e-2, warmup_steps=5)
+    config = dataclasses.replace(config, evaluation_length=16)
     ds = fit(spec, dataclasses.replace(config, corpus=str(tmp_path / "repeated.u16")))
     assert float(ds.train_loss[0, 0]) > np.log(16)
     assert float(ds.train_loss[0, -1]) < 0.05
@@ -133,7 +167,7 @@ def test_loss_falls_on_the_embedded_text() -> None:
     config = dataclasses.replace(CPU, n_steps=20, warmup_steps=2, learning_rate=1e-2, n_evaluation_sequences=2)
     ds = fit(spec, config)
     # measured: 2.3 to 2.5 nats below, seeds 0 to 4
-    assert float(ds.validation_loss[0, -1]) < float(ds.validation_loss[0, 0]) - 1.0
+    assert (ds.validation_loss[0, -1] < ds.validation_loss[0, 0] - 1.0).all()
     bits = ds.validation_loss / np.log(2) / load_corpus().bytes_per_token
     np.testing.assert_allclose(ds.bits_per_byte, bits, rtol=1e-12)
 
@@ -156,6 +190,7 @@ MOE = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n
         {"feed_forward": None},
         {"key_mask_density": 0.5},
         {"sink_logit": True, "logit_softcap": 20.0},
+        {"attention.pattern": "window", "window_pattern": [4, 0]},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -190,17 +225,6 @@ def test_bfloat16_is_near_float32(spec: ModelSpec, config: TrainConfig) -> None:
     assert not narrow.equals(wide)
 
 
-@pytest.mark.parametrize("record_every", [1, 100])
-def test_diverging_run_stops_with_one_line(
-    spec: ModelSpec, config: TrainConfig, tmp_path: Path, record_every: int
-) -> None:
-    config = dataclasses.replace(config, learning_rate=1e30, record_every=record_every, clip_norm=None)
-    with pytest.raises(ArgumentError, match=r"^loss or gradient at step \d is not finite; expected") as error:
-        fit(spec, config, run_dir=tmp_path)
-    assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-
-
 def test_bad_input(spec: ModelSpec, config: TrainConfig) -> None:
     with pytest.raises(ArgumentError, match="vocab_size=16 is too small; expected a vocab_size of at least 32"):
         fit(spec.with_fields(vocab_size=16), config)
@@ -208,8 +232,10 @@ def test_bad_input(spec: ModelSpec, config: TrainConfig) -> None:
         fit(spec, dataclasses.replace(config, device="cuda:77"))
     with pytest.raises(ArgumentError, match="device='tpuu' is not available"):
         fit(spec, dataclasses.replace(config, device="tpuu"))
-    with pytest.raises(ArgumentError, match="n_tokens=250 is too long for a text of 200 tokens"):
+    with pytest.raises(ArgumentError, match="n_tokens=250 is too long for a held-out text of 200 tokens"):
         fit(spec, dataclasses.replace(config, n_tokens=250))
+    with pytest.raises(ArgumentError, match="evaluation_length=200 is too long for a held-out text of 200 tokens"):
+        fit(spec, dataclasses.replace(config, evaluation_length=200))
     with pytest.raises(ArgumentError, match="corpus='nope' is unknown"):
         fit(spec, dataclasses.replace(config, corpus="nope"))
 
@@ -227,7 +253,8 @@ def test_progress_bar_only_on_a_terminal(
     fit(spec, config, progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "validation loss" in captured.err
+    assert "10/10" in captured.err
+    assert "loss" in captured.err
 
 
 @pytest.mark.long

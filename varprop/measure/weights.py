@@ -59,6 +59,8 @@ def spectral_norm(w: Tensor, n_steps: int = LANCZOS_STEPS) -> Tensor:
     if w.shape[-2] < w.shape[-1]:
         w = w.mT
     w = w.detach().float() if w.dtype != torch.float64 else w.detach()
+    scale = w.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+    w = w / scale  # whose squares neither overflow nor vanish
     n_columns = w.shape[-1]
     start = torch.randn(n_columns, 1, generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w.device)
     v = start.expand(*w.shape[:-2], n_columns, 1)
@@ -72,7 +74,7 @@ def spectral_norm(w: Tensor, n_steps: int = LANCZOS_STEPS) -> Tensor:
     image = (
         w @ torch.linalg.qr(basis).Q
     ).double()  # orthogonal where steps beyond the rank left noise in the basis too
-    return torch.linalg.eigvalsh(image.mT @ image)[..., -1].clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(image.mT @ image)[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
 
 
 def stable_rank(w: Tensor, n_steps: int = LANCZOS_STEPS) -> Tensor:

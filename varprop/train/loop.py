@@ -138,7 +138,8 @@ class _Loop:
                 for step in range(self._start, trainer.n_steps + 1):
                     self._save_if_due(step)
                     self._step(step, next(tokens))
-                    self._take(wait=self._world.device.type == "cpu" or step == trainer.n_steps)
+                    on_cpu = self._world.device.type == "cpu"
+                    self._take(None if on_cpu or step == trainer.n_steps else step)
         finally:
             for each in self._logs:
                 each.close()
@@ -154,10 +155,10 @@ class _Loop:
         due = {
             name: last or step % getattr(self._config, f"{name}_every") == 0 for name in ("record", "probe", "evaluate")
         }
-        record = trainer.forward_backward(tokens, due["record"])
+        record = trainer.forward_backward(tokens, any(due.values()))
         if due["evaluate"] or due["probe"]:
             with self._timer.pause():
-                self._measure(step, due)
+                self._measure(step, due, record)
         before = trainer.snapshot() if due["probe"] and not last else None
         norm = trainer.gradient_norm() if last else trainer.update(step)
         if before is not None:
@@ -165,8 +166,10 @@ class _Loop:
         if due["record"]:
             self._fetcher.put(step, {**record, "gradient_norm": norm})
 
-    def _measure(self, step: int, due: Mapping[str, bool]) -> None:
-        self._take(wait=True)
+    def _measure(self, step: int, due: Mapping[str, bool], record: Mapping[str, Tensor]) -> None:
+        self._take()
+        losses = {"train_loss": record["train_loss"], "gradient_norm": self._trainer.gradient_norm()}
+        self._require_good(step, {name: value.cpu().numpy() for name, value in losses.items()})
         if due["probe"]:
             self._history.append("probe_step", step, self._trainer.probe())
         if due["evaluate"]:
@@ -180,7 +183,7 @@ class _Loop:
     def _save_if_due(self, step: int) -> None:
         stopping = self._is_stopping(step)
         if self._run is not None and step > self._start and (stopping or step % self._config.checkpoint_every == 0):
-            self._take(wait=True)
+            self._take()
             self._run.save(step, self._trainer.model, self._trainer.optimizer, self._history.arrays())
         if stopping:
             where = "nothing is saved without a run directory"
@@ -194,14 +197,20 @@ class _Loop:
             return self._stop_requested()
         return step % STOP_EVERY == 0 and any(self._world.gather_text("stop" if self._stop_requested() else ""))
 
-    def _take(self, wait: bool) -> None:
-        """Put what has come from the device into the history and the logs, and look at the loss."""
-        for step, record in self._fetcher.take(wait):
-            problem = self._problem(step, record)
-            if problem:
-                raise ArgumentError(problem + self._keep_stopped(step))
+    def _take(self, before: int | None = None) -> None:
+        """Put the records of the steps below `before`, or all, into the history and the logs; look at the losses.
+
+        Which ones does not depend on when they come: all processes find a bad loss at the same step.
+        """
+        for step, record in self._fetcher.take(before):
+            self._require_good(step, record)
             self._history.append("step", step, record)
             self._write(step, self._values(step, record))
+
+    def _require_good(self, step: int, record: Mapping[str, np.ndarray]) -> None:
+        problem = self._problem(step, record)
+        if problem:
+            raise ArgumentError(problem + self._keep_stopped(step))
 
     def _problem(self, step: int, record: Mapping[str, np.ndarray]) -> str:
         rate = self._trainer.learning_rate(step)

@@ -37,7 +37,7 @@ of the layer before), and stream times branch."""
 
 
 class Layer(NamedTuple):
-    """The tensors of a layer for the compiled function. key_mask: numbers of [0, 1) that draw it, where there is one."""
+    """The tensors of a layer for the compiled function. key_mask: numbers of [0, 1) that draw it, or None."""
 
     parameters: dict[str, Tensor]
     masks: dict[str, Tensor]

@@ -66,7 +66,7 @@ def batch_statistics(found: Forward, spec: ModelSpec) -> dict[str, Tensor]:
 
 
 class Fetcher:
-    """Records on their way from the device: nothing waits for them, each comes when its copy is there."""
+    """Records on their way from the device, copied while it computes."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, dict[str, torch.Size], Tensor, Any]] = []
@@ -81,19 +81,16 @@ class Fetcher:
             copied.record()
         self._waiting.append((step, {name: value.shape for name, value in record.items()}, flat, copied))
 
-    def take(self, wait: bool = False) -> list[tuple[int, dict[str, np.ndarray]]]:
-        """Records that have come, in order; wait: all of them."""
+    def take(self, before: int | None = None) -> list[tuple[int, dict[str, np.ndarray]]]:
+        """Records of the steps below `before`, or all, in order; waits for those that have not come."""
         ready = []
-        while self._waiting:
-            step, shapes, flat, copied = self._waiting[0]
+        while self._waiting and (before is None or self._waiting[0][0] < before):
+            step, shapes, flat, copied = self._waiting.pop(0)
             if copied is not None:
-                if not wait and not copied.query():
-                    break
                 copied.synchronize()
             parts = flat.split([shape.numel() for shape in shapes.values()])
             arrays = {name: p.view(shapes[name]).numpy().copy() for name, p in zip(shapes, parts, strict=True)}
             ready.append((step, arrays))
-            self._waiting.pop(0)
         return ready
 
 

@@ -118,7 +118,7 @@ class Trainer:
     def _update(self) -> Tensor:
         norm = optim.clipped_step(self.optimizer, self.config.clip_norm)
         if self.spec.moe is not None and self.spec.moe.router_bias and self.config.router_bias_rate > 0:
-            self._balance()
+            self._balance(torch.isfinite(norm))
         return norm
 
     def learning_rate(self, step: int) -> float:
@@ -129,12 +129,13 @@ class Trainer:
         """The global norm of the gradients that are there."""
         return optim.gradient_norm(self.optimizer)
 
-    def _balance(self) -> None:
+    def _balance(self, good: Tensor) -> None:
         loads = self.world.sum(self._load)
         layers = [block for block in self.plain.transformer.layers if self.spec.is_moe(block.layer)]  # type: ignore[attr-defined]
         for block, load in zip(layers, loads, strict=True):
             bias = block.get_parameter("moe.router_bias")
-            bias.data.copy_(balance_bias(bias.data, load, self.config.router_bias_rate))
+            moved = balance_bias(bias.data, load, self.config.router_bias_rate)
+            bias.data.copy_(torch.where(good, moved, bias.data))
 
     def _mean_over_ranks(self, record: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world.size == 1 or not record:
@@ -159,6 +160,9 @@ class Trainer:
         """
         config, size = self.config, self.world.size
         length = config.evaluation_length if name == "fixed_length" else config.n_tokens
+        field = "evaluation_length" if name == "fixed_length" else "n_tokens"
+        wrong = f"too long for a held-out text of {len(self.corpus.validation)} tokens"
+        require(length < len(self.corpus.validation), ArgumentError, field, length, wrong, "a shorter sequence")
         wanted = max(1, config.n_evaluation_sequences * config.evaluation_length // length)
         ids = torch.from_numpy(evaluation_windows(self.corpus, wanted, length))
         if len(ids) < size:  # each reads all of them
