@@ -18,7 +18,8 @@ LINES = (
     ("compare", "attribute", "plot"),
     ("report", "testing", "formula"),
     ("demo",),
-    ("cli_data", "cli_grid", "cli_hf", "cli_runs", "cli_sweep"),
+    ("cli_arguments",),
+    ("cli_data", "cli_grid", "cli_hf", "cli_runs", "cli_sweep", "cli_train"),
     ("cli",),
     ("__main__",),
 )

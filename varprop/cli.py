@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from varprop import (
     cli_hf,
     cli_runs,
     cli_sweep,
+    cli_train,
     compare,
     demo,
     files,
@@ -31,8 +31,8 @@ from varprop import (
     theory,
 )
 from varprop._version import __version__
+from varprop.cli_arguments import add_spec, assignments, profile, spec_of, value
 from varprop.errors import ArgumentError
-from varprop.spec import ModelSpec
 from varprop.theory import collapse, growth, mitigation
 
 N_TOKENS = 64
@@ -49,55 +49,12 @@ class _Parser(argparse.ArgumentParser):
 # Arguments shared by commands -----------------------------------------------------------------------------------------
 
 
-def _value(text: str) -> Any:
-    """JSON where it is JSON, else the string itself: 0.5, null, [1,2], {"n_experts":8} or causal."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # not JSON, thousands of digits, or nested without end
-        return text
-
-
-def _assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise ArgumentError(f"{option}={text!r} is not an assignment; expected field=value")
-        if name.strip() in pairs and option != "--set":  # a later --set overrides an earlier one
-            raise ArgumentError(f"{option}={text!r} is given twice; expected {name.strip()} once")
-        pairs[name.strip()] = _value(value.strip())
-    return pairs
-
-
-def _spec(arguments: argparse.Namespace) -> ModelSpec:
-    """The spec that --spec names (a JSON file or a preset) with the --set changes applied."""
-    return presets.load(arguments.spec).with_fields(_assignments(arguments.set, "--set"))
-
-
-def _add_spec(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--spec", required=True, metavar="PRESET-or-FILE", help="a preset name or a spec JSON file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="field=value", help="change a field (repeatable): n_kv_heads=2"
-    )
-
-
 def _add_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-tokens", type=int, default=N_TOKENS, help=f"sequence length (default {N_TOKENS})")
     parser.add_argument(
         "--token-correlation", type=float, default=0.0, help="of the input tokens (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-
-
-def _profile(dataset: xr.Dataset, variable: str = "second_moment") -> str:
-    """The stream's second moment by layer in a few lines of text."""
-    values = dataset[variable].sel(site="resid_post")
-    values = values.mean([d for d in values.dims if d != "layer"])
-    layers = sorted(
-        {0, 1, *range(0, values.sizes["layer"], max(1, values.sizes["layer"] // 8)), values.sizes["layer"] - 1}
-    )
-    cells = "  ".join(f"{layer}: {values.values[layer]:.4g}" for layer in layers)
-    return f"second moment of the stream by layer   {cells}"
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -107,7 +64,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     out = files.writable(arguments.out)
     with _layer_bar() as progress:
         dataset = theory.predict(
-            _spec(arguments),
+            spec_of(arguments),
             n_tokens=arguments.n_tokens,
             token_correlation=arguments.token_correlation,
             seed=arguments.seed,
@@ -117,7 +74,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     results.save(dataset, out)
-    print(f"grid {dict(dataset.sizes)}" if arguments.axis else _profile(dataset))
+    print(f"grid {dict(dataset.sizes)}" if arguments.axis else profile(dataset))
     print(f"wrote {out}")
     return 0
 
@@ -135,16 +92,16 @@ def _layer_bar() -> Iterator[Callable[[int, int], None]]:
 def _axes(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Axes given as field=a,b,c or field=[JSON]."""
     axes = {}
-    for name, values in _assignments(texts, "--axis").items():
+    for name, values in assignments(texts, "--axis").items():
         items = values if isinstance(values, (list, str)) else [values]
-        axes[name] = [_value(item) for item in items.split(",")] if isinstance(items, str) else items
+        axes[name] = [value(item) for item in items.split(",")] if isinstance(items, str) else items
     return axes
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
     out = files.writable(arguments.out)
     dataset = simulate.sample(
-        _spec(arguments),
+        spec_of(arguments),
         n_networks=arguments.n_networks,
         token_correlation=arguments.token_correlation,
         seed=arguments.seed,
@@ -157,7 +114,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         **_inputs(arguments),
     )
     results.save(dataset, out)
-    print(f"{_profile(dataset)}\nwrote {out}")
+    print(f"{profile(dataset)}\nwrote {out}")
     return 0
 
 
@@ -170,25 +127,6 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"n_tokens": n_tokens}
     text = {"corpus": arguments.corpus, "corpus_dir": arguments.corpus_dir, "seed": arguments.seed}
     return {"inputs": simulate.text_tokens(n_tokens, n_sequences=arguments.text, **text)}
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from varprop import train  # brings the tokenizer library in
-
-    out = files.writable(arguments.out)
-    options = _assignments(arguments.config, "--config")
-    known = [f.name for f in dataclasses.fields(train.TrainConfig)]
-    for name in options:
-        if name not in known:
-            raise ArgumentError(f"config={name!r} is an unknown field; expected one of {', '.join(known)}")
-    dataset = train.fit(
-        _spec(arguments), train.TrainConfig(**options), run_dir=arguments.run_dir, corpus_dir=arguments.corpus_dir
-    )
-    results.save(dataset, out)
-    last = results.at_step(dataset)
-    loss = last.validation_loss.sel(evaluation="fixed_length").item()
-    print(f"{_profile(last)}\nvalidation loss {loss:.4f} nats per token\nwrote {out}")
-    return 0
 
 
 def _at_step(dataset: xr.Dataset, step: int | None) -> xr.Dataset:
@@ -237,9 +175,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _mitigate(arguments: argparse.Namespace) -> int:
-    strengths = _assignments(arguments.strength, "--strength")
+    strengths = assignments(arguments.strength, "--strength")
     effects = mitigation.mitigation_table(
-        _spec(arguments),
+        spec_of(arguments),
         strengths=strengths or None,
         n_tokens=arguments.n_tokens,
         token_correlation=arguments.token_correlation,
@@ -250,7 +188,7 @@ def _mitigate(arguments: argparse.Namespace) -> int:
 
 
 def _growth(arguments: argparse.Namespace) -> int:
-    spec, r = _spec(arguments), arguments.branch_correlation
+    spec, r = spec_of(arguments), arguments.branch_correlation
     c = arguments.token_correlation
     if spec.norm.placement == "pre":
         tokens = collapse.token_collapse(spec, token_correlation=c)
@@ -283,7 +221,7 @@ def _presets(arguments: argparse.Namespace) -> int:
         for name in presets.names():
             print(f"{name:<{width}}  {presets.summary(name)}")
         return 0
-    spec = presets.get(arguments.name).with_fields(_assignments(arguments.set, "--set"))
+    spec = presets.get(arguments.name).with_fields(assignments(arguments.set, "--set"))
     if arguments.out is None:
         print(spec.describe())
     else:
@@ -306,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     predict = command("predict", _predict, "Closed-form variance profile of a spec.", "prediction.nc")
-    _add_spec(predict)
+    add_spec(predict)
     _add_tokens(predict)
 
     predict.add_argument("--axis", action="append", default=[], metavar="field=a,b,c", help="predict over these values")
@@ -316,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     mitigate = command("mitigate", _mitigate, "When does sparsity mitigate: every mechanism, as a table.", None)
     growing = command("growth", _growth, "The growth law of a spec, and whether its tokens collapse.", None)
     for one in (mitigate, growing):
-        _add_spec(one)
+        add_spec(one)
         correlated = "of the input tokens (default %(default)s)"
         one.add_argument("--token-correlation", type=float, default=0.0, help=correlated)
     mitigate.add_argument("--n-tokens", type=int, default=64, help="sequence length (default %(default)s)")
@@ -332,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
     formulas.add_argument("name", nargs="?", help="a formula")
 
     sample = command("simulate", _simulate, "Random networks of a spec, one entry per network.", "simulation.nc")
-    _add_spec(sample)
+    add_spec(sample)
     _add_tokens(sample)
     sample.add_argument(
         "--n-networks",
@@ -365,14 +303,7 @@ def parser() -> argparse.ArgumentParser:
 
     cli_data.add(command("data", cli_data.run, "Text files to token ids.", None))
 
-    train = command("train", _train, "Train a model of a spec and record every layer.", "training.nc")
-    _add_spec(train)
-    train.add_argument(
-        "--config", action="append", default=[], metavar="field=value", help="TrainConfig field (repeatable)"
-    )
-    train.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
-    train.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
-
+    cli_train.add(command("train", cli_train.run, "Train a model and record every layer.", "training.nc"))
     cli_sweep.add(command("sweep", cli_sweep.run, "Train a whole sweep: what a kill ended goes on.", None))
     cli_hf.add(command)
     cli_runs.add(command("runs", cli_runs.run, "The paper's training runs, their reduced twins, and their cost.", None))

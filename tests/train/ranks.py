@@ -6,6 +6,7 @@ line does.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from varprop import results
 from varprop.corpus import Corpus
-from varprop.errors import ArgumentError, VarpropError
+from varprop.errors import ArgumentError, DamagedShardWarning, VarpropError
 from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, MoESpec
 from varprop.train import TrainConfig, fit, optim, shards
 from varprop.train.checkpoint import RunDirectory
@@ -145,11 +147,15 @@ def everything(world: World, folder: Path) -> None:
                 with run.directory(folder / parallel) as directory:
                     run.save(directory, 4)  # also where an evaluation has left the parameters gathered
                     directory.finish(run.model)
+    for parallel in ("ddp", "fsdp"):
+        run = Run(world, config(parallel=parallel, precision="bfloat16")).steps(0, 4)
+        numbers[f"{parallel}/bfloat16"] = run.losses
     for saved, parallel in (("one", "ddp"), ("one", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")):
         run = Run(world, config(parallel=parallel))
         with run.directory(folder / saved) as directory:
             numbers[f"{saved} to {parallel}"] = [run.restore(directory), run.losses]
         tensors.update({f"{saved} to {parallel}/{key}": value for key, value in run.state().items()})
+    numbers["faults"] = list(faults(world, folder))
     numbers["sum"] = world.sum(torch.tensor([1.0, world.rank])).tolist()
     numbers["tiny sum"] = float(world.sum(torch.tensor(1e-12 if world.rank else 1.0)) - 1)
     numbers["mean"] = float(world.mean(torch.tensor(float(world.rank))))
@@ -167,6 +173,34 @@ def everything(world: World, folder: Path) -> None:
         numbers["not shared"] = str(error)
     (folder / f"rank{world.rank}.json").write_text(json.dumps(numbers))
     save_file(tensors, folder / f"rank{world.rank}.safetensors")
+
+
+def faults(world: World, folder: Path) -> Iterator[object]:
+    """The step that is restored where process 1's file is short, and the error where process 1 has a full disk."""
+    run = Run(world)
+    with run.directory(folder / "faults") as directory:
+        run.save(directory, 1)
+        run.save(directory, 2)
+    if world.is_main:
+        path = folder / "faults" / "checkpoints" / "step-00000002" / "00001-of-00002.safetensors"
+        os.truncate(path, path.stat().st_size - 1)
+    world.gather_text("truncated")
+    with run.directory(folder / "faults") as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DamagedShardWarning)
+        yield run.restore(directory)
+
+    def full_disk(*_: object) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_shard = shards.write_shard
+    try:
+        shards.write_shard = full_disk if world.rank == 1 else write_shard
+        with run.directory(folder / "faults") as directory:
+            run.save(directory, 3)
+    except ArgumentError as error:
+        yield str(error)
+    finally:
+        shards.write_shard = write_shard
 
 
 def one_raises(world: World, folder: Path) -> None:
@@ -227,7 +261,7 @@ def resumed(world: World, folder: Path) -> None:
 
 
 def fits(parallel: Parallel, folder: Path) -> None:
-    """`fit` in run directory `run_<parallel>`, which may hold a run to go on with; `VARPROP_KILL`: before the count-th `update`."""
+    """`fit`, perhaps of a run to go on with; VARPROP_KILL: a process is killed before its count-th `update`."""
     rank, place, count = os.environ["VARPROP_KILL"].split()
     update, left = Trainer.update, [int(count)]
 
@@ -246,7 +280,7 @@ def fits(parallel: Parallel, folder: Path) -> None:
 def fit_config(folder: Path, **fields: object) -> TrainConfig:
     """A config over the token file of the folder, with something of everything measured."""
     every = dict.fromkeys(("record_every", "checkpoint_every"), 2) | dict.fromkeys(("probe_every", "evaluate_every"), 3)
-    few = {"n_probe_sequences": 2, "n_evaluation_sequences": 4, "evaluation_length": 8}
+    few = {"n_probe_sequences": 2, "n_evaluation_sequences": 5, "evaluation_length": 6}
     return config(n_steps=6, corpus=str(folder / "tokens.u16"), **every, **few, **fields)
 
 

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.train.ranks import CONFIG, CORPUS, KILLED, SPEC, Run, launch
+from tests.train.ranks import CONFIG, CORPUS, KILLED, SPEC, Run, fit_config, launch
+from varprop import results
 from varprop.errors import ArgumentError, DamagedShardWarning
-from varprop.train import load_model, shards
+from varprop.train import fit, load_model, shards
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.distributed import World
 
@@ -64,13 +65,19 @@ def check_end(folder: Path, n_steps: int, exact: bool) -> None:
 
 
 def test_kill_and_resume_twice_is_bitwise_the_same(tmp_path: Path) -> None:
-    """Killed before update 3, with checkpoint 2 perhaps written, then at the second rename, then resumed to the end."""
+    """Killed before an update and at a rename, and `fit` before two updates; then resumed to the end."""
     (tmp_path / "n_steps").write_text("8")
-    ended = launch(tmp_path, "resumed:1:0 before 4", "resumed:1:0 rename 2", "resumed:1")
-    assert ended == [(KILLED, []), (KILLED, []), (0, [])]
+    np.random.default_rng(0).integers(0, 32, 4000).astype("<u2").tofile(tmp_path / "tokens.u16")
+    runs = ("resumed:1:0 before 4", "resumed:1:0 rename 2", "resumed:1")
+    fits = ("fit_ddp:1:0 update 4", "fit_ddp:1:0 update 3", "fit_ddp:1")
+    assert launch(tmp_path, *runs, *fits) == [(KILLED, []), (KILLED, []), (0, [])] * 2
     check_end(tmp_path, 8, exact=True)
     weights = dict(load_model(tmp_path / "run").state_dict())
     assert equal(weights, {name: tensor for name, tensor in Run(ONE).steps(0, 8).state().items() if name in weights})
+    undisturbed = fit(SPEC, fit_config(tmp_path, parallel="ddp"), run_dir=tmp_path / "undisturbed")
+    assert results.identical(results.load(tmp_path / "fit_ddp.nc"), undisturbed)
+    models = [load_model(tmp_path / name).state_dict() for name in ("run_ddp", "undisturbed")]
+    assert equal(*map(dict, models))
 
 
 @pytest.mark.long

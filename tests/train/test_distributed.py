@@ -87,6 +87,13 @@ def test_two_processes_train_as_one(outcome: Outcome, way: str) -> None:
             torch.testing.assert_close(state[name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_both_ways_round_alike_in_bfloat16(outcome: Outcome) -> None:
+    """Gathering parameters in bfloat16 would change these losses in the fourth digit: routers and gains are float32."""
+    first, _ = outcome.numbers
+    assert first["fsdp/bfloat16"] == pytest.approx(first["ddp/bfloat16"], rel=1e-5)
+    assert first["ddp/bfloat16"] != pytest.approx(outcome.one.losses, rel=1e-5)
+
+
 @pytest.mark.parametrize("parallel", ("ddp", "fsdp"))
 def test_a_checkpoint_of_one_process_is_read_by_two(outcome: Outcome, parallel: str) -> None:
     for numbers, state in zip(outcome.numbers, outcome.states(f"one to {parallel}"), strict=True):
@@ -117,6 +124,13 @@ def test_sums_gathers_and_a_shared_error(outcome: Outcome) -> None:
         assert numbers["error"] == "corpus='x' is damaged; expected it whole"
         not_seen = "run_dir='of another machine' is not seen by process 1; expected a folder that all processes share"
         assert numbers["not shared"] == not_seen
+
+
+def test_a_fault_of_one_process_is_known_to_both(outcome: Outcome) -> None:
+    for numbers in outcome.numbers:
+        step, line = numbers["faults"]
+        assert step == 1
+        assert re.fullmatch(r"checkpoint='.*step-00000003' cannot be written \(No space left on device\); .*", line)
 
 
 def test_an_error_in_one_process_ends_both_with_its_line(outcome: Outcome) -> None:
@@ -167,7 +181,7 @@ def test_fit_goes_on_with_another_number_of_processes(outcome: Outcome, name: st
     # The balance of the load is one of the tokens that are routed together: of half the batch it is another.
     for variable in set(one.data_vars) - {"load_balance_loss"}:
         np.testing.assert_allclose(
-            other[variable].values, one[variable].values, rtol=1e-3, atol=1e-5, err_msg=str(variable)
+            other[variable].values, one[variable].values, rtol=1e-4, atol=1e-6, err_msg=str(variable)
         )
 
 

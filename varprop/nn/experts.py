@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from varprop.nn import kernels
 from varprop.nn.activation import ACTIVATIONS
 from varprop.nn.linear import Weights
 
@@ -82,12 +83,15 @@ def apply_experts(x: Tensor, pairs: Assignments, experts: Weights, activation: s
     gated = "moe.experts.gate" in experts
     first = torch.cat((experts["moe.experts.gate"], up), dim=1) if gated else up
     inner = grouped_linear(_spread(x, pairs), first.to(x.dtype), pairs.ends)
-    if gated:
-        gate, inner = inner.chunk(2, dim=-1)
-        inner = phi(gate) * inner
+    if gated and activation == "silu" and kernels.serve_width(x, up.shape[1]):
+        inner = kernels.swiglu(inner.contiguous(), pairs.gate.float())
     else:
-        inner = phi(inner)
-    inner = (inner * pairs.gate.unsqueeze(-1)).to(x.dtype)
+        if gated:
+            gate, inner = inner.chunk(2, dim=-1)
+            inner = phi(gate) * inner
+        else:
+            inner = phi(inner)
+        inner = (inner * pairs.gate.unsqueeze(-1)).to(x.dtype)
     return _collect(grouped_linear(inner, down.to(x.dtype), pairs.ends), pairs, len(x))
 
 

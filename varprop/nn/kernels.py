@@ -27,9 +27,14 @@ TILE = 4096
 
 
 def serve(x: Tensor, weight: Any) -> bool:
-    """Whether these kernels serve x with weights like this one: bfloat16 on a GPU, shared by the sequences."""
-    plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] % 16 == 0
-    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16 and plain
+    """Whether these kernels serve x with a weight (..., out, in): bfloat16 on a GPU, shared by the sequences."""
+    plain = isinstance(weight, Tensor) and weight.dim() == 2
+    return plain and serve_width(x, weight.shape[0])
+
+
+def serve_width(x: Tensor, width: int) -> bool:
+    """Whether these kernels serve outputs of this width in the type and on the device of x."""
+    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16 and width % 16 == 0
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -41,25 +46,37 @@ def _tile(width: int) -> tuple[int, int]:
 if triton is not None:
 
     @triton.jit
-    def _swiglu_kernel(packed, out, n_rows, F: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    def _swiglu_kernel(
+        packed, scale, out, n_rows, F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SCALED: tl.constexpr
+    ):  # fmt: skip
         rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
         columns = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
         inside = rows < n_rows
         gate = tl.load(packed + rows * (2 * F) + columns, mask=inside).to(tl.float32)
         up = tl.load(packed + rows * (2 * F) + F + columns, mask=inside).to(tl.float32)
-        tl.store(out + rows * F + columns, gate * tl.sigmoid(gate) * up, mask=inside)
+        value = gate * tl.sigmoid(gate) * up
+        if SCALED:
+            value *= tl.load(scale + rows, mask=inside)
+        tl.store(out + rows * F + columns, value, mask=inside)
 
     @triton.jit
-    def _swiglu_backward_kernel(packed, of_out, of_packed, n_rows, F: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    def _swiglu_backward_kernel(
+        packed, scale, of_out, of_packed, of_scale, n_rows,
+        F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SCALED: tl.constexpr,
+    ):  # fmt: skip
         rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
         columns = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
         inside = rows < n_rows
         at = rows * (2 * F) + columns
-        gate = tl.load(packed + at, mask=inside).to(tl.float32)
-        up = tl.load(packed + at + F, mask=inside).to(tl.float32)
-        gradient = tl.load(of_out + rows * F + columns, mask=inside).to(tl.float32)
+        gate = tl.load(packed + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(packed + at + F, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(of_out + rows * F + columns, mask=inside, other=0.0).to(tl.float32)
         open_ = tl.sigmoid(gate)
         silu = gate * open_
+        if SCALED:  # the gradient of the scale, from this tile's columns
+            part = tl.sum(gradient * silu * up, axis=1)[:, None]
+            tl.store(of_scale + rows * (F // C) + tl.program_id(1), part, mask=inside)
+            gradient *= tl.load(scale + rows, mask=inside, other=0.0)
         tl.store(of_packed + at, gradient * up * (open_ + silu * (1 - open_)), mask=inside)
         tl.store(of_packed + at + F, gradient * silu, mask=inside)
 
@@ -98,26 +115,33 @@ if triton is not None:
             tl.store(packed + at + HALF, second * c + first * s, mask=inside)
 
     @torch.library.triton_op("varprop::swiglu", mutates_args=())
-    def swiglu(packed: Tensor) -> Tensor:
-        """silu(gate) * up of packed = gate | up (..., 2 F), computed in float32: (..., F)."""
+    def swiglu(packed: Tensor, scale: Tensor | None = None) -> Tensor:
+        """silu(gate) * up of packed = gate | up (..., 2 F), computed in float32: (..., F).
+
+        scale: one more factor for each row (...), float32: the gates of a mixture.
+        """
         width = packed.shape[-1] // 2
         out = packed.new_empty(*packed.shape[:-1], width)
         n_rows, (rows, columns) = out.numel() // width, _tile(width)
         grid = (triton.cdiv(n_rows, rows), width // columns)
-        torch.library.wrap_triton(_swiglu_kernel)[grid](packed, out, n_rows, width, rows, columns)
+        torch.library.wrap_triton(_swiglu_kernel)[grid](
+            packed, packed if scale is None else scale, out, n_rows, width, rows, columns, scale is not None
+        )
         return out
 
     @torch.library.triton_op("varprop::swiglu_backward", mutates_args=())
-    def swiglu_backward(of_out: Tensor, packed: Tensor) -> Tensor:
-        """The gradient of `packed` from that of `swiglu(packed)`."""
+    def swiglu_backward(of_out: Tensor, packed: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gradients of `packed` and of `scale` (empty without one) from that of `swiglu(packed, scale)`."""
         width = of_out.shape[-1]
         of_packed = torch.empty_like(packed)
         n_rows, (rows, columns) = of_out.numel() // width, _tile(width)
+        parts = packed.new_empty(n_rows if scale is not None else 0, width // columns, dtype=torch.float32)
         grid = (triton.cdiv(n_rows, rows), width // columns)
         torch.library.wrap_triton(_swiglu_backward_kernel)[grid](
-            packed, of_out.contiguous(), of_packed, n_rows, width, rows, columns
-        )
-        return of_packed
+            packed, packed if scale is None else scale, of_out.contiguous(), of_packed, parts, n_rows,
+            width, rows, columns, scale is not None,
+        )  # fmt: skip
+        return of_packed, parts.sum(dim=-1)
 
     @torch.library.triton_op("varprop::split_and_rotate", mutates_args=())
     def split_and_rotate(packed: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
@@ -148,10 +172,12 @@ if triton is not None:
         )
 
     def _swiglu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[0])
+        ctx.save_for_backward(*inputs)
 
-    def _swiglu_gradient(ctx: Any, of_out: Tensor) -> Tensor:
-        return swiglu_backward(of_out, ctx.saved_tensors[0])
+    def _swiglu_gradient(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor | None]:
+        packed, scale = ctx.saved_tensors
+        of_packed, of_scale = swiglu_backward(of_out, packed, scale)
+        return of_packed, None if scale is None else of_scale.view_as(scale)
 
     def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[1], inputs[2])

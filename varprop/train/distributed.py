@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -213,9 +213,10 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
     model: a module whose forward pass gives the loss, with the blocks in `model.transformer.layers`; the optimiser is
     made from the parameters of what is returned. The loss of a process is the mean over its sequences, gradients are
     the mean over the processes. `ddp`: whole copies. `fsdp`: parameters, gradients and optimiser state are split
-    along their first axis (DTensors), gathered block by block in the type of the products and reduced in float32. Every
-    parameter of a block is gathered in that type, the router of a mixture too: its master is float32, the copy that is
-    used has 8 significant bits. `ArgumentError` for `fsdp` with several compile_layers.
+    along their first axis (DTensors); parameters are gathered block by block and gradients reduced in float32, and the
+    model casts what it multiplies, as it does under `ddp`: routers and gains stay float32, and the two ways agree to
+    rounding of float32 in bfloat16 too, for twice the bytes that gathering in bfloat16 would move. `ArgumentError`
+    for `fsdp` with several compile_layers.
     """
     if world.size == 1:
         return model
@@ -231,17 +232,11 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
     one = config.compile_layers == 1
     expected = "1 with parallel='fsdp', which gathers one block at a time"
     require(one, ArgumentError, "compile_layers", config.compile_layers, "too large", expected)
-    dtype = compute_dtype(config, world.device)
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the model casts where it means to
-    )
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in model.transformer.layers:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
+        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
     # Without it the root keeps what it has gathered for a pass without gradients, and uses it after the next update.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 

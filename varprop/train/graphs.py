@@ -25,9 +25,9 @@ class StepGraphs:
         torch.cuda.empty_cache()
         self._tokens = tokens.clone()
         self._passes, self._update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._passes):
+        with torch.cuda.graph(self._passes, capture_error_mode="thread_local"):
             self._record = forward_backward(self._tokens)
-        with torch.cuda.graph(self._update, pool=self._passes.pool()):
+        with torch.cuda.graph(self._update, pool=self._passes.pool(), capture_error_mode="thread_local"):
             self._norm = update()
 
     def forward_backward(self, tokens: Tensor) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def fit(
             fits = corpus.vocab_size <= spec.vocab_size
             expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
             require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
-            trainer = Trainer(spec, config, corpus, world, initial)
+        trainer = Trainer(spec, config, corpus, world, initial)
         run = None
         if run_dir is not None:
             run = stack.enter_context(RunDirectory(run_dir, spec, config, corpus, world, _fingerprint(initial)))

@@ -69,7 +69,7 @@ def own_pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str,
             load[writer] += tensor.nbytes
         if writer == rank:
             piece = Piece.of(tensor)
-            if piece.tensor.numel():
+            if piece.tensor.numel() or not tensor.numel():  # not the part of a process that has got none
                 pieces[name] = piece
     return pieces
 

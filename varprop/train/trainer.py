@@ -71,7 +71,7 @@ class Trainer:
         load_moments(plain.transformer, self.optimizer, initial or {})
         self._graphs: StepGraphs | None = None
         self._n_eager = 0
-        self._windows = {name: self._evaluation_tokens(name) for name in EVALUATIONS}
+        self._windows = {name: self._evaluation_parts(name) for name in EVALUATIONS}
         probed = evaluation_windows(corpus, config.n_probe_sequences, config.n_tokens)
         self._probe_tokens = torch.from_numpy(probed[:, :-1]).to(world.device)
 
@@ -154,33 +154,37 @@ class Trainer:
 
     # Measurements -----------------------------------------------------------------------------------------------------
 
-    def _evaluation_tokens(self, name: str) -> Tensor:
-        """The windows of an evaluation that fall to this process, (n, length + 1): as many tokens at either length."""
-        config = self.config
+    def _evaluation_parts(self, name: str) -> tuple[Tensor, ...]:
+        """The windows of an evaluation that fall to this process, in parts (n, length + 1): as many tokens at either
+        length, and as many parts on every process, because a sharded model is gathered for each.
+        """
+        config, size = self.config, self.world.size
         length = config.evaluation_length if name == "fixed_length" else config.n_tokens
         field = "evaluation_length" if name == "fixed_length" else "n_tokens"
         wrong = f"too long for a held-out text of {len(self.corpus.validation)} tokens"
         require(length < len(self.corpus.validation), ArgumentError, field, length, wrong, "a shorter sequence")
         wanted = max(1, config.n_evaluation_sequences * config.evaluation_length // length)
         ids = torch.from_numpy(evaluation_windows(self.corpus, wanted, length))
-        whole = len(ids) // self.world.size * self.world.size
-        if whole == 0:  # fewer windows than processes: each reads all of them
-            return ids
-        return ids[:whole][self.world.rank :: self.world.size]
+        if len(ids) < size:  # each reads all of them
+            ids = ids.repeat_interleave(size, dim=0)
+        at_once = max(1, self._micro * config.n_tokens // (length + 1))
+        n_parts = min(len(ids) // size, -(-len(ids) // (size * at_once)))
+        return ids[self.world.rank :: size].tensor_split(n_parts)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, np.ndarray]:
         """validation_loss, nats per token: at the fixed evaluation length and at the training length."""
         self.model.eval()
         losses = []
-        for ids in self._windows.values():
-            size = max(1, self._micro * self.config.n_tokens // ids.shape[1])
-            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-            for part in ids.to(self.world.device).split(size):
+        for parts in self._windows.values():
+            total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # of losses, of windows
+            for part in parts:
+                tokens = part.to(self.world.device)
                 with self._kernels():
-                    found = self.model(part[:, :-1], part[:, 1:], self._documents(part[:, :-1]))
-                total += found.cross_entropy.double() * len(part)
-            losses.append(self.world.mean(total / len(ids)))
+                    found = self.model(tokens[:, :-1], tokens[:, 1:], self._documents(tokens[:, :-1]))
+                total += torch.stack((found.cross_entropy.double() * len(part), total.new_tensor(len(part))))
+            total = self.world.sum(total)
+            losses.append(total[0] / total[1])
         self.model.train()
         return {"validation_loss": torch.stack(losses).cpu().numpy()}
 
