@@ -29,8 +29,8 @@ OUTER = 4
 
 
 def training_model(spec: ModelSpec, **fields: Any) -> TrainingModel:
-    weights = {"load_balance_weight": 0.0, "router_z_weight": 0.0} | fields
-    config = TrainConfig(n_steps=1, warmup_steps=0, seed=1, **weights)
+    given: dict[str, Any] = {"load_balance_weight": 0.0, "router_z_weight": 0.0, **fields}
+    config = TrainConfig(n_steps=1, warmup_steps=0, seed=1, **given)
     return TrainingModel(spec, config, device=CPU, compute_dtype=torch.float32)
 
 
@@ -234,8 +234,7 @@ def test_activation_checkpointing_keeps_less() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("compile_layers", [1, 2])
-@pytest.mark.parametrize("name", ["base", "placement_lns", "moe_sigmoid"])
+@pytest.mark.parametrize("name, compile_layers", [("base", 2), ("placement_lns", 1), ("moe_sigmoid", 1)])
 def test_compiled_to_machine_code(name: str, compile_layers: int) -> None:
     spec = SPECS[name]
     torch._dynamo.reset()

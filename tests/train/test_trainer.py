@@ -57,7 +57,8 @@ def test_micro_batches_give_the_gradients_and_records_of_the_batch(
     spec: ModelSpec, changes: dict[str, Any], micro: int
 ) -> None:
     """But for the load-balance loss, which is not linear in the batch: each micro-batch has its own."""
-    spec, fields = spec.with_fields(changes), {"load_balance_weight": 0.0, "router_z_weight": 0.01}
+    spec = spec.with_fields(changes)
+    fields: dict[str, Any] = {"load_balance_weight": 0.0, "router_z_weight": 0.01}
     whole, divided = trainer(spec, **fields), trainer(spec, micro_batch_size=micro, **fields)
     expected, found = (made.forward_backward(tokens_of(0), True) for made in (whole, divided))
     assert found.keys() == expected.keys()

@@ -147,7 +147,7 @@ class Trainer:
     def _documents(self, tokens: Tensor) -> Tensor | None:
         return document_ids(tokens, self.corpus.document_end) if self.config.document_mask else None
 
-    def _kernels(self) -> contextlib.AbstractContextManager[None]:
+    def _kernels(self) -> contextlib.AbstractContextManager[object]:
         if self.world.device.type != "cuda":
             return contextlib.nullcontext()
         return sdpa_kernel(ATTENTION_KERNELS, set_priority=True)
