@@ -39,10 +39,21 @@ def tasks(smoke: bool = False, device: str = "auto") -> list[tuple[ModelSpec, tr
         )  # fmt: skip
         return [(spec, config)]
     config = train.TrainConfig(
-        total_tokens=40_000_000, batch_size=64, n_tokens=1024, learning_rate=2e-3, warmup_steps=100,
-        weight_decay=0.1, corpus="docs", record_every=2, probe_every=100, n_probe_sequences=4, evaluate_every=100, evaluation_length=512,
-        n_evaluation_sequences=128, compile=True, compile_layers=4, cuda_graph=True, checkpoint_every=200, device=device,
-    )  # fmt: skip
+        total_tokens=40_000_000,
+        batch_size=64,
+        n_tokens=1024,
+        learning_rate=2e-3,
+        warmup_steps=100,
+        corpus="docs",
+        record_every=2,
+        evaluation_length=512,
+        n_evaluation_sequences=128,
+        compile=True,
+        compile_layers=4,
+        cuda_graph=True,
+        checkpoint_every=200,
+        device=device,
+    )
     return [(presets.d512_deep(), config)]
 
 
@@ -51,7 +62,7 @@ def reduce(ds: xr.Dataset) -> dict[str, float]:
     last = ds.variance.isel(seed=0, layer=-1).sel(site="resid_post")
     added = ds.variance.isel(seed=0).sel(site=["attn_out", "mlp_out"]).sum("site")
     share = added / ds.variance.isel(seed=0).sel(site="resid_post")
-    peak = int(last.argmax())
+    peak = int(last.values.argmax())
     found = {
         "tokens": float(ds.tokens_seen.isel(seed=0, step=-1)),
         "variance_start": float(last[0]),
@@ -92,7 +103,7 @@ def figure(ds: xr.Dataset) -> Figure:
     axes[0, 1].set(xlabel="step", ylabel="variance", title="stream after a layer")
     axes[0, 1].legend(fontsize=8)
     last = run.variance.isel(layer=-1).sel(site="resid_post")
-    shown = {"start": 0, "peak of the last layer": int(last.argmax()), "end": len(steps) - 1}
+    shown = {"start": 0, "peak of the last layer": int(last.values.argmax()), "end": len(steps) - 1}
     added = run.variance.sel(site=["attn_out", "mlp_out"]).sum("site")
     for name, i in shown.items():
         stream = run.variance.isel(step=i).sel(site="resid_post")
