@@ -25,12 +25,12 @@ def value(text: str) -> Any:
 def assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
     pairs = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, right = text.partition("=")
         if not name or not equals:
             raise ArgumentError(f"{option}={text!r} is not an assignment; expected field=value")
         if name.strip() in pairs and option != "--set":  # a later --set overrides an earlier one
             raise ArgumentError(f"{option}={text!r} is given twice; expected {name.strip()} once")
-        pairs[name.strip()] = value(value.strip())
+        pairs[name.strip()] = value(right.strip())
     return pairs
 
 

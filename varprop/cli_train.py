@@ -30,12 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     from varprop import train  # brings torch's compiler in
     from varprop.train import runs
 
-    named = arguments.run is not None
-    base = (
-        runs.get(arguments.run)
-        if named
-        else runs.Run(arguments.spec, presets.load(arguments.spec), train.TrainConfig())
-    )
+    if arguments.run is not None:
+        base = runs.get(arguments.run)
+    else:
+        base = runs.Run(arguments.spec, presets.load(arguments.spec), train.TrainConfig())
     wanted = base.changed(assignments(arguments.set, "--set"), assignments(arguments.config, "--config"))
     if arguments.dry_run:
         print(runs.describe(wanted))

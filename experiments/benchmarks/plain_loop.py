@@ -22,20 +22,23 @@ class PlainBlock(nn.Module):
         d_model, d_ff = spec.d_model, spec.feed_forward.d_ff
         self.head_dim = spec.head_dim
         shapes = {**dict.fromkeys("qkvo", (d_model, d_model)), "gate": (d_ff, d_model), "up": (d_ff, d_model)}
-        for name, (n_out, n_in) in {**shapes, "down": (d_model, d_ff)}.items():
-            setattr(self, name, nn.Parameter(torch.randn(n_out, n_in, device=device) * n_in**-0.5))
+        self.weights = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.randn(n_out, n_in, device=device) * n_in**-0.5)
+                for name, (n_out, n_in) in {**shapes, "down": (d_model, d_ff)}.items()
+            }
+        )
         self.norms = nn.ParameterList(torch.ones(d_model, device=device) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         kind = x.dtype
+        w = {name: weight.to(kind).t() for name, weight in self.weights.items()}
         h = functional.rms_norm(x, x.shape[-1:], self.norms[0].to(kind), 1e-5)
-        q, k, v = (
-            (h @ w.to(kind).t()).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.q, self.k, self.v)
-        )
+        q, k, v = ((h @ w[name]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in "qkv")
         y = functional.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
-        x = x + y.transpose(1, 2).flatten(-2) @ self.o.to(kind).t()
+        x = x + y.transpose(1, 2).flatten(-2) @ w["o"]
         h = functional.rms_norm(x, x.shape[-1:], self.norms[1].to(kind), 1e-5)
-        return x + (functional.silu(h @ self.gate.to(kind).t()) * (h @ self.up.to(kind).t())) @ self.down.to(kind).t()
+        return x + (functional.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
 
 
 def _rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

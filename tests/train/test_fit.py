@@ -56,7 +56,7 @@ def check_record(ds: xr.Dataset, step: int, model: Transformer, tokens: torch.Te
     """Sums of float32 numbers over 16 neurons, then float64 means."""
     for (name, layer, place), value in by_hand(model, tokens).items():
         along = "branch" if name == "branch_correlation" else "site"
-        recorded = ds[name].sel(step=step, layer=layer, **{along: place}).item()
+        recorded = ds[name].sel({"step": step, "layer": layer, along: place}).item()
         assert recorded == pytest.approx(value, rel=1e-5, abs=1e-6), (name, layer, place)
 
 

@@ -23,6 +23,8 @@ from varprop.train import TrainConfig, fit, load_model
 from varprop.train.trainer import Trainer
 
 MOE: dict[str, Any] = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, router_bias=True)}
+NO_CUDA = not torch.cuda.is_available()
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_CUDA, reason="needs a CUDA device")])
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -48,6 +50,7 @@ def before_update(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
 # Stops ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "mixture"])
 def test_a_signal_saves_the_state_and_the_run_goes_on(
@@ -57,9 +60,13 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     changes: dict[str, Any],
+    device: str,
 ) -> None:
     """Between two checkpoints: nothing is computed twice, and weights, records and logs are the undisturbed run's."""
-    spec, config = spec.with_fields(changes), dataclasses.replace(config, checkpoint_every=100, probe_every=3)
+    spec = spec.with_fields(changes)
+    config = dataclasses.replace(
+        config, checkpoint_every=100, probe_every=3, record_every=1, device=device, deterministic=device == "cuda"
+    )
     undisturbed = fit(spec, config, run_dir=tmp_path / "whole", logs=["jsonl"])
     stopped = tmp_path / "stopped"
     line = rf"^stopped before update 6 of 10; the same call goes on from '{stopped}'$"

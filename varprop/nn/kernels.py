@@ -1,10 +1,10 @@
 """Two passes over memory that the compiler does not find, for matrices whose outputs lie side by side (GPU, bfloat16).
 
 One product for queries and keys, and one for gate and up, save reads of their common input and, in the backward pass,
-the sum of its gradients. What follows must then read and write the packed tensor in one pass: compiled from plain torch,
-the gradient of a split is a concatenation that reads every operand once per part (1.9 times the time). These kernels
-read and write each number once, and hand attention the contiguous heads that its fastest kernels ask for; values need
-no turning, so a product of their own leaves them as attention wants them.
+the sum of its gradients. What follows must then read and write the packed tensor in one pass: compiled from plain
+torch, the gradient of a split is a concatenation that reads every operand once per part (1.9 times the time). These
+kernels read and write each number once, and hand attention the contiguous heads that its fastest kernels ask for;
+values need no turning, so a product of their own leaves them as attention wants them.
 
 Shape suffixes: `B` sequences, `T` tokens, `N` query heads, `G` key/value heads, `H` head_dim, `F` d_ff.
 """
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
-    import triton.language as tl
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 except ImportError:  # a build of torch without an accelerator
-    triton = None
+    triton: Any = None
 
 TILE = 4096
 """Numbers that one program works on."""

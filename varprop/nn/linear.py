@@ -41,8 +41,8 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 def packed_linear(x: Tensor, weights: Weights, names: Sequence[str]) -> Tensor:
     """`linear` of several plain matrices (out, in) that read the same x, side by side: one product."""
     y = x @ torch.cat([weights[name] for name in names]).mT
-    biases = [weights.get(f"{name}_bias") for name in names]
-    return y if biases[0] is None else y + torch.cat(biases)
+    biased = f"{names[0]}_bias" in weights
+    return y + torch.cat([weights[f"{name}_bias"] for name in names]) if biased else y
 
 
 def per_token(vector: Tensor) -> Tensor:

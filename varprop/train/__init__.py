@@ -3,6 +3,7 @@
 from varprop.train.checkpoint import load_model
 from varprop.train.config import TrainConfig
 from varprop.train.data import batch
+from varprop.train.grow import grow
 from varprop.train.loop import fit
 
-__all__ = ["TrainConfig", "batch", "fit", "load_model"]
+__all__ = ["TrainConfig", "batch", "fit", "grow", "load_model"]

@@ -44,12 +44,13 @@ class TrainConfig:
     evaluation_length (and as many tokens at the training length); the first and the last state are always measured.
     max_loss_rise: a loss this many nats above the mean of the last records stops the run, None = never.
 
-    How it is computed (`EXECUTION_FIELDS`, which a resumed run may change): precision of the matrix products and the
-    stream (weights, gradients and optimiser are float32; auto = bfloat16 on CUDA, else float32; not to be changed);
-    device: a torch device, auto = CUDA where there is one, else the CPU. compile: torch.compile, compile_layers layers
-    at a time. cuda_graph: on one GPU the kernels of a step are recorded once and launched together. parallel: how several processes share the work. activation_checkpointing: blocks are computed again in
-    the backward pass. checkpoint_every: updates between checkpoints, where a run directory is given. deterministic:
-    deterministic kernels alone.
+    How it is computed (`EXECUTION_FIELDS`, which a resumed run may change). micro_batch_size: above. device: a torch
+    device, auto = CUDA where there is one, else the CPU. compile: torch.compile, compile_layers layers at a time.
+    cuda_graph: on one GPU the kernels of a step are recorded once and launched together. parallel: how several
+    processes share the work. activation_checkpointing: blocks are computed again in the backward pass.
+    checkpoint_every: updates between checkpoints, where a run directory is given. deterministic: deterministic kernels
+    alone. Not one of them is precision, of the matrix products and the stream (weights, gradients and optimiser are
+    float32): auto = bfloat16 on CUDA, else float32.
 
     A field outside its domain raises `ArgumentError`.
 
@@ -109,7 +110,7 @@ class TrainConfig:
             elif field.name in _INTERVALS and not (value is None and hints[field.name] is not float):
                 low, high, domain = _INTERVALS[field.name]
                 _number(field.name, value, low, high, domain)
-                object.__setattr__(self, field.name, float(value))  # one canonical form
+                object.__setattr__(self, field.name, float(value or 0))  # one canonical form
             elif hints[field.name] is bool:
                 require(isinstance(value, bool), ArgumentError, field.name, value, "not a boolean", "true or false")
             elif get_origin(hints[field.name]) is Literal:

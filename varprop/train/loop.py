@@ -34,6 +34,8 @@ from varprop.train.trainer import Trainer, deterministic_kernels, is_finite
 
 RISE_WINDOW = 50
 """Records whose mean a loss is compared with by `max_loss_rise`."""
+RISE_RECORDS = 10
+"""Records that must be there before a loss is compared."""
 STOP_EVERY = 10
 """Steps between two agreements of several processes on whether to stop."""
 
@@ -220,11 +222,11 @@ class _Loop:
             )
         before = self._history.of("train_loss")[-RISE_WINDOW:]
         limit, loss = self._config.max_loss_rise, float(record["train_loss"])
-        if limit is None or not before or loss <= float(np.mean(before)) + limit:
+        if limit is None or len(before) < RISE_RECORDS or loss <= float(np.mean(before)) + limit:
             return ""
         return (
-            f"train_loss={loss:.4g} at step {step} is more than max_loss_rise={limit:g} above the mean "
-            f"{float(np.mean(before)):.4g} of the records before; expected a smaller rise (learning_rate={rate:g} there)"
+            f"train_loss={loss:.4g} at step {step} is more than max_loss_rise={limit:g} above the mean of the records "
+            f"before, {float(np.mean(before)):.4g}; expected a smaller rise (learning_rate={rate:g} there)"
         )
 
     def _keep_stopped(self, step: int) -> str:

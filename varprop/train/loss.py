@@ -1,7 +1,7 @@
 """Next-token cross-entropy that never holds the logits of all tokens, nor their gradients.
 
-With z = W h the logits of a token and y its target, loss = log sum exp z - z_y, and its gradient by z is softmax z minus
-the one at y: both are formed together for a chunk of tokens in the forward pass, so nothing is computed twice.
+With z = W h the logits of a token and y its target, loss = log sum exp z - z_y, and its gradient by z is softmax z
+minus the one at y: both are formed together for a chunk of tokens in the forward pass, so nothing is computed twice.
 Legend: N tokens of all sequences, D d_model, V vocabulary.
 """
 

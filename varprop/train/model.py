@@ -32,8 +32,8 @@ SUMS = (
     *(f"{site} {power}" for site in SITES[1:] for power in ("sum", "squares")),
     *(f"{branch}_out product" for branch in BRANCHES),
 )
-"""What is summed over the neurons of every token in every layer: x and x^2 at each site (`resid_pre` is the `resid_post`
-of the layer before), and stream times branch."""
+"""What is summed over the neurons of every token in every layer: x and x^2 at each site (`resid_pre` is the
+`resid_post` of the layer before), and stream times branch."""
 
 
 class Layer(NamedTuple):
@@ -46,11 +46,12 @@ class Layer(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives: the loss to differentiate, its cross-entropy, and sums for the statistics.
+    """What a forward pass gives: the loss to differentiate, its cross-entropy, and statistics, which are detached.
 
     loss: cross-entropy plus auxiliary losses. stream: variance, second_moment (L + 1, sites) and branch_correlation
-    (L + 1, branches), means over the sequences, float64, NaN where there is no such site. mixtures: name -> (mixture layers, ...), empty without a mixture: `expert_load`
-    (tokens of each expert), `gate_second_moment`, and the losses `load_balance` and `router_z` before their weights.
+    (L + 1, branches), means over the sequences, float64, NaN where there is no such site. mixtures: name -> (mixture
+    layers, ...), empty without a mixture: `expert_load` (tokens of each expert), `gate_second_moment`, and the losses
+    `load_balance` and `router_z` before their weights.
     """
 
     loss: Tensor
@@ -278,7 +279,7 @@ def _table(by_site: dict[str, Tensor]) -> Tensor:
 
 
 def _mixture(spec: ModelSpec, logits: Tensor, gates: Tensor) -> dict[str, Tensor]:
-    """Load, gates and auxiliary losses of a mixture; each layer's losses count alike, whatever its place and the depth."""
+    """Load, gates and auxiliary losses of a mixture; each layer's losses count alike, at any place and depth."""
     assert spec.moe is not None
     load = measure.expert_load(gates).flatten(0, -2).sum(dim=0)
     return {

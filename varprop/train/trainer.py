@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ class Trainer:
     def _documents(self, tokens: Tensor) -> Tensor | None:
         return document_ids(tokens, self.corpus.document_end) if self.config.document_mask else None
 
-    def _kernels(self) -> contextlib.AbstractContextManager[object]:
+    def _kernels(self) -> contextlib.AbstractContextManager[Any]:
         if self.world.device.type != "cuda":
             return contextlib.nullcontext()
         return sdpa_kernel(ATTENTION_KERNELS, set_priority=True)
