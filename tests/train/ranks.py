@@ -41,6 +41,7 @@ SPEC = ModelSpec(
     d_model=8,
     n_layers=2,
     vocab_size=32,
+    tied_embeddings=False,  # an unembedding of its own is split too
     attention=AttentionSpec(n_heads=2),
     feed_forward=FeedForwardSpec(d_ff=13),
     moe=MoESpec(n_experts=3, top_k=1, d_expert=5),

@@ -109,7 +109,7 @@ def test_auxiliary_losses_by_hand(name: str) -> None:
     plain = Transformer(spec, seed=1)
     seen: dict[int, dict[str, Tensor]] = {}
     hidden = plain.hidden(tokens, observe=lambda layer, what, x: seen.setdefault(layer, {}).update({what: x}))
-    cross_entropy = functional.cross_entropy(plain.unembed(hidden).flatten(0, 1), targets.flatten())
+    cross_entropy = functional.cross_entropy(plain.logits(hidden).flatten(0, 1), targets.flatten())
     loss, balance, router_z, loads = cross_entropy, [], [], []
     for layer in (layer for layer in range(1, spec.n_layers + 1) if spec.is_moe(layer)):
         logits, gates = (seen[layer][what].flatten(0, -2) for what in ("router_logits", "gates"))

@@ -56,7 +56,7 @@ def score(
         targets = tokens[:, 1:][scored]
         hidden = model.hidden(tokens[:, :-1])[scored]  # (n, D)
         for part, target, index in zip(hidden.split(chunk), targets.split(chunk), which.split(chunk), strict=True):
-            logits = model.unembed(part[None])[0]
+            logits = model.logits(part[None])[0]
             log_p = logits.float().log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
             sums.index_add_(0, index, log_p.double())
             missed.index_add_(0, index, (logits.argmax(dim=-1) != target).long())

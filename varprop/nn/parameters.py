@@ -27,7 +27,6 @@ class NamedParameters(nn.Module):
                 if step not in owner._modules:
                     owner.add_module(step, nn.Module())
                 owner = owner.get_submodule(step)
-            # Not register_parameter: it refuses "unembed", which is also a method of the Transformer.
-            owner._parameters[leaf] = nn.Parameter(weight.to(device, dtype))
+            owner.register_parameter(leaf, nn.Parameter(weight.to(device, dtype)))
             if mask is not None:
                 owner.register_buffer(f"{leaf}{MASK_SUFFIX}", mask.to(device))

@@ -53,7 +53,7 @@ class Transformer(NamedParameters):
         record: called with layer 0 and site `resid_post`, then for every layer with the sites of `results.SITES` in
         order. generator: draws key masks, where the spec has them; None = the same ones at every call.
         """
-        return self.unembed(self.hidden(tokens, record, generator))
+        return self.logits(self.hidden(tokens, record, generator))
 
     def hidden(
         self,
@@ -86,11 +86,8 @@ class Transformer(NamedParameters):
     @property
     def unembedding(self) -> Tensor:
         """The matrix (vocab_size, D) of the unembedding, which may be the embedding."""
-        # From the registry, because the attribute `unembed` is a method.
-        table = self._parameters["embed" if self.spec.tied_embeddings else "unembed"]
-        assert table is not None
-        return table
+        return self.get_parameter("embed" if self.spec.tied_embeddings else "unembed")
 
-    def unembed(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, T, vocab_size) of the final hidden states (B, T, D)."""
         return hidden @ self.unembedding.to(hidden.dtype).mT
