@@ -108,26 +108,31 @@ def stop_files(run_dir: Path, spec: ModelSpec) -> list[int]:
 def test_a_loss_that_rises_too_much(
     spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    spec, config = spec.with_fields(changes), dataclasses.replace(config, record_every=1, max_loss_rise=2.0)
+    spec, config = spec.with_fields(changes), dataclasses.replace(config, n_steps=14, record_every=1, max_loss_rise=2.0)
 
     def spoil(trainer: Trainer) -> None:
         trainer.plain.transformer.get_parameter("embed").data.mul_(30)  # also the unembedding: logits 30 times as large
 
-    before_update(monkeypatch, 4, spoil)
+    before_update(monkeypatch, 10, spoil)
     line = (
-        r"^train_loss=[\d.]+ at step 5 is more than max_loss_rise=2 above the mean [\d.]+ of the records before; "
+        r"^train_loss=[\d.]+ at step 11 is more than max_loss_rise=2 above the mean of the records before, [\d.]+; "
         rf"expected a smaller rise \(learning_rate=[\d.]+ there\); weights and statistics up to there: '{tmp_path}/stop"
     )
     with pytest.raises(ArgumentError, match=line) as error:
         fit(spec, config, run_dir=tmp_path)
     assert "\n" not in str(error.value)
-    assert stop_files(tmp_path, spec) == [0, 1, 2, 3, 4]
+    assert stop_files(tmp_path, spec) == list(range(11))
     monkeypatch.undo()
     monkeypatch.delenv("VARPROP_CORPUS", raising=False)
     ds = fit(spec, config, run_dir=tmp_path)  # from the checkpoint before
     assert results.identical(ds, fit(spec, config))
-    before_update(monkeypatch, 4, spoil)
-    assert float(fit(spec, dataclasses.replace(config, max_loss_rise=None)).train_loss[0, 5]) > 10
+    before_update(monkeypatch, 10, spoil)
+    assert float(fit(spec, dataclasses.replace(config, max_loss_rise=None)).train_loss[0, 11]) > 10
+    monkeypatch.undo()
+    monkeypatch.delenv("VARPROP_CORPUS", raising=False)
+    before_update(monkeypatch, 8, spoil)
+    early = dataclasses.replace(config, n_steps=9)  # fewer than ten records to compare with
+    assert float(fit(spec, early).train_loss[0, 9]) > 10
 
 
 @pytest.mark.parametrize("record_every", [1, 100])
