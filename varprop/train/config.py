@@ -18,7 +18,8 @@ EXECUTION_FIELDS = (
     *("micro_batch_size", "device", "compile", "compile_layers", "cuda_graph", "parallel"),
     *("activation_checkpointing", "checkpoint_every", "deterministic", "max_loss_rise"),
 )
-"""Fields that say how a run is computed and not what: a run may be resumed with others, equal to rounding."""
+"""Fields that say how a run is computed and not what: a run may be resumed with others, equal to rounding; but the
+load-balance loss of a mixture is of each micro-batch, so that its gradients depend on how the batch is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)

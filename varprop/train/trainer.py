@@ -60,6 +60,9 @@ class Trainer:
         wrong, domain = "not a divisor", f"a divisor of the {len(self.rows)} sequences of a process"
         good = len(self.rows) % self._micro == 0
         require(good, ArgumentError, "micro_batch_size", config.micro_batch_size, wrong, domain)
+        drawn = spec.attention is not None and spec.attention.key_mask_density < 1
+        wrong, domain = "given with key_mask_density < 1, whose masks are drawn on the CPU", "false"
+        require(not (config.cuda_graph and drawn), ArgumentError, "cuda_graph", True, wrong, domain)
         if config.document_mask:
             known = "a corpus that says what ends a document"
             require(corpus.document_end is not None, ArgumentError, "document_mask", True, "not possible", known)
