@@ -17,7 +17,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,32 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     return result
 
 
+def as_markdown(paths: Sequence[Path]) -> str:
+    """Results of several runs of this program as one table: medians, and ratios within each run."""
+    columns = ("d_model, n_layers, d_ff", "tokens/s", "MFU", "aim", "over the plain loop", "cost of statistics")
+    columns += ("MFU of the mixture over dense", "peak memory")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for path in paths:
+        result = json.loads(path.read_text())
+        for width, row in result["widths"].items():
+            layers, d_ff = WIDTHS[int(width)]
+            fit, ratio = row["variants"]["fit"], row["ratios"]
+            mixture = f"{ratio['moe_mfu_over_dense']:.2f}" if "moe_mfu_over_dense" in ratio else "-"
+            sequences = "" if result["batch_size"] == 64 else f" ({result['batch_size']} sequences)"
+            cells = (
+                f"{width}, {layers}, {d_ff}{sequences}",
+                f"{fit['tokens_per_s'] / 1e3:.0f} k",
+                f"{fit['mfu']:.1%}",
+                f"{row['aim_mfu']:.0%}",
+                f"{ratio['speed_over_plain']:.3f}",
+                f"{ratio['cost_of_statistics']:.2%}",
+                mixture,
+                f"{fit['peak_gib']:.0f} GiB",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print a line per variant, and write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -182,7 +208,11 @@ def main() -> None:
     parser.add_argument("--n-repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--smoke", action="store_true", help="two small layers, a few tokens")
+    parser.add_argument("--table", type=Path, nargs="+", help="print these results as a table, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(as_markdown(arguments.table))
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.smoke:
         arguments.batch_size, arguments.n_tokens, arguments.n_layers = 2, 32, 2
