@@ -12,6 +12,7 @@ after the other, and the plain loop before and after them, which shows how much 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -97,6 +98,24 @@ def seconds_per_step(step: Callable[[torch.Tensor], None], batches: list[torch.T
     return (time.perf_counter() - began) / n_calls
 
 
+def clock_and_power(
+    step: Callable[[torch.Tensor], None], batches: list[torch.Tensor], seconds: float
+) -> dict[str, float]:
+    """The device's clock in MHz and its power in watts in the middle of 2 s of work; nothing where they are not known.
+
+    seconds: of one step.
+    """
+    began = time.perf_counter()
+    for call in range(int(2 / seconds) + 1):
+        step(batches[call % len(batches)])
+    time.sleep(max(0.0, began + 1.2 - time.perf_counter()))
+    found = {}
+    with contextlib.suppress(Exception):  # no such library, or a machine that hides them
+        found = {"sm_mhz": float(torch.cuda.clock_rate()), "watts": torch.cuda.power_draw() / 1e3}
+    torch.cuda.synchronize()
+    return found
+
+
 def profile(step: Callable[[torch.Tensor], None], batches: list[torch.Tensor]) -> list[dict[str, Any]]:
     """Time of each kernel in a step, the largest first: milliseconds and calls."""
     from torch.profiler import ProfilerActivity
@@ -144,6 +163,7 @@ def measure(d_model: int, arguments: argparse.Namespace, device: torch.device) -
         if cuda and peak:
             row["mfu"] = rate * flops_per_token(spec, arguments.n_tokens) / peak
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            row |= clock_and_power(step, batches, middle)
         if cuda and variant in arguments.profile:
             row["kernels"] = profile(step, batches)[:24]
         found[variant] = row
