@@ -82,14 +82,14 @@ def effective_weights(
 ) -> dict[str, Tensor]:
     """Weights of a layer by name: weight * mask * factor where there is a mask, in the type that they are used in.
 
-    Norms and the router work in float32 whatever the compute type, and keep theirs.
+    Norms, the router and the sink logits work in float32 whatever the compute type, and keep theirs.
     """
     rows, weights = layer_table(spec, layer), {}
     for name, weight in parameters.items():
         mask = rows[name].mask
         if mask is not None:
             weight = weight * masks[name + MASK_SUFFIX] * mask.factor
-        keep = compute_dtype is None or "norm." in name or name.startswith("moe.router")
+        keep = compute_dtype is None or "norm." in name or name.startswith(("moe.router", "attention.sink"))
         weights[name] = weight if keep else weight.to(compute_dtype)
     return weights
 
