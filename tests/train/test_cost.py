@@ -29,7 +29,7 @@ def saved_bytes(spec: ModelSpec) -> tuple[int, int]:
     Left out are the weights themselves and the shared rotation.
     """
     block = Transformer(spec).layers[0]
-    parameters = dict(block.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(block.named_parameters())
     shared = Shared(rotation=rotation(spec, N_TOKENS, torch.device("cpu")))
 
     def forward(x: torch.Tensor, parameters: dict[str, torch.Tensor], shared: Shared) -> torch.Tensor:
