@@ -146,7 +146,7 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "model.safetensors").write_bytes(whole)  # no spec in its metadata
     with pytest.raises(ArgumentError, match="is truncated or damaged; expected a file of a varprop run"):
         hf.load(tmp_path / "run")
-    with pytest.raises(ArgumentError, match=r"tokenizer=.* cannot be read"):
+    with pytest.raises(ArgumentError, match=r"tokenizer=.* is missing or broken"):
         hf.load_tokenizer(folder / "config.json")
 
 
