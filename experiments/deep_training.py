@@ -60,6 +60,7 @@ def tasks(smoke: bool = False, device: str = "auto") -> list[tuple[ModelSpec, tr
 def reduce(ds: xr.Dataset) -> dict[str, float]:
     """The numbers of the text: losses, variance of the last layer at start, peak and end, shares of the last blocks."""
     last = ds.variance.isel(seed=0, layer=-1).sel(site="resid_post")
+    deep = slice(-(int(ds.layer[-1]) // 4), None)
     added = ds.variance.isel(seed=0).sel(site=["attn_out", "mlp_out"]).sum("site")
     share = added / ds.variance.isel(seed=0).sel(site="resid_post")
     peak = int(last.values.argmax())
@@ -69,11 +70,9 @@ def reduce(ds: xr.Dataset) -> dict[str, float]:
         "variance_peak": float(last[peak]),
         "step_of_peak": float(ds.step[peak]),
         "variance_end": float(last[-1]),
-        "share_last_quarter_start": float(share.isel(step=0, layer=slice(-len(share.layer) // 4, None)).mean()),
-        "share_last_quarter_end": float(share.isel(step=-1, layer=slice(-len(share.layer) // 4, None)).mean()),
-        "branch_correlation_last_quarter_end": float(
-            ds.branch_correlation.isel(seed=0, step=-1, layer=slice(-len(share.layer) // 4, None)).mean()
-        ),
+        "share_last_quarter_start": float(share.isel(step=0, layer=deep).mean()),
+        "share_last_quarter_end": float(share.isel(step=-1, layer=deep).mean()),
+        "branch_correlation_last_quarter_end": float(ds.branch_correlation.isel(seed=0, step=-1, layer=deep).mean()),
     }
     if "bits_per_byte" in ds:
         for name in ds.evaluation.values:

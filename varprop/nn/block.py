@@ -21,7 +21,8 @@ from varprop.spec import ModelSpec, layer_table
 Record = Callable[[int, str, Tensor], None]
 """Called with the layer, the site and the tensor (*lead, T, D) there; it must not change the tensor."""
 Observe = Callable[[int, str, Tensor], None]
-"""Called with the layer, and `attention` and its probabilities (*lead, N, T, T) or `gates` and theirs (*lead, T, E)."""
+"""Called with the layer, and `attention` and its probabilities (*lead, N, T, T), or `router_logits` or `gates` and
+theirs (*lead, T, E)."""
 KEY_MASK_STREAM = 1
 
 
@@ -82,14 +83,14 @@ def effective_weights(
 ) -> dict[str, Tensor]:
     """Weights of a layer by name: weight * mask * factor where there is a mask, in the type that they are used in.
 
-    Norms and the router work in float32 whatever the compute type, and keep theirs.
+    Norms, the router and the sink logits work in float32 whatever the compute type, and keep theirs.
     """
     rows, weights = layer_table(spec, layer), {}
     for name, weight in parameters.items():
         mask = rows[name].mask
         if mask is not None:
             weight = weight * masks[name + MASK_SUFFIX] * mask.factor
-        keep = compute_dtype is None or "norm." in name or name.startswith("moe.router")
+        keep = compute_dtype is None or "norm." in name or name.startswith(("moe.router", "attention.sink"))
         weights[name] = weight if keep else weight.to(compute_dtype)
     return weights
 

@@ -19,7 +19,7 @@ EXECUTION_FIELDS = (
     *("activation_checkpointing", "checkpoint_every", "deterministic", "max_loss_rise"),
 )
 """Fields that say how a run is computed and not what: a run may be resumed with others, equal to rounding; but the
-load-balance loss of a mixture is of each micro-batch, so that its gradients depend on how the batch is cut."""
+load-balance loss of a mixture is of each micro-batch of each process, so that how the batch is cut changes it."""
 
 
 @dataclass(frozen=True, kw_only=True)

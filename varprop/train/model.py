@@ -171,12 +171,7 @@ def _units(spec: ModelSpec, size: int) -> list[range]:
 @functools.lru_cache(maxsize=4096)
 def representative(spec: ModelSpec, layer: int) -> int:
     """The first layer with the code of `layer`: equal norm placement, window and kind of feed-forward."""
-    return next(i for i in range(1, layer + 1) if _kind(spec, i) == _kind(spec, layer))
-
-
-def _kind(spec: ModelSpec, layer: int) -> tuple[Any, ...]:
-    window = spec.window(layer) if spec.attention else None
-    return spec.norm_placement(layer), window, spec.is_moe(layer)
+    return next(i for i in range(1, layer + 1) if spec.kind(i) == spec.kind(layer))
 
 
 def _embed(model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +202,7 @@ def run_layers(
     mixtures: list[dict[str, Tensor]] = []
     for layer, number in zip(layers, numbers, strict=True):
         weights = effective_weights(spec, number, layer.parameters, layer.masks, dtype)
-        weights[DEPTH_FACTOR] = layer.depth_factor.to(dtype)
+        weights[DEPTH_FACTOR] = layer.depth_factor  # float32 without axes: it leaves the type of what it multiplies
         seen: dict[str, Tensor] = {}
         sums: list[Tensor] = []
         products: list[Tensor] = []
@@ -244,7 +239,9 @@ def stream_statistics(embedded: Tensor, token_sums: Sequence[Tensor], d_model: i
     """The `stream` of a `Forward` from sums over neurons: embedded (2, B, T) of x and x^2 at layer 0, and `SUMS`.
 
     token_sums: tensors (layers, len(SUMS), B, T) that are those of all layers together. Each per-token sum is float32
-    and divided by d_model; means over tokens are float64. Branch correlations are of each sequence, then averaged.
+    and divided by d_model; means over tokens are float64. The variance is the difference of two moments: its relative
+    error is about 1e-7 mean^2 / variance, 0.2 % for tokens whose mean is 300 standard deviations. Branch correlations
+    are of each sequence, then averaged.
     """
     sums = dict(zip(SUMS, torch.cat(tuple(token_sums)).unbind(dim=1), strict=True))  # (L, B, T)
     squares = {site: sums[f"{site} squares"] / d_model for site in SITES[1:]}

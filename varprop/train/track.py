@@ -48,7 +48,8 @@ def batch_statistics(found: Forward, spec: ModelSpec) -> dict[str, Tensor]:
 
     variance, second_moment, branch_correlation: as in `varprop.measure`, NaN where there is no such site. expert_load:
     share of each expert in the assignments of a layer, NaN in layers without a mixture, whose gate_second_moment is 1.
-    Means over equal micro-batches and ranks are those of the whole batch.
+    Means over equal micro-batches and ranks are those of the whole batch, but for load_balance_loss, which is of each
+    micro-batch of each rank.
     """
     values = found.stream | {"train_loss": found.cross_entropy.double()}
     if not found.mixtures:
