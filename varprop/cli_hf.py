@@ -50,13 +50,13 @@ def add(command: Command) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from varprop import hf  # brings the tokenizer library in
 
+    model = hf.load(arguments.run)
     tokenizer = special_tokens = None
     if not arguments.no_tokenizer:
         tokenizer, special_tokens = _tokenizer(arguments.run, "--no-tokenizer")
     longest = arguments.max_positions
     if longest is None:
         longest = _n_tokens_of(Path(arguments.run)) or hf.MAX_POSITIONS
-    model = hf.load(arguments.run)
     options = {"dtype": arguments.dtype, "max_positions": longest}
     done = hf.export(model, arguments.out, tokenizer=tokenizer, special_tokens=special_tokens, **options)
     if done.folded:
