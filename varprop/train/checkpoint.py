@@ -1,4 +1,5 @@
-"""A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end).
+"""A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end),
+`tokenizer.json` (of the corpus, where it is known).
 
 Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle.
 Checkpoints are written by a thread while training goes on.
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varprop.corpus import Corpus
+from varprop.corpus.directory import TOKENIZER
 from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError, require
 from varprop.files import replacing, write_text
 from varprop.nn import Transformer
@@ -33,7 +35,7 @@ from varprop.train.config import TrainConfig
 from varprop.train.distributed import World, full, unwrapped
 from varprop.train.shards import Piece, Shards
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
 """Checkpoints that are kept: the last one, and one before it should that be damaged."""
 NAME = re.compile(r"step-(\d{8,})")
@@ -51,12 +53,12 @@ class RunDirectory:
         self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus, world: World, initial: str = ""
     ) -> None:
         self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
-        self._spec, self._seed, self._world = spec, config.seed, world
+        self._spec, self._seed, self._world, self._tokenizer = spec, config.seed, world, corpus.tokenizer
         self._run = {
             "format": FORMAT,
             "spec": spec.to_dict(),
             "config": config.identity(),
-            "corpus": {"name": corpus.name, "sha256": corpus.sha256},
+            "corpus": {"name": corpus.name, "sha256": corpus.sha256, "document_end": corpus.document_end},
             "initial": initial,
         }
         self._run = json.loads(json.dumps(self._run))  # tuples as lists, as they are read
@@ -182,6 +184,9 @@ class RunDirectory:
         elif self._saved():
             raise ArgumentError(f"run_dir={shown!r} has checkpoints without run.json; expected a whole run directory")
         else:
+            if self._tokenizer is not None:
+                with replacing(self.path / TOKENIZER) as temporary:
+                    shutil.copyfile(self._tokenizer, temporary)
             write_text(description, json.dumps(self._run, indent=1, sort_keys=True) + "\n")
 
     def _require_same(self, found: Any) -> None:
