@@ -7,6 +7,7 @@ loop (`plain_loop.py`), and the statistics cost at most 1 % of it. Models: head_
 after the other, and the plain loop before and after them, which shows how much the device drifts.
 
     python -m experiments.benchmarks.train_speed --d-model 512 --out train_speed_512.json   # one GPU, 2 minutes
+    python -m experiments.benchmarks.train_speed --table train_speed_*.json                 # the table of the README
 """
 
 from __future__ import annotations
