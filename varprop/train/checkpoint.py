@@ -43,7 +43,8 @@ class RunDirectory:
 
     path: made if it is not there, and seen by every process. Every method is called by all processes of `world`.
     `ArgumentError`, on all of them, for a directory that cannot be made, that another process uses, or that holds a run
-    of another spec, corpus or config (`EXECUTION_FIELDS` may differ).
+    of another spec, corpus or config (`EXECUTION_FIELDS` may differ). initial: fingerprint of the tensors that the run
+    starts from, empty for drawn ones; empty too where a checkpoint is there, which knows it.
     """
 
     def __init__(
@@ -71,9 +72,15 @@ class RunDirectory:
             with world.raise_together():
                 seen, wrong = self.checkpoints.is_dir(), f"not seen by process {world.rank}"
                 require(seen, ArgumentError, "run_dir", str(path), wrong, "a folder that all processes share")
+            self._run["initial"] = world.gather_text(self._run["initial"])[0]
         except BaseException:
             self._lock.release()
             raise
+
+    @property
+    def initial(self) -> str:
+        """Fingerprint of the tensors that the run started from, empty for those that its seed drew."""
+        return self._run["initial"]
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history_arrays: Mapping[str, np.ndarray]
@@ -179,7 +186,10 @@ class RunDirectory:
             shutil.rmtree(rest, ignore_errors=True)
         description = self.path / "run.json"
         if description.exists():
-            self._require_same(_read_json(description))
+            found = _read_json(description)
+            if not self._run["initial"] and shards.saved(self.checkpoints) and isinstance(found, dict):
+                self._run["initial"] = str(found.get("initial", ""))
+            self._require_same(found)
         elif shards.saved(self.checkpoints):
             raise ArgumentError(f"run_dir={shown!r} has checkpoints without run.json; expected a whole run directory")
         else:
@@ -273,6 +283,15 @@ def last_whole(run_dir: Path, world: World | None = None) -> Shards | None:
     if problems:
         raise ArgumentError(f"run_dir={str(run_dir)!r} has no whole checkpoint: {problems[0]}")
     return None
+
+
+def goes_on_alone(run_dir: str | Path) -> bool:
+    """Whether a run directory has a checkpoint of a run that started from given tensors: it needs them no more."""
+    require_path(run_dir)
+    if not shards.saved(Path(run_dir) / "checkpoints"):
+        return False
+    run = _read_json(Path(run_dir) / "run.json")
+    return isinstance(run, dict) and bool(run.get("initial"))
 
 
 def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Transformer:
