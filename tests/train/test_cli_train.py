@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line(train: Train, monkeypatch: pyt
     assert train(1, "run") == 0
     (line,) = shown
     assert line.startswith("varprop: warning: file='run/checkpoints/step-00000005/checkpoint.json' is damaged; ")
-    assert line.endswith("; the checkpoint of step 2 is taken\n")
+    assert line.endswith("; the checkpoint of step 4 is taken\n")
 
 
 def test_no_whole_checkpoint_is_one_line(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
