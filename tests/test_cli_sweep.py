@@ -271,6 +271,7 @@ def test_bad_sweep_files_are_one_line(
     [
         (("run", "none.toml"), "sweep='none.toml' cannot be read (No such file or directory)"),
         (("run", "sweep.toml", "--n-workers", "0"), "n_workers=0 is outside the domain"),
+        (("status", "sweep.toml", "--directory", ""), "--directory: '' is empty; expected a path"),
         (("status", "sweep.toml", "--directory", "none"), "directory='none' is missing"),
         (("collect", "sweep.toml", "--partial"), "holds no result of this sweep"),
         (("collect", "sweep.toml", "--out", "sweep.toml"), "out='sweep.toml' is the sweep file"),

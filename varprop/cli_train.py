@@ -6,7 +6,7 @@ import argparse
 import os
 
 from varprop import files, presets, results
-from varprop.cli_arguments import assignments, profile
+from varprop.cli_arguments import assignments, path, profile
 from varprop.errors import ArgumentError, require
 
 
@@ -17,10 +17,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--run", metavar="NAME", help="one of `varprop runs`: its spec and its config")
     parser.add_argument("--set", action="append", default=[], metavar="field=value", help="change a field of the spec")
     parser.add_argument("--config", action="append", default=[], metavar="field=value", help="a TrainConfig field")
-    parser.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
-    parser.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+    parser.add_argument("--run-dir", type=path, default=None, help="folder of checkpoints; the same folder resumes")
+    parser.add_argument(
+        "--corpus-dir", type=path, default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)"
+    )
     parser.add_argument("--log", metavar="NAME,NAME", default="", help="console, jsonl, tensorboard, wandb")
-    parser.add_argument("--grow-from", metavar="RUN", help="start from the blocks of a finished, shallower run")
+    parser.add_argument(
+        "--grow-from", type=path, metavar="RUN", help="start from the blocks of a finished, shallower run"
+    )
     parser.add_argument("--grow-method", choices=("stack", "interleave"), default=None, help="1 2 1 2, or 1 1 2 2")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and train nothing")
 

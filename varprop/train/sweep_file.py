@@ -29,17 +29,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varprop import presets
+from varprop import presets, results
 from varprop.corpus import load_corpus
 from varprop.errors import ArgumentError, require
-from varprop.results import DIMENSIONS, VARIABLES
 from varprop.spec import ModelSpec
 from varprop.spec.axes import CONFIG, Axes, check_names, combinations, dimensions, plain
 from varprop.spec.plan_file import nulls, read_plan, require_known, spec_name
-from varprop.train import runs
+from varprop.train import runs, track
 from varprop.train.config import BUDGETS, TrainConfig
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
+TAKEN = {*results.VARIABLES, *track.VARIABLES, *(results.HAS + name for name in results.DIMENSIONS)}
+"""Names that a collected sweep uses for its variables."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def make_sweep(
     >>> len(sweep.runs), sweep.values()[1]
     (4, {'density': 1.0, 'weight_decay': 0.1, 'seed': 0})
     """
-    check_names(axes, DIMENSIONS, VARIABLES, "seeds beside the axes")
+    check_names(axes, results.DIMENSIONS, TAKEN, "seeds beside the axes")
     given = dict(config or {})
     require("seed" not in given, ArgumentError, "config.seed", given.get("seed"), "no field here", "seeds")
     good = isinstance(seeds, Sequence) and 0 < len(seeds) == len(set(map(str, seeds)))
