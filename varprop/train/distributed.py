@@ -229,15 +229,20 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
             return DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-    one = config.compile_layers == 1
-    expected = "1 with parallel='fsdp', which gathers one block at a time"
-    require(one, ArgumentError, "compile_layers", config.compile_layers, "too large", expected)
+    require_shardable(config, world.size)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in model.transformer.layers:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
     # Without it the root keeps what it has gathered for a pass without gradients, and uses it after the next update.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def require_shardable(config: TrainConfig, n_processes: int) -> None:
+    """`ArgumentError` unless `n_processes` processes can share a model in the way that `config` asks for."""
+    good = n_processes == 1 or config.parallel == "ddp" or config.compile_layers == 1
+    expected = "1 with parallel='fsdp', which gathers one block at a time"
+    require(good, ArgumentError, "compile_layers", config.compile_layers, "too large", expected)
 
 
 def accumulate(model: nn.Module, last: bool) -> AbstractContextManager[None]:

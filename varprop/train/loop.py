@@ -21,9 +21,10 @@ from torch import Tensor
 
 from varprop import results
 from varprop.corpus import load_corpus
-from varprop.errors import ArgumentError, Stopped, require
+from varprop.errors import ArgumentError, Stopped
 from varprop.spec import ModelSpec
 from varprop.train import budget, log
+from varprop.train.check import check_run
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.config import TrainConfig
 from varprop.train.data import batches
@@ -73,9 +74,7 @@ def fit(
         stop_requested = stack.enter_context(stop_on_signals())
         with world.raise_together():
             corpus = load_corpus(config.corpus, corpus_dir)
-            fits = corpus.vocab_size <= spec.vocab_size
-            expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
-            require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
+            check_run(spec, config, corpus, world.size)
         trainer = Trainer(spec, config, corpus, world, initial)
         run = None
         if run_dir is not None:

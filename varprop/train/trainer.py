@@ -22,6 +22,7 @@ from varprop.measure import balance_bias
 from varprop.spec import ModelSpec
 from varprop.train import optim
 from varprop.train.budget import n_steps
+from varprop.train.check import check_run
 from varprop.train.config import TrainConfig
 from varprop.train.data import document_ids, evaluation_windows
 from varprop.train.distributed import World, accumulate, compute_dtype, shard
@@ -52,20 +53,12 @@ class Trainer:
         world: World,
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_run(spec, config, corpus, world.size)
         self.spec, self.config, self.corpus, self.world = spec, config, corpus, world
         self.n_steps = n_steps(config, spec)
         self.dtype = compute_dtype(config, world.device)
         self.rows = world.share(config.batch_size)
         self._micro = min(config.micro_batch_size or len(self.rows), len(self.rows))
-        wrong, domain = "not a divisor", f"a divisor of the {len(self.rows)} sequences of a process"
-        good = len(self.rows) % self._micro == 0
-        require(good, ArgumentError, "micro_batch_size", config.micro_batch_size, wrong, domain)
-        drawn = spec.attention is not None and spec.attention.key_mask_density < 1
-        wrong, domain = "given with key_mask_density < 1, whose masks are drawn on the CPU", "false"
-        require(not (config.cuda_graph and drawn), ArgumentError, "cuda_graph", True, wrong, domain)
-        if config.document_mask:
-            known = "a corpus that says what ends a document"
-            require(corpus.document_end is not None, ArgumentError, "document_mask", True, "not possible", known)
         plain = TrainingModel(spec, config, device=world.device, compute_dtype=self.dtype)
         if initial is not None:
             _load_initial(plain, {name: t for name, t in initial.items() if not name.startswith(OPTIMIZER)})
@@ -164,9 +157,6 @@ class Trainer:
         """
         config, size = self.config, self.world.size
         length = config.evaluation_length if name == "fixed_length" else config.n_tokens
-        field = "evaluation_length" if name == "fixed_length" else "n_tokens"
-        wrong = f"too long for a held-out text of {len(self.corpus.validation)} tokens"
-        require(length < len(self.corpus.validation), ArgumentError, field, length, wrong, "a shorter sequence")
         wanted = max(1, config.n_evaluation_sequences * config.evaluation_length // length)
         ids = torch.from_numpy(evaluation_windows(self.corpus, wanted, length))
         if len(ids) < size:  # each reads all of them
