@@ -248,6 +248,8 @@ BAD = [
     (('spec = "tiny"', 'spec = "none.json"'), "none.json' cannot be read"),
     (("vocab_size = 32", "vocab_size = 8"), "vocab_size=8 is too small; expected a vocab_size of at least 32"),
     (('"chain.u16"', '"none.u16"'), "corpus='none.u16' is missing"),
+    (("batch_size = 2", "batch_size = 4\nmicro_batch_size = 3"), "micro_batch_size=3 is not a divisor"),
+    (("evaluation_length = 16", "evaluation_length = 200"), "evaluation_length=200 is too long for a held-out text"),
     (("warmup_steps = 2", "warmup_steps = 5"), "warmup_steps=5 is too large"),
 ]
 

@@ -125,10 +125,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(sweep: Sweep, directory: Path, arguments: argparse.Namespace) -> int:
+    logs = arguments.log.split(",") if arguments.log else ()
+    log.check_names(["jsonl", *logs], directory)
     if arguments.dry_run:
         _print(_costs(sweep))
         return 0
-    logs = arguments.log.split(",") if arguments.log else ()
     options = {"n_workers": arguments.n_workers, "retry": arguments.retry, "logs": logs, "report": _report}
     return sweep_run.run_sweep(sweep, directory, **options)
 

@@ -82,6 +82,8 @@ run = "paper-dense-1b-l32-small"
 [config]
 corpus = {corpus}
 n_steps = 700
+n_tokens = 128
+evaluation_length = 128
 [axes]
 n_layers = [1, 2]
 budget.steps = {{}}
@@ -91,8 +93,9 @@ budget.tokens = {{config.total_tokens = 20_000_000}}
     base = runs.get("paper-dense-1b-l32-small")
     steps, tokens = read_sweep(tmp_path / "sweep.toml").runs[2:]
     assert steps.spec == tokens.spec == base.spec.with_fields(n_layers=2)
-    assert steps.config == dataclasses.replace(base.config, total_tokens=None, n_steps=700, corpus=fields["corpus"])
-    assert tokens.config == dataclasses.replace(base.config, total_tokens=20_000_000, corpus=fields["corpus"])
+    own = dataclasses.replace(base.config, corpus=fields["corpus"], n_tokens=128, evaluation_length=128)
+    assert steps.config == dataclasses.replace(own, total_tokens=None, n_steps=700)
+    assert tokens.config == dataclasses.replace(own, total_tokens=20_000_000)
 
 
 def test_the_id_of_a_run_is_what_decides_its_numbers(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
