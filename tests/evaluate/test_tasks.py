@@ -166,7 +166,7 @@ class Oracle(Transformer):
         ]
         return torch.tensor(rows)[..., None].float()
 
-    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return 20 * torch.nn.functional.one_hot(hidden[..., 0].long(), self.spec.vocab_size).float()
 
 

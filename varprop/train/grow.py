@@ -54,15 +54,10 @@ def layer_sources(shallow: ModelSpec, deep: ModelSpec, method: Method = "stack")
     else:
         sources = tuple(-(-layer * shallow.n_layers // deep.n_layers) for layer in layers)
     for layer, source in zip(layers, sources, strict=True):
-        if _kind(deep, layer) != _kind(shallow, source):
+        if deep.kind(layer) != shallow.kind(source):
             wrong = f"a layer {layer} whose block is of another kind than layer {source} of the shallow model"
             raise ArgumentError(f"n_layers={deep.n_layers} gives {wrong}; expected a depth that fits the patterns")
     return sources
-
-
-def _kind(spec: ModelSpec, layer: int) -> tuple[bool, int | None, str]:
-    """What may differ from layer to layer."""
-    return spec.is_moe(layer), spec.window(layer) if spec.attention else None, spec.norm_placement(layer)
 
 
 def grown_state(
