@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varprop import files, presets, results
@@ -37,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; write the result and print its last profile. Returns the exit code."""
     from varprop import train  # brings torch's compiler in
-    from varprop.train import log, runs
+    from varprop.train import checkpoint, log, runs
 
     if arguments.run is not None:
         base = runs.get(arguments.run)
@@ -51,7 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     out = files.writable(arguments.out)
     initial = None
-    if arguments.grow_from is not None:
+    # A run that has begun goes on without the shallow one, which may be gone; where it is there, it must be the same.
+    begun = arguments.run_dir is not None and checkpoint.goes_on_alone(arguments.run_dir)
+    if arguments.grow_from is not None and not (begun and not Path(arguments.grow_from).exists()):
         initial = train.grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
     if arguments.dry_run:
         print(f"{runs.describe(wanted)}\n{_checked(wanted, arguments.corpus_dir)}")

@@ -219,5 +219,6 @@ def test_bad_environments(monkeypatch: pytest.MonkeyPatch) -> None:
         World(0, 2, 0, torch.device("cpu")).share(3)
     with pytest.raises(ArgumentError, match=r"^device='cpu:0' is one device for several processes"):
         World.start(dataclasses.replace(CONFIG, device="cpu:0"))
-    with pytest.raises(ArgumentError, match=r"^device='nowhere' is not available"):
-        World.start(dataclasses.replace(CONFIG, device="nowhere"))
+    for name in ("nowhere", "meta", "cpu:x"):
+        with pytest.raises(ArgumentError, match=f"^device='{name}' is not available; expected auto, cpu or a CUDA"):
+            World.start(dataclasses.replace(CONFIG, device=name))

@@ -82,7 +82,7 @@ def test_gradients_do_not_add_up_over_steps(spec: ModelSpec) -> None:
     made = trainer(spec, micro_batch_size=4)
     made.forward_backward(tokens_of(0), False)
     first = gradients(made)
-    assert made.forward_backward(tokens_of(0), False) == {}
+    assert made.forward_backward(tokens_of(0), False).keys() == {"train_loss"}
     assert all(torch.equal(first[name], gradient) for name, gradient in gradients(made).items())
 
 

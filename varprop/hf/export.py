@@ -119,6 +119,7 @@ def load_run(
         with safe_open(path, framework="pt") as opened:
             metadata = json.loads((opened.metadata() or {})["varprop"])
             spec, seed = ModelSpec.from_dict(metadata["spec"]), int(metadata["seed"])
+            require(seed >= 0, ArgumentError, "seed", seed, "negative", "an integer >= 0")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         wrong = "truncated or damaged, or of no varprop run and without config.json beside it"

@@ -138,6 +138,14 @@ class World:
         pairs = zip(parts, lengths, strict=True)
         return [part[: int(length)].numpy().tobytes().decode() for part, length in pairs]
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one of the processes; on the CPU, so that no device is waited for."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flags)
+
     @contextmanager
     def raise_together(self) -> Iterator[None]:
         """What one process raises in this block, all raise at its end. The block itself must not communicate.
@@ -186,14 +194,19 @@ class World:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device called `name`; `auto` is CUDA where there is one. `ArgumentError` for one that is not there."""
+    """The CPU or CUDA device called `name`; `auto` is CUDA where there is one.
+
+    `ArgumentError` for one that is not there, and for devices of other types.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise ArgumentError(f"device={name!r} is not available; expected auto, cpu or a CUDA device") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device={name!r} is not available; expected auto, cpu or a CUDA device")
     return device
 
 

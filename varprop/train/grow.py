@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varprop.errors import ArgumentError, require
 from varprop.spec import ModelSpec
-from varprop.train.checkpoint import load_model
-from varprop.train.shards import Shards
+from varprop.train.checkpoint import last_whole, load_model, require_path
 
 Method = Literal["stack", "interleave"]
 Moments = Literal["copied", "dropped"]
@@ -105,18 +104,16 @@ def grow(
     """The state from which a run of the deep spec starts, grown from the run in `run_dir`.
 
     moments `dropped`: the final weights of a finished run, float32 on the CPU by name, masks included. `copied`: the
-    weights of its last checkpoint and, as `optimizer.<name>.<key>`, their AdamW state, for `load_moments`.
-    Raises `ArgumentError` for a directory without a finished run (a checkpoint) and as `grown_state`, `SchemaError` for
-    a damaged checkpoint.
+    weights of its last whole checkpoint and, as `optimizer.<name>.<key>`, their AdamW state, for `load_moments`.
+    Raises `ArgumentError` for a directory without a finished run (a whole checkpoint) and as `grown_state`.
     """
     if moments == "dropped":
         model = load_model(run_dir)
         return grown_state(model.state_dict(), model.spec, deep, method)
-    folders = sorted(Path(run_dir).glob("checkpoints/step-*"))
-    if not folders:
+    require_path(run_dir)
+    last = last_whole(Path(run_dir))
+    if last is None:
         raise ArgumentError(f"run_dir={str(run_dir)!r} has no checkpoint; expected one, or moments='dropped'")
-    last = Shards(folders[-1])
-    last.require_whole()
     tensors = {
         name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
         for name, (shape, dtype) in last.tensors.items()

@@ -75,13 +75,17 @@ class Trainer:
     # A step -----------------------------------------------------------------------------------------------------------
 
     def forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
-        """Leave the gradients of a batch (B, T + 1) in the parameters; if asked for, what is recorded, else {}."""
+        """Leave the gradients of a batch (B, T + 1) in the parameters; what is recorded, float64, on the device.
+
+        record: the variables of `OF_BATCH` over all processes; else `train_loss` of the sequences of this one alone.
+        """
         if self._graphs is None and self._records_steps() and self._n_eager >= EAGER_STEPS:
             self._graphs = StepGraphs(tokens, self._recorded_passes, self._update)
         self._n_eager += 1
         if self._graphs is not None:
             return self._graphs.forward_backward(tokens)
-        return self._mean_over_ranks(self._forward_backward(tokens, record))
+        found = self._forward_backward(tokens, record)
+        return self._mean_over_ranks(found) if record else found
 
     def _recorded_passes(self, tokens: Tensor) -> dict[str, Tensor]:
         return self._forward_backward(tokens, True)
@@ -99,9 +103,9 @@ class Trainer:
                 found = self.model(inputs, targets, self._documents(inputs))
                 (found.loss / len(parts)).backward()
             self._load = found.mixtures.get("expert_load", torch.zeros(0)) + (self._load if number else 0)
-            if record:
-                for name, value in batch_statistics(found, self.spec).items():
-                    total[name] = total.get(name, 0.0) + value / len(parts)
+            values = batch_statistics(found, self.spec) if record else {"train_loss": found.cross_entropy.double()}
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + value / len(parts)
         return total
 
     def update(self, step: int) -> Tensor:
@@ -135,7 +139,7 @@ class Trainer:
             bias.data.copy_(torch.where(good, moved, bias.data))
 
     def _mean_over_ranks(self, record: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.world.size == 1 or not record:
+        if self.world.size == 1:
             return record
         flat = self.world.mean(torch.cat([value.flatten() for value in record.values()]))
         parts = flat.split([value.numel() for value in record.values()])
