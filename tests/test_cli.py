@@ -87,6 +87,18 @@ def test_training_writes_one_result(folder: Path) -> None:
     assert {"variance", "branch_correlation", "train_loss"} <= set(dataset.data_vars)
 
 
+def test_a_dry_run_of_a_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(folder.iterdir())
+    assert run("train", "--spec", "tiny", "--dry-run", "--run-dir", "none", "--log", "jsonl") == 0
+    out = capsys.readouterr().out
+    assert "\nbudget: 200 updates of 8 x 128 tokens" in out
+    assert out.endswith("\ncorpus embedded: 1,221,519 tokens, 114,792 held out\n")
+    assert run("train", "--run", "paper-dense-1b-l16", "--dry-run") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("lengths and vocabulary are not checked: corpus='fineweb-edu' is unknown")
+    assert set(folder.iterdir()) == before
+
+
 def test_simulation_of_real_text_and_of_given_arrays(folder: Path) -> None:
     options = ["--n-networks", 4, "--seed", 3]
     assert run("simulate", *SMALL, *options, "--text", 2, "--n-tokens", 8, "--out", "text.nc") == 0
@@ -97,6 +109,7 @@ def test_simulation_of_real_text_and_of_given_arrays(folder: Path) -> None:
     assert results.identical(text, results.load("ids.nc"))
 
 
+DRY = ["train", "--spec", "tiny", "--dry-run"]
 BAD = [
     (["predict", "--spec", "tinny"], "preset='tinny' is unknown; expected 'tiny'?"),
     (["predict", "--spec", "tiny", "--set", "n_head=4"], "n_head is an unknown field; expected 'n_heads'?"),
@@ -136,6 +149,18 @@ BAD = [
     (["train", "--spec", "tiny", "--config", "n_step=3"], "config='n_step' is an unknown field"),
     (["train", "--spec", "tiny", "--config", "n_steps=0"], "n_steps=0"),
     (["train", "--spec", "tiny", "--config", "learning_rate=-1"], "learning_rate=-1"),
+    ([*DRY, "--config", "micro_batch_size=3"], "micro_batch_size=3 is not a divisor; expected a divisor of the 8"),
+    (
+        [*DRY, "--config", "evaluation_length=200000"],
+        "evaluation_length=200000 is too long for a held-out",
+    ),
+    ([*DRY, "--set", "vocab_size=100"], "vocab_size=100 is too small; expected a vocab_size of at least 8192"),
+    ([*DRY, "--config", "corpus=elsewhere", "--config", "micro_batch_size=3"], "micro_batch_size=3 is not a divisor"),
+    ([*DRY, "--log", "console,foo"], "log='foo' is unknown"),
+    ([*DRY, "--log", "jsonl"], "log='jsonl' is given without a run directory"),
+    ([*DRY, "--grow-method", "stack"], "grow_method='stack' is given alone"),
+    ([*DRY, "--grow-from", "nowhere"], "run_dir='nowhere' has no model.safetensors"),
+    ([*DRY, "--out", "no/such/folder/t.nc"], "cannot be written"),
     (["compare", "missing.nc", "missing.nc"], "file='missing.nc' is missing"),
     (["compare", "truncated.nc", "truncated.nc"], "file='truncated.nc' is truncated or no netCDF-4 file"),
     (["compare", "binary.json", "p.nc"], "file='binary.json' is truncated or no netCDF-4 file"),

@@ -248,6 +248,8 @@ BAD = [
     (('spec = "tiny"', 'spec = "none.json"'), "none.json' cannot be read"),
     (("vocab_size = 32", "vocab_size = 8"), "vocab_size=8 is too small; expected a vocab_size of at least 32"),
     (('"chain.u16"', '"none.u16"'), "corpus='none.u16' is missing"),
+    (("batch_size = 2", "batch_size = 4\nmicro_batch_size = 3"), "micro_batch_size=3 is not a divisor"),
+    (("evaluation_length = 16", "evaluation_length = 200"), "evaluation_length=200 is too long for a held-out text"),
     (("warmup_steps = 2", "warmup_steps = 5"), "warmup_steps=5 is too large"),
 ]
 
@@ -271,6 +273,7 @@ def test_bad_sweep_files_are_one_line(
     [
         (("run", "none.toml"), "sweep='none.toml' cannot be read (No such file or directory)"),
         (("run", "sweep.toml", "--n-workers", "0"), "n_workers=0 is outside the domain"),
+        (("status", "sweep.toml", "--directory", ""), "--directory: '' is empty; expected a path"),
         (("status", "sweep.toml", "--directory", "none"), "directory='none' is missing"),
         (("collect", "sweep.toml", "--partial"), "holds no result of this sweep"),
         (("collect", "sweep.toml", "--out", "sweep.toml"), "out='sweep.toml' is the sweep file"),

@@ -22,6 +22,13 @@ def value(text: str) -> Any:
         return text
 
 
+def path(text: str) -> str:
+    """A path that is given: an empty one would be the folder one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty; expected a path")
+    return text
+
+
 def assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
     pairs = {}
     for text in texts:

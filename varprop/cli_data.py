@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from varprop import corpus
+from varprop.cli_arguments import path
 from varprop.corpus.build import DOCUMENT_END, VALIDATION_FRACTION
 
 DESCRIPTION = """\
@@ -27,8 +28,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     one = commands.add_parser("tokenize", help="Tokenize text files.", description=DESCRIPTION)
     inputs = ".txt or .jsonl (also .gz, .xz), or .parquet (needs varprop[parquet])"
     one.add_argument("inputs", nargs="+", metavar="INPUT", help=inputs)
-    one.add_argument("--tokenizer", required=True, metavar="FILE", help="a tokenizer.json of Hugging Face tokenizers")
-    one.add_argument("--out", required=True, metavar="DIR", help="the corpus directory, a new one")
+    one.add_argument(
+        "--tokenizer", type=path, required=True, metavar="FILE", help="a tokenizer.json of Hugging Face tokenizers"
+    )
+    one.add_argument("--out", type=path, required=True, metavar="DIR", help="the corpus directory, a new one")
     one.add_argument("--field", default="text", help="text in .jsonl and .parquet (default %(default)s)")
     held_out = one.add_mutually_exclusive_group()
     fraction = "documents held out, chosen by a hash of their text (default %(default)s)"

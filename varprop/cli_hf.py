@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from varprop import corpus, files, results
+from varprop.cli_arguments import path
 from varprop.errors import ArgumentError, require
 
 TASKS = ("loss", "blimp", "cloze")
@@ -19,21 +20,25 @@ Command = Callable[[str, Any, str, str | None], argparse.ArgumentParser]
 def add(command: Command) -> None:
     """Add the three commands; `command` takes name, action, text and the default of --out."""
     exporting = command("export", _export, "A finished run as a model folder for Hugging Face's programs.", None)
-    exporting.add_argument("run", metavar="RUN_DIR", help="folder of a finished run, or a model folder")
-    exporting.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    exporting.add_argument("run", type=path, metavar="RUN_DIR", help="folder of a finished run, or a model folder")
+    exporting.add_argument("--out", type=path, required=True, metavar="FOLDER", help="a new folder")
     exporting.add_argument("--dtype", default="float32", help="of the weights: float32, bfloat16 (default %(default)s)")
     exporting.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     longest = "where other programs cut texts (default: the run's n_tokens, or 2048)"
     exporting.add_argument("--max-positions", type=int, default=None, metavar="N", help=longest)
 
     importing = command("import", _import, "A model folder of Hugging Face's form as the weights of a run.", None)
-    importing.add_argument("folder", metavar="FOLDER", help="config.json and safetensors files")
-    importing.add_argument("--out", required=True, metavar="RUN_DIR", help="a new folder")
+    importing.add_argument("folder", type=path, metavar="FOLDER", help="config.json and safetensors files")
+    importing.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="a new folder")
 
     evaluating = command("evaluate", _evaluate, "Held-out loss, BLiMP and cloze of a model.", "evaluation.nc")
-    evaluating.add_argument("model", nargs="?", metavar="RUN_DIR-or-FOLDER", help="a finished run or a model folder")
+    evaluating.add_argument(
+        "model", nargs="?", type=path, metavar="RUN_DIR-or-FOLDER", help="a finished run or a model folder"
+    )
     evaluating.add_argument("--tasks", default=",".join(TASKS), help="some of %(default)s (default all)")
-    evaluating.add_argument("--corpus-dir", default=None, help="folder of the corpus (default $VARPROP_CORPUS)")
+    evaluating.add_argument(
+        "--corpus-dir", type=path, default=None, help="folder of the corpus (default $VARPROP_CORPUS)"
+    )
     texts = "held-out texts of the loss: books, docs, embedded, corpus directories (default %(default)s)"
     evaluating.add_argument("--texts", default="books,docs", help=texts)
     evaluating.add_argument("--lengths", default="128", help="window lengths of the loss, as 128,1024 (default 128)")
@@ -44,7 +49,7 @@ def add(command: Command) -> None:
     evaluating.add_argument("--device", default="auto", help="torch device (default CUDA where there is one)")
     evaluating.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     written = "write BLiMP as a task of lm_eval into a new folder, and do nothing else"
-    evaluating.add_argument("--write-lm-eval-task", default=None, metavar="FOLDER", help=written)
+    evaluating.add_argument("--write-lm-eval-task", type=path, default=None, metavar="FOLDER", help=written)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -69,7 +74,7 @@ def _n_tokens_of(run: Path) -> int | None:
     """The sequence length that a run was trained at, where it says so."""
     try:
         return int(json.loads((run / "run.json").read_text())["config"]["n_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -110,7 +115,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for task in tasks:
         require(task in TASKS, ArgumentError, "tasks", task, "unknown", "some of " + ", ".join(TASKS))
     require(arguments.model is not None, ArgumentError, "model", None, "missing", "a finished run or a model folder")
-    lengths = _lengths(arguments.lengths)
+    lengths, seed = _lengths(arguments.lengths), arguments.seed
+    require(seed >= 0, ArgumentError, "seed", seed, "outside the domain", "an integer >= 0")
     compute_dtype = torch.bfloat16 if arguments.precision == "bfloat16" else None
     model = hf.load(arguments.model, device=resolve_device(arguments.device), compute_dtype=compute_dtype)
     names = {"loss": texts, "cloze": ["books"]}
@@ -154,9 +160,11 @@ def _first_token(folder: str, special_tokens: Any) -> int:
 
 def _lengths(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.split(",")]
+        lengths = [int(word) for word in text.split(",")]
     except ValueError:
         raise ArgumentError(f"lengths={text!r} is no list of integers; expected them as 128,1024") from None
+    require(min(lengths) >= 1, ArgumentError, "lengths", text, "outside the domain", "integers >= 1")
+    return lengths
 
 
 def _corpus_dir(arguments: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from varprop import files, results, slurm
+from varprop.cli_arguments import path
 from varprop.errors import ArgumentError, require
 from varprop.train import cost, log, sweep_collect, sweep_file, sweep_run
 from varprop.train.sweep_file import Sweep
@@ -80,8 +81,12 @@ def add(parser: argparse.ArgumentParser) -> None:
             name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         added.add_argument("sweep", metavar="sweep.toml", help="the sweep")
-        added.add_argument("--directory", help="folder of the runs (default: the sweep file's name less .toml)")
-        added.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+        added.add_argument(
+            "--directory", type=path, help="folder of the runs (default: the sweep file's name less .toml)"
+        )
+        added.add_argument(
+            "--corpus-dir", type=path, default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)"
+        )
         return added
 
     run = command("run", "Train what is not finished, one process per GPU; a killed run goes on.")
@@ -95,7 +100,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--log", metavar="NAME,NAME", help="also to console, tensorboard or wandb, beside log.jsonl")
     run.add_argument("--dry-run", action="store_true", help="a table of steps, tokens, FLOP, memory and hours alone")
     for one in (collect, job):
-        one.add_argument("--out", default="sweep.nc", metavar="FILE", help="netCDF or .zarr (default %(default)s)")
+        one.add_argument(
+            "--out", type=path, default="sweep.nc", metavar="FILE", help="netCDF or .zarr (default %(default)s)"
+        )
     collect.add_argument("--partial", action="store_true", help="also of an unfinished sweep, with what there is")
     job.add_argument("--n-jobs", type=int, help="jobs of the array, which share the runs (one GPU per run)")
     job.add_argument("--nodes", type=int, help="instead: each run on this many nodes, through torchrun, a job per run")
@@ -103,7 +110,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--cpus", type=int, default=8, help="cores of a task (default %(default)s)")
     job.add_argument("--time", default="24:00:00", help="limit of a job, as 30, 8:00:00 or 2-12 (default %(default)s)")
     work = commands.add_parser("work", description="Train the run in a directory of a sweep (what `run` starts).")
-    work.add_argument("run_dir", metavar="RUN_DIR")
+    work.add_argument("run_dir", type=path, metavar="RUN_DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -118,10 +125,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(sweep: Sweep, directory: Path, arguments: argparse.Namespace) -> int:
+    logs = arguments.log.split(",") if arguments.log else ()
+    log.check_names(["jsonl", *logs], directory)
     if arguments.dry_run:
         _print(_costs(sweep))
         return 0
-    logs = arguments.log.split(",") if arguments.log else ()
     options = {"n_workers": arguments.n_workers, "retry": arguments.retry, "logs": logs, "report": _report}
     return sweep_run.run_sweep(sweep, directory, **options)
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from varprop import files, presets, results
-from varprop.cli_arguments import assignments, profile
+from varprop.cli_arguments import assignments, path, profile
+from varprop.corpus import load_corpus
 from varprop.errors import ArgumentError, require
+
+if TYPE_CHECKING:
+    from varprop.train.runs import Run
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +23,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--run", metavar="NAME", help="one of `varprop runs`: its spec and its config")
     parser.add_argument("--set", action="append", default=[], metavar="field=value", help="change a field of the spec")
     parser.add_argument("--config", action="append", default=[], metavar="field=value", help="a TrainConfig field")
-    parser.add_argument("--run-dir", default=None, help="folder of checkpoints; the same folder resumes")
-    parser.add_argument("--corpus-dir", default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)")
+    parser.add_argument("--run-dir", type=path, default=None, help="folder of checkpoints; the same folder resumes")
+    parser.add_argument(
+        "--corpus-dir", type=path, default=None, help="folder of a prepared corpus (default $VARPROP_CORPUS)"
+    )
     parser.add_argument("--log", metavar="NAME,NAME", default="", help="console, jsonl, tensorboard, wandb")
-    parser.add_argument("--grow-from", metavar="RUN", help="start from the blocks of a finished, shallower run")
+    parser.add_argument(
+        "--grow-from", type=path, metavar="RUN", help="start from the blocks of a finished, shallower run"
+    )
     parser.add_argument("--grow-method", choices=("stack", "interleave"), default=None, help="1 2 1 2, or 1 1 2 2")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and train nothing")
 
@@ -29,16 +38,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; write the result and print its last profile. Returns the exit code."""
     from varprop import train  # brings torch's compiler in
-    from varprop.train import checkpoint, runs
+    from varprop.train import checkpoint, log, runs
 
     if arguments.run is not None:
         base = runs.get(arguments.run)
     else:
         base = runs.Run(arguments.spec, presets.load(arguments.spec), train.TrainConfig())
     wanted = base.changed(assignments(arguments.set, "--set"), assignments(arguments.config, "--config"))
-    if arguments.dry_run:
-        print(runs.describe(wanted))
-        return 0
+    logs = tuple(filter(None, arguments.log.split(",")))
+    log.check_names(logs, arguments.run_dir)
     alone = arguments.grow_method is None or arguments.grow_from is not None
     require(alone, ArgumentError, "grow_method", arguments.grow_method, "given alone", "--grow-from with it")
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
@@ -48,13 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
     begun = arguments.run_dir is not None and checkpoint.goes_on_alone(arguments.run_dir)
     if arguments.grow_from is not None and not (begun and not Path(arguments.grow_from).exists()):
         initial = train.grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
+    if arguments.dry_run:
+        print(f"{runs.describe(wanted)}\n{_checked(wanted, arguments.corpus_dir)}")
+        return 0
     dataset = train.fit(
         wanted.spec,
         wanted.config,
         run_dir=arguments.run_dir,
         corpus_dir=arguments.corpus_dir,
         initial=initial,
-        logs=tuple(filter(None, arguments.log.split(","))),
+        logs=logs,
     )
     if not first:
         return 0
@@ -64,3 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
     length = wanted.config.evaluation_length
     print(f"{profile(last)}\nvalidation loss {loss:.4f} nats per token over {length} tokens\nwrote {out}")
     return 0
+
+
+def _checked(wanted: Run, corpus_dir: str | None) -> str:
+    """A line on the corpus, if the run can be started; its cost is known without a corpus."""
+    from varprop.train.check import check_run
+
+    check_run(wanted.spec, wanted.config, None)
+    try:
+        found = load_corpus(wanted.config.corpus, corpus_dir)
+    except ArgumentError as error:
+        return f"lengths and vocabulary are not checked: {error}"
+    check_run(wanted.spec, wanted.config, found)
+    return f"corpus {found.name}: {len(found.train):,} tokens, {len(found.validation):,} held out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import itertools
 import json
@@ -400,6 +401,23 @@ def test_a_kill_leaves_no_corpus_and_no_process(folder: Path) -> None:
     while not all(map(gone, children)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_what_a_kill_has_left_goes_at_the_next_run(folder: Path) -> None:
+    process = started("-c", PROGRAM, *TOKENIZE)
+    process.kill()
+    process.communicate(timeout=60)
+    (abandoned,) = Path().glob(".out.*.part")
+    other, live = Path(".output.aaaa.part"), Path(".out.aaaa.part")
+    for path in (other, live):
+        path.mkdir()
+    (other / "lock").touch()
+    with (live / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tokenize(["a.txt"], "tokenizer.json", "out", validation_fraction=0.5)
+    assert not abandoned.exists()
+    assert {path.name for path in Path().glob(".*.part")} == {other.name, live.name}
+    assert names(Path("out")) == {"train.u16", "validation.u16", "manifest.json", "tokenizer.json"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folder: Path) -> None:

@@ -123,6 +123,10 @@ def test_configurations_as_published() -> None:
         ({"hidden_size": None}, "d_model"),
         ({"num_attention_heads": 0}, "n_heads"),
         ({"rope_theta": "x"}, "rope_theta='x' is not a number"),
+        ({"rope_theta": []}, r"rope_theta=\[\] is not a number"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0"),
+        ({"num_key_value_heads": 0}, "n_kv_heads=0"),
         ({"num_hidden_layers": ...}, "num_hidden_layers is missing"),
     ],
 )

@@ -138,14 +138,20 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
         index.write_text(text)
         with pytest.raises(ArgumentError, match=message):
             hf.load(folder)
-    (folder / "config.json").write_text("[1")
-    with pytest.raises(ArgumentError, match=r"config\.json' is missing or broken"):
+    index.write_text("[" * 100_000)
+    with pytest.raises(ArgumentError, match="is damaged; expected a weight_map"):
         hf.load(folder)
+    for text in ("[1", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ArgumentError, match=r"config\.json' is missing or broken"):
+            hf.load(folder)
     with pytest.raises(ArgumentError, match=r"is a folder without config\.json or model\.safetensors"):
         hf.load(tmp_path / "nothing")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_bytes(whole)  # no spec in its metadata
-    with pytest.raises(ArgumentError, match="is truncated or damaged; expected a file of a varprop run"):
+    with pytest.raises(
+        ArgumentError, match=r"is truncated or damaged, or of no varprop run and without config\.json beside it"
+    ):
         hf.load(tmp_path / "run")
     with pytest.raises(ArgumentError, match=r"tokenizer=.* is missing or broken"):
         hf.load_tokenizer(folder / "config.json")

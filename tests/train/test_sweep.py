@@ -18,9 +18,10 @@ import pytest
 from varprop import locks, results
 from varprop.errors import ArgumentError, SchemaError, Stopped
 from varprop.spec import ModelSpec
+from varprop.spec.axes import RENAMED, check_names, dimensions
 from varprop.train import TrainConfig, fit, runs, sweep_run
 from varprop.train.sweep_collect import collect, status
-from varprop.train.sweep_file import Sweep, make_sweep, read_sweep
+from varprop.train.sweep_file import FIELDS, TAKEN, Sweep, make_sweep, read_sweep
 from varprop.train.sweep_run import run_sweep, state, work, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,8 @@ run = "paper-dense-1b-l32-small"
 [config]
 corpus = {corpus}
 n_steps = 700
+n_tokens = 128
+evaluation_length = 128
 [axes]
 n_layers = [1, 2]
 budget.steps = {{}}
@@ -90,8 +93,9 @@ budget.tokens = {{config.total_tokens = 20_000_000}}
     base = runs.get("paper-dense-1b-l32-small")
     steps, tokens = read_sweep(tmp_path / "sweep.toml").runs[2:]
     assert steps.spec == tokens.spec == base.spec.with_fields(n_layers=2)
-    assert steps.config == dataclasses.replace(base.config, total_tokens=None, n_steps=700, corpus=fields["corpus"])
-    assert tokens.config == dataclasses.replace(base.config, total_tokens=20_000_000, corpus=fields["corpus"])
+    own = dataclasses.replace(base.config, corpus=fields["corpus"], n_tokens=128, evaluation_length=128)
+    assert steps.config == dataclasses.replace(own, total_tokens=None, n_steps=700)
+    assert tokens.config == dataclasses.replace(own, total_tokens=20_000_000)
 
 
 def test_the_id_of_a_run_is_what_decides_its_numbers(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
@@ -170,13 +174,29 @@ def test_points_of_other_lengths_and_parts(spec: ModelSpec, fields: dict[str, An
         assert ("expert" in point.dims) == (values["model"] == "moe")
 
 
-def test_an_axis_called_like_a_variable_keeps_its_runs(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
-    changes = {"dense": {}, "sparse": {"density": 0.5}}
-    sweep = make_sweep(spec, {"train_loss": changes}, fields)
+def test_an_axis_is_not_called_like_a_variable(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
+    found = {str(name) for name in fit(spec, TrainConfig(**fields)).variables}
+    moe = spec.with_fields({"feed_forward": None, "n_experts": 4, "top_k": 2, "d_expert": 16})
+    found |= {str(name) for name in fit(moe, TrainConfig(**fields)).variables}
+    assert found <= TAKEN | set(results.DIMENSIONS)
+    for name in (found - set(RENAMED)) | {"has_seed", "last_layer", "point"}:
+        with pytest.raises(ArgumentError, match=f"axes='{name}' is .*; expected another name|'seed' is no axis"):
+            make_sweep(spec, {name: {"dense": {}, "sparse": {"density": 0.5}}}, fields)
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "seed"])
+def test_every_field_of_the_config_can_be_an_axis(name: str) -> None:
+    axes = {f"config.{name}": [getattr(TrainConfig(), name)]}
+    check_names(axes, results.DIMENSIONS, TAKEN, "seeds")
+    assert set(dimensions(axes)).isdisjoint(TAKEN | set(results.DIMENSIONS))
+
+
+def test_evaluation_length_is_an_axis(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
+    sweep = make_sweep(spec, {"config.evaluation_length": [8, 16]}, fields)
     train_all(sweep, tmp_path)
-    with pytest.raises(ArgumentError, match="axes='train_loss' is the name of a variable"):
-        collect(sweep, tmp_path)
-    assert collect(make_sweep(spec, {"model": changes}, fields), tmp_path).model.values.tolist() == ["dense", "sparse"]
+    dataset = collect(sweep, tmp_path)
+    assert dataset.fixed_evaluation_length.values.tolist() == [8, 16]
+    assert dataset.evaluation_length.sel(evaluation="fixed_length").values.tolist() == [[8], [16]]
 
 
 def test_states(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +256,23 @@ def test_status_reads_the_log(spec: ModelSpec, fields: dict[str, Any], tmp_path:
     assert (row.state, row.step, row.n_steps, row.loss, row.tokens_per_s) == ("running", 2, 4, 3.25, 16.0)
     assert row.seconds_left == 2 * 2 * 16 / 16.0
     assert status(sweep, tmp_path)[0].seconds_left is None
+
+
+def test_status_of_damaged_files(spec: ModelSpec, fields: dict[str, Any], tmp_path: Path) -> None:
+    sweep = make_sweep(spec, {}, fields)
+    folder = write_task(sweep, sweep.runs[0], tmp_path)
+    (folder / "failed.txt").write_bytes(b"out of \xff memory\n")
+    good, text = (
+        '{"step": 2, "train/loss": 3.25}\n',
+        '{"step": 3, "train/loss": "low", "throughput/tokens_per_s": []}\n',
+    )
+    (folder / "log.jsonl").write_bytes((good + text + "[" * 100_000 + "\n").encode() + b'{"step": "\xff"}\n')
+    (row,) = status(sweep, tmp_path)
+    assert (row.state, row.step, row.loss, row.tokens_per_s) == ("failed", 3, 3.25, None)
+    assert row.error == "out of \N{REPLACEMENT CHARACTER} memory"
+    (folder / "task.json").write_text("[" * 100_000)
+    with pytest.raises(ArgumentError, match=r"has no task\.json of a run"):
+        work(folder)
 
 
 def test_failed_and_killed_runs_do_not_stop_the_others(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import shutil
@@ -19,11 +20,14 @@ from varprop.corpus.documents import kind_of, read_documents
 from varprop.corpus.encode import Chunk, Encoding, Part, encode_all, load_tokenizer
 from varprop.errors import ArgumentError, require
 from varprop.files import replacing_folder
+from varprop.locks import claim
 
 DOCUMENT_END = "<|endoftext|>"
 VALIDATION_FRACTION = 0.01
 CHUNK_CHARACTERS = 2**20
 """A process is handed documents of at least this many characters at a time."""
+LOCK = "lock"
+"""In an unfinished folder: held by the process that writes it."""
 Progress = Callable[[int, int], None]
 
 
@@ -52,9 +56,10 @@ def tokenize(
     so far and their sum.
 
     The directory is written under another name and renamed when it is whole; only a kill -9 leaves something, a folder
-    `.NAME.*.part` beside it. One that already holds this very corpus is left as it is; anything else at `out` raises
-    `ArgumentError`, as do bad input and a part without a document. Memory does not grow with the files, only with the
-    longest document. Checked by: tests/corpus/test_build.py.
+    `.NAME.*.part` beside it, which the next call for the same directory removes. One that already holds this very
+    corpus is left as it is; anything else at `out` raises `ArgumentError`, as do bad input and a part without a
+    document. Memory does not grow with the files, only with the longest document.
+    Checked by: tests/corpus/test_build.py.
     """
     require(len(inputs) > 0, ArgumentError, "inputs", [], "empty", "at least one file")
     whole = isinstance(n_workers, int) and not isinstance(n_workers, bool) and n_workers >= 1
@@ -79,7 +84,10 @@ def tokenize(
     end = _end_id(rules, document_end, tokenizer)
     files = [*((Path(path), fraction) for path in inputs), *((Path(path), 1.0) for path in validation)]
     chunks = _chunks(files, field, document_end, progress or (lambda done, total: None))
-    with replacing_folder(out) as folder:
+    _remove_abandoned(Path(out).resolve())
+    with contextlib.ExitStack() as held, replacing_folder(out) as folder:  # held until the folder has its name
+        with contextlib.suppress(ArgumentError):  # a file system without locks: nothing abandoned is removed there
+            held.enter_context(claim(folder.parent / LOCK))
         folder.mkdir()
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         encoding = Encoding(str((folder / TOKENIZER).resolve()), end, little_endian(dtype))
@@ -92,6 +100,14 @@ def tokenize(
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the unfinished folders of `target` that no process writes: each holds a lock as long as it does."""
+    for lock in target.parent.glob(f".{glob.escape(target.name)}.*.part/{LOCK}"):
+        with contextlib.suppress(ArgumentError), claim(lock) as abandoned:
+            if abandoned:
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _identity(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ FORMAT = "varprop corpus 1"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 PARTS = ("train", "validation")
+COUNTS = ("tokens", "documents", "bytes_of_text")
 SUFFIXES = {"uint16": ".u16", "uint32": ".u32"}
 """Name endings of the token files by the type of the ids."""
 
@@ -111,8 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         good = manifest["format"] == FORMAT and manifest["dtype"] in SUFFIXES
-        counts = [manifest["vocab_size"], *(manifest[part][key] for part in PARTS for key in ("tokens", "documents"))]
-        counts += [manifest[part]["bytes_of_text"] + 1 for part in PARTS]
+        counts = [manifest["vocab_size"], *(manifest[part][key] for part in PARTS for key in COUNTS)]
         good = good and all(type(count) is int and count > 0 for count in counts)
         good = good and type(manifest["document_end"]) is int and 0 <= manifest["document_end"] < counts[0]
         good = good and all(isinstance(manifest[part]["sha256"], str) for part in PARTS)

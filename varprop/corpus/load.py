@@ -126,7 +126,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise ArgumentError(f"corpus manifest={str(path)!r} is missing or broken; expected a JSON object") from None
 
 

@@ -13,11 +13,12 @@ from varprop.errors import ArgumentError, require
 def n_windows(tokens: np.ndarray, n_tokens: int) -> int:
     """Non-overlapping windows of `n_tokens` inputs, each with the token that follows it, in a token array.
 
-    Raises `ArgumentError` if the text is shorter than one of them.
+    Raises `ArgumentError` if the text is shorter than one of them, or n_tokens is below 1.
 
     >>> n_windows(np.arange(9), 4)
     2
     """
+    require(n_tokens >= 1, ArgumentError, "n_tokens", n_tokens, "outside the domain", "an integer >= 1")
     size = max(0, (len(tokens) - 1) // n_tokens)
     wrong = f"too long for a text of {len(tokens)} tokens"
     require(size > 0, ArgumentError, "n_tokens", n_tokens, wrong, "a shorter sequence")

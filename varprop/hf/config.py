@@ -168,8 +168,8 @@ def _fields(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The nested fields of the spec of a config."""
     flat = {of.field: _value(config, key, of) for key, of in {**EVERY, **family.keys}.items()}
     heads, head_dim = flat["attention.n_heads"], config.get("head_dim")
-    kv_heads = config.get("num_key_value_heads") or family.kv_heads or heads
-    theta = (config.get("rope_parameters") or config).get("rope_theta") or family.rope_theta
+    kv_heads = _given(config.get("num_key_value_heads"), family.kv_heads, heads)
+    theta = _given((config.get("rope_parameters") or {}).get("rope_theta"), config.get("rope_theta"), family.rope_theta)
     act = config.get("hidden_act", "silu")
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
     require(act in ours, SpecError, "hidden_act", act, "unknown", "one of " + ", ".join(ours))
@@ -205,6 +205,11 @@ def _value(config: Mapping[str, Any], key: str, of: Key) -> Any:
     if found is None and of.default is REQUIRED:
         raise SpecError(f"{key} is missing; expected a value in config.json")
     return of.default if found is None else config[found]
+
+
+def _given(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _number(name: str, value: Any) -> float:

@@ -106,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder; `ArgumentError` if it is broken."""
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         path = str(folder / "config.json")
         raise ArgumentError(f"file={path!r} is missing or broken; expected a JSON object") from None
 
@@ -124,8 +124,9 @@ def load_run(
             spec, seed = ModelSpec.from_dict(metadata["spec"]), int(metadata["seed"])
             require(seed >= 0, ArgumentError, "seed", seed, "negative", "an integer >= 0")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        raise ArgumentError(f"file={str(path)!r} is truncated or damaged; expected a file of a varprop run") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
+        wrong = "truncated or damaged, or of no varprop run and without config.json beside it"
+        raise ArgumentError(f"file={str(path)!r} is {wrong}; expected {expected}") from None
     model = Transformer(spec, seed=seed, device=device, compute_dtype=compute_dtype)
     _fill(model, tensors)
     return model

@@ -97,7 +97,7 @@ class Reader:
         if (self._folder / INDEX).is_file():
             try:
                 where = dict(json.loads((self._folder / INDEX).read_text())["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 raise ArgumentError(f"file={str(self._folder / INDEX)!r} is damaged; expected a weight_map") from None
             for file in where.values():
                 own = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")

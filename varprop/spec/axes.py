@@ -16,7 +16,11 @@ from varprop.errors import ArgumentError, require
 
 Axis = Sequence[Any] | Mapping[str, Mapping[str, Any]]
 Axes = Mapping[str, Axis]
-RENAMED = {"token_correlation": "input_token_correlation", "learning_rate": "peak_learning_rate"}
+RENAMED = {
+    "token_correlation": "input_token_correlation",
+    "learning_rate": "peak_learning_rate",
+    "evaluation_length": "fixed_evaluation_length",
+}
 """Dimension of an axis whose own name is that of a variable."""
 CONFIG = "config."
 """Begins the name of a field that is not the spec's but of how a model is trained."""

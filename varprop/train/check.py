@@ -13,22 +13,19 @@ from varprop.train.distributed import World, require_shardable
 from varprop.train.optim import parameter_groups
 
 
-def check_run(spec: ModelSpec, config: TrainConfig, corpus: Corpus, n_processes: int = 1) -> None:
+def check_run(spec: ModelSpec, config: TrainConfig, corpus: Corpus | None, n_processes: int = 1) -> None:
     """Raise `ArgumentError` for a run that cannot be started on `n_processes` processes; nothing is computed.
 
     The rules: vocab_size holds the ids of the corpus; `budget.n_steps` and `optim.parameter_groups` accept the config;
     batch_size is a multiple of n_processes, and of what each gets micro_batch_size is a divisor (or more than all of
     it); compile_layers is 1 where `fsdp` splits the model; no recorded kernels with key masks; document_mask has a
     corpus that knows its documents; training and held-out text hold a sequence of n_tokens, and the latter one of
-    evaluation_length.
+    evaluation_length. Of a corpus that is not here (None) nothing is asked.
 
     >>> from varprop import presets
     >>> from varprop.corpus import load_corpus
     >>> check_run(presets.tiny(), TrainConfig(), load_corpus())
     """
-    fits = corpus.vocab_size <= spec.vocab_size
-    expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
-    require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
     n_steps(config, spec)
     parameter_groups(spec, config)
     own = len(World(0, n_processes, 0, torch.device("cpu")).share(config.batch_size))
@@ -39,6 +36,14 @@ def check_run(spec: ModelSpec, config: TrainConfig, corpus: Corpus, n_processes:
     drawn = spec.attention is not None and spec.attention.key_mask_density < 1
     wrong, domain = "given with key_mask_density < 1, whose masks are drawn on the CPU", "false"
     require(not (config.cuda_graph and drawn), ArgumentError, "cuda_graph", True, wrong, domain)
+    if corpus is not None:
+        _check_corpus(spec, config, corpus)
+
+
+def _check_corpus(spec: ModelSpec, config: TrainConfig, corpus: Corpus) -> None:
+    fits = corpus.vocab_size <= spec.vocab_size
+    expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
+    require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
     if config.document_mask:
         known = "a corpus that says what ends a document"
         require(corpus.document_end is not None, ArgumentError, "document_mask", True, "not possible", known)

@@ -150,14 +150,15 @@ class JsonLines:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The whole records of a file of `JsonLines`; none if there is no file."""
+    """The whole records of a file of `JsonLines`, what is no number left out; none if there is no file."""
     records = []
     with contextlib.suppress(FileNotFoundError):
         for line in Path(path).read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line) if line.endswith(b"\n") else None
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append(record)
+                if isinstance(record, dict) and type(record.get("step")) is int:
+                    numbers = (int, float, type(None))
+                    records.append({name: value for name, value in record.items() if isinstance(value, numbers)})
     return records
 
 

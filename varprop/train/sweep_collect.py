@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from varprop import results
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError
 from varprop.points import stacked
 from varprop.spec.axes import axes_json, dimensions
 from varprop.train import log
@@ -76,9 +76,6 @@ def collect(sweep: Sweep, directory: str | Path, *, partial: bool = False) -> xr
     shared, varied = _further_coordinates(list(loaded.values()))
     within = [None if run is None else run.isel(seed=0, drop=True).reset_coords(varied) for run in runs]
     variables = stacked(within, axes | {"seed": seeds}, labels)
-    for name in axes:
-        good = name not in variables and name not in labels
-        require(good, ArgumentError, "axes", name, "the name of a variable of the result", "another name")
     for dim in labels:
         present = np.array([np.isin(labels[dim], _own(point, dim)) for point in points])
         known = present[[any(run is not None for run in point) for point in points]]

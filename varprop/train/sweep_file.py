@@ -29,17 +29,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varprop import presets
+from varprop import presets, results
 from varprop.corpus import load_corpus
 from varprop.errors import ArgumentError, require
-from varprop.results import DIMENSIONS, VARIABLES
 from varprop.spec import ModelSpec
 from varprop.spec.axes import CONFIG, Axes, check_names, combinations, dimensions, plain
 from varprop.spec.plan_file import nulls, read_plan, require_known, spec_name
-from varprop.train import runs
+from varprop.train import runs, track
+from varprop.train.check import check_run
 from varprop.train.config import BUDGETS, TrainConfig
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
+TAKEN = {*results.VARIABLES, *track.VARIABLES, *(results.HAS + name for name in results.DIMENSIONS)}
+"""Names that a collected sweep uses for its variables."""
 
 
 @dataclass(frozen=True)
@@ -123,24 +125,22 @@ def make_sweep(
     >>> len(sweep.runs), sweep.values()[1]
     (4, {'density': 1.0, 'weight_decay': 0.1, 'seed': 0})
     """
-    check_names(axes, DIMENSIONS, VARIABLES, "seeds beside the axes")
+    check_names(axes, results.DIMENSIONS, TAKEN, "seeds beside the axes")
     given = dict(config or {})
     require("seed" not in given, ArgumentError, "config.seed", given.get("seed"), "no field here", "seeds")
     good = isinstance(seeds, Sequence) and 0 < len(seeds) == len(set(map(str, seeds)))
     require(good, ArgumentError, "seeds", seeds, "empty or repeats a value", "a list of distinct integers")
     made = []
-    corpus_hash = functools.cache(lambda name: _checked_corpus(name, corpus_dir))
+    corpus_of = functools.cache(lambda name: load_corpus(name, corpus_dir))
     for changes in combinations(axes, depths=True):
         fields = {name.removeprefix(CONFIG): changes.pop(name) for name in list(changes) if name.startswith(CONFIG)}
         require_known(CONFIG, fields, FIELDS)
         changed = spec.with_fields(changes)
         for seed in seeds:
             own = TrainConfig.from_json(json.dumps(_over(given, fields) | {"seed": seed}, default=plain))
-            sha256, vocab_size = corpus_hash(own.corpus)
-            fits = vocab_size <= changed.vocab_size
-            expected = f"a vocab_size of at least {vocab_size}, that of the corpus {own.corpus}"
-            require(fits, ArgumentError, "vocab_size", changed.vocab_size, "too small", expected)
-            task = {"spec": changed.to_dict(), "config": own.identity(), "corpus": sha256}
+            corpus = corpus_of(own.corpus)
+            check_run(changed, own, corpus)
+            task = {"spec": changed.to_dict(), "config": own.identity(), "corpus": corpus.sha256}
             made.append(SweepRun(changed, own, json.dumps(task, sort_keys=True, separators=(",", ":"))))
     return Sweep(spec, axes, tuple(map(plain, seeds)), tuple(made), corpus_dir)
 
@@ -149,11 +149,6 @@ def _over(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     """Fields of a config with changes; a budget among them takes the place of the one before."""
     budget = any(changes.get(name) is not None for name in BUDGETS)
     return {name: value for name, value in fields.items() if not (budget and name in BUDGETS)} | dict(changes)
-
-
-def _checked_corpus(name: str, corpus_dir: str | None) -> tuple[str, int]:
-    corpus = load_corpus(name, corpus_dir)
-    return corpus.sha256, corpus.vocab_size
 
 
 def _with_config_fields(axes: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def state(run_dir: Path) -> State:
 def failure(run_dir: Path) -> str:
     """The line of a failed run, empty for another."""
     with contextlib.suppress(OSError):
-        return (run_dir / FAILED).read_text(encoding="utf-8").strip()
+        return (run_dir / FAILED).read_text(encoding="utf-8", errors="replace").strip()
     return ""
 
 
@@ -109,7 +109,7 @@ def _read_task(folder: Path) -> tuple[ModelSpec, TrainConfig, dict[str, Any]]:
         task = json.loads((folder / TASK).read_text(encoding="utf-8"))
         config = TrainConfig.from_json(json.dumps(task["config"]))
         return ModelSpec.from_dict(task["spec"]), config, {name: task[name] for name in ("corpus_dir", "logs")}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ArgumentError(f"directory={str(folder)!r} has no task.json of a run; expected one of a sweep") from None
 
 

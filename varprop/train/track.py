@@ -41,6 +41,11 @@ DIMENSIONS = {
     "update_step": {"update_ratio": weights.DIMENSIONS["update_ratio"]},
     "evaluation_step": {"validation_loss": ("evaluation",), "bits_per_byte": ("evaluation",)},
 }
+VARIABLES = frozenset(
+    {name for named in DIMENSIONS.values() for name in named}
+    | {"learning_rate", "tokens_seen", "evaluation_length", "bits_per_byte"}
+)
+"""Every variable that the result of a training can have."""
 
 
 def batch_statistics(found: Forward, spec: ModelSpec) -> dict[str, Tensor]:
