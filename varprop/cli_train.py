@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from varprop import files, presets, results
 from varprop.cli_arguments import assignments, profile
@@ -28,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; write the result and print its last profile. Returns the exit code."""
     from varprop import train  # brings torch's compiler in
-    from varprop.train import runs
+    from varprop.train import checkpoint, runs
 
     if arguments.run is not None:
         base = runs.get(arguments.run)
@@ -43,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     out = files.writable(arguments.out)
     initial = None
-    if arguments.grow_from is not None:
+    # A run that has begun goes on without the shallow one, which may be gone; where it is there, it must be the same.
+    begun = arguments.run_dir is not None and checkpoint.goes_on_alone(arguments.run_dir)
+    if arguments.grow_from is not None and not (begun and not Path(arguments.grow_from).exists()):
         initial = train.grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
     dataset = train.fit(
         wanted.spec,

@@ -7,6 +7,7 @@ loop (`plain_loop.py`), and the statistics cost at most 1 % of it. Models: head_
 after the other, and the plain loop before and after them, which shows how much the device drifts.
 
     python -m experiments.benchmarks.train_speed --d-model 512 --out train_speed_512.json   # one GPU, 2 minutes
+    python -m experiments.benchmarks.train_speed --table train_speed_*.json                 # the table of the README
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from experiments.benchmarks.plain_loop import PlainLoop
+from varprop import presets
 from varprop.corpus import Corpus
 from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, MoESpec
 from varprop.train import TrainConfig
@@ -146,7 +148,10 @@ def measure(d_model: int, arguments: argparse.Namespace, device: torch.device) -
     shape = (arguments.batch_size, arguments.n_tokens + 1)
     batches = [torch.randint(VOCABULARY, shape, generator=generator).to(device) for _ in range(4)]
     for variant in arguments.variant or VARIANTS:
-        spec = spec_of(d_model, experts=variant == "moe", n_layers=arguments.n_layers)
+        if arguments.preset:
+            spec = presets.get(arguments.preset)
+        else:
+            spec = spec_of(d_model, experts=variant == "moe", n_layers=arguments.n_layers)
         torch._dynamo.reset()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -219,6 +224,7 @@ def main() -> None:
     """Measure, print a line per variant, and write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--d-model", type=int, action="append", choices=list(WIDTHS))
+    parser.add_argument("--preset", help="another model, such as paper-dense-1b: does it fit, and how fast is it")
     parser.add_argument("--variant", action="append", choices=VARIANTS)
     parser.add_argument("--profile", action="append", default=[], choices=VARIANTS)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -245,9 +251,12 @@ def main() -> None:
         "n_tokens": arguments.n_tokens,
         "widths": {},
     }
+    if arguments.preset:
+        result["preset"] = arguments.preset
+        arguments.d_model = [presets.get(arguments.preset).d_model]
     for d_model in arguments.d_model or list(WIDTHS):
         found = measure(d_model, arguments, device)
-        result["widths"][d_model] = {"variants": found, "ratios": ratios(found), "aim_mfu": AIMS[d_model]}
+        result["widths"][d_model] = {"variants": found, "ratios": ratios(found), "aim_mfu": AIMS.get(d_model)}
         print(json.dumps({"d_model": d_model, **ratios(found)}), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -48,6 +48,11 @@ def test_embedded_text_is_tokenised_and_held_out_by_document() -> None:
     text = tokenizer.decode(corpus.validation.tolist(), skip_special_tokens=True)
     assert text.strip().startswith("Persuasion\n\nby\n\nJane Austen")
     assert corpus.bytes_per_token == pytest.approx(len(text.encode()) / len(corpus.validation), rel=1e-12)
+    assert corpus.tokenizer == load.TOKENIZER
+    assert corpus.token_bytes is not None
+    assert corpus.token_bytes[corpus.validation].sum() == len(text.encode())
+    some = corpus.validation[1000:2000]
+    assert corpus.token_bytes[some].sum() == len(tokenizer.decode(some.tolist()).encode())
     assert text[1000:1200] not in tokenizer.decode(corpus.train.tolist())
 
 
@@ -101,6 +106,7 @@ def test_plain_files(tmp_path: Path) -> None:
         assert (len(corpus.train), len(corpus.validation), corpus.vocab_size) == (950, 50, 1000)
         assert corpus.validation[0] == 950
         assert (corpus.bytes_per_token, corpus.document_end) == (None, None)
+        assert (corpus.tokenizer, corpus.token_bytes) == (None, None)
         assert isinstance(corpus.train, np.memmap)
 
 

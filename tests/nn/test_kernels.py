@@ -132,16 +132,16 @@ def test_interpreted() -> None:
 def test_who_is_served() -> None:
     """On a CPU, in float32 and for widths that the tiles do not divide plain torch is used."""
     x, weight = draw((2, 3, 16), torch.bfloat16, "cpu"), draw((16, 16), torch.bfloat16, "cpu")
-    assert not kernels.serve(x, weight)
+    assert not kernels.serves(x, weight)
 
 
 @pytest.mark.gpu
 @CUDA
 def test_who_is_served_on_a_gpu() -> None:
     x, weight = draw((2, 3, 16), torch.bfloat16, "cuda"), draw((16, 16), torch.bfloat16, "cuda")
-    assert kernels.serve(x, weight)
+    assert kernels.serves(x, weight)
     for one, other in ((x.float(), weight), (x, weight[:12]), (x, weight.expand(2, 16, 16)), (x, object())):
-        assert not kernels.serve(one, other)
+        assert not kernels.serves(one, other)
 
 
 def main() -> None:

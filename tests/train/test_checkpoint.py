@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.train.ranks import CONFIG, CORPUS, KILLED, SPEC, Run, fit_config, launch
@@ -220,7 +220,50 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: Any) -> Non
     assert restored(tmp_path)[0] == 2
 
 
-@pytest.mark.filterwarnings("ignore::varprop.errors.DamagedShardWarning")
+def test_whole_checkpoints_are_kept_and_damaged_ones_removed(tmp_path: Path) -> None:
+    """Damaged checkpoints of later steps do not count among those that are kept."""
+    saved_run(tmp_path, 1, 2)
+    for step in (6, 7):
+        (tmp_path / "checkpoints" / f"step-0000000{step}").mkdir()
+    with pytest.warns(DamagedShardWarning, match=r"step-0000000[67].*; the checkpoint of step 2 is taken$") as warned:
+        _, found = restored(tmp_path)
+    assert len(warned) == 2
+    with found.directory(tmp_path) as directory:
+        found.steps(2, 3).save(directory, 3)
+    assert saved_steps(tmp_path) == [2, 3]
+    assert restored(tmp_path)[0] == 3
+
+
+MANIFESTS: dict[str, Any] = {
+    "another step": lambda manifest: manifest.update(step=1),
+    "negative step": lambda manifest: manifest.update(step=-3),
+    "no files": lambda manifest: manifest.update(files=[]),
+    "no offsets": lambda manifest: manifest["files"][0].pop("offsets"),
+    "unknown type": lambda manifest: manifest["files"][0]["tensors"].update({"history.loss": [[1], "torch.float99"]}),
+    "another file": lambda manifest: manifest["files"][0].update(file="/etc/passwd"),
+    "no hash": lambda manifest: manifest.pop("sha256"),
+    "another hash": lambda manifest: manifest.update(sha256="0" * 64),
+}
+
+
+@pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_changed_manifest_is_damaged(tmp_path: Path, change: Any) -> None:
+    saved_run(tmp_path, 1, 2)
+    path = tmp_path / "checkpoints" / "step-00000002" / shards.MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.warns(DamagedShardWarning, match=r"step-00000002/checkpoint\.json' is damaged.* of step 1 is taken$"):
+        assert restored(tmp_path)[0] == 1
+
+
+def test_a_checkpoint_under_another_name_is_damaged(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "step-00000002").rename(tmp_path / "checkpoints" / "step-00000005")
+    with pytest.warns(DamagedShardWarning, match="step-00000005"):
+        assert restored(tmp_path)[0] == 1
+
+
 def test_nothing_whole_is_refused(tmp_path: Path) -> None:
     saved_run(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-00000001" / shards.MANIFEST).write_text("[]")
@@ -240,16 +283,33 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         opened(spec=SPEC.with_fields(n_layers=3))
     with pytest.raises(ArgumentError, match=r"holds a run with corpus\.sha256='0+'; expected '1'$"):
         opened(corpus=dataclasses.replace(CORPUS, sha256="1"))
+    with pytest.raises(ArgumentError, match=r"holds a run with corpus\.document_end=0; expected 1$"):
+        opened(corpus=dataclasses.replace(CORPUS, document_end=1))
     opened(config=dataclasses.replace(CONFIG, micro_batch_size=2, parallel="fsdp", checkpoint_every=7))
+    opened(config=dataclasses.replace(CONFIG, corpus="another path"), corpus=dataclasses.replace(CORPUS, name="path"))
     del kept  # the traceback of a refused run does not hold the lock
     other = tmp_path / "other"
     saved_run(other, 1)
     folder = other / "checkpoints" / "step-00000001"
     manifest = json.loads((folder / shards.MANIFEST).read_text())
     manifest["run"]["config"]["seed"] = 5  # as if copied from another run
-    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+    shards.write_manifest(folder, 1, manifest["run"], manifest["files"])
     with pytest.raises(ArgumentError, match=r"holds a run with config\.seed=5; expected 0$"):
         restored(other)
+
+
+def test_a_run_keeps_the_tokenizer_of_its_corpus(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source.json", tmp_path / "run"
+    source.write_text("{}")
+    corpus = dataclasses.replace(CORPUS, tokenizer=source)
+    RunDirectory(folder, SPEC, CONFIG, corpus, ONE).close()
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert json.loads((folder / "run.json").read_text())["corpus"]["document_end"] == 0
+    source.unlink()
+    with pytest.raises(ArgumentError, match=r"tokenizer\.json' cannot be written \(No such file"):
+        RunDirectory(tmp_path / "other", SPEC, CONFIG, corpus, ONE).close()
+    assert not (tmp_path / "other" / "run.json").exists()  # a run without its tokenizer is none
+    RunDirectory(folder, SPEC, CONFIG, corpus, ONE).close()
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
@@ -265,12 +325,27 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 def test_damaged_run_directories(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"has no model\.safetensors"):
         load_model(tmp_path)
+    for path in ("", "a\0b"):
+        for call in (load_model, lambda path: RunDirectory(path, SPEC, CONFIG, CORPUS, ONE)):
+            with pytest.raises(ArgumentError, match=r"^run_dir=.* is no path; expected the path of a folder$"):
+                call(path)
     run = saved_run(tmp_path, 1)
     with run.directory(tmp_path) as directory:
         directory.finish(run.model)
     assert equal(dict(load_model(tmp_path).state_dict()), dict(run.model.transformer.state_dict()))  # type: ignore[operator, union-attr]
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ArgumentError, match=r"model\.safetensors' is truncated or damaged"):
+        load_model(tmp_path)
+    state = run.model.transformer.state_dict()  # type: ignore[union-attr, operator]
+    good = {"spec": SPEC.to_dict(), "seed": 0}
+    bad = [[], {"spec": good["spec"]}, good | {"seed": "x"}, good | {"spec": {}}, good | {"seed": -1}]
+    for metadata in bad:
+        save_file(dict(state), tmp_path / "model.safetensors", {"varprop": json.dumps(metadata)})
+        with pytest.raises(ArgumentError, match=r"model\.safetensors' is truncated or damaged; expected .*run$"):
+            load_model(tmp_path)
+    deeper = good | {"spec": SPEC.with_fields(n_layers=3).to_dict()}
+    save_file(dict(state), tmp_path / "model.safetensors", {"varprop": json.dumps(deeper)})
+    with pytest.raises(ArgumentError, match=r"^weights are not those of the spec \(.*\); expected a whole model$"):
         load_model(tmp_path)
     description = tmp_path / "run.json"
     for content, message in (("{", r"run\.json' is damaged"), ("[]", "holds a run with")):

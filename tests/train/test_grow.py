@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 from varprop import presets
-from varprop.errors import ArgumentError
+from varprop.errors import ArgumentError, DamagedShardWarning
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
 from varprop.train import TrainConfig, fit, load_model
@@ -169,6 +169,10 @@ def test_moments_from_a_checkpoint(spec: ModelSpec, config: TrainConfig, tmp_pat
     assert set(state) == set(grown_state(with_moments(model, optimizer), spec, deep, "interleave", "copied"))
     source = optimizer.state[dict(model.named_parameters())["layers.1.attention.o"]]["exp_avg_sq"]
     assert torch.equal(state["optimizer.layers.3.attention.o.exp_avg_sq"], source)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    with pytest.warns(DamagedShardWarning, match=r"step-00000003.*; the checkpoint of step 2 is taken$"):
+        again = grow(tmp_path, deep, "interleave", "copied")
+    assert all(torch.equal(state[name], again[name]) for name in state)
     with pytest.raises(ArgumentError, match=r"has no checkpoint; expected one, or moments='dropped'$"):
         grow(tmp_path / "checkpoints", deep, moments="copied")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from varprop.errors import ArgumentError, Stopped
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec, MoESpec
 from varprop.train import TrainConfig, fit, load_model
+from varprop.train.checkpoint import goes_on_alone
 from varprop.train.trainer import Trainer
 
 MOE: dict[str, Any] = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, router_bias=True)}
@@ -153,7 +156,7 @@ def test_diverging_run_stops_with_one_line(
 
 
 def test_a_run_from_given_tensors(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
-    """It is known by them: another start, or none, is another run."""
+    """It is known by them: another start is another run; its checkpoints go on without them."""
     given = dict(Transformer(spec, seed=9).state_dict())
     kept = {name: tensor.clone() for name, tensor in given.items()}
     ds = fit(spec, config, run_dir=tmp_path / "run", initial=given)
@@ -162,8 +165,9 @@ def test_a_run_from_given_tensors(spec: ModelSpec, config: TrainConfig, tmp_path
     np.testing.assert_array_equal(ds.weight_rms.sel(probe_step=0), from_seed.weight_rms.sel(probe_step=0))
     assert len(ds.attrs["initial"]) == 64
     assert results.identical(fit(spec, config, run_dir=tmp_path / "run", initial=given), ds)
-    others: tuple[Any, ...] = (None, given | {"embed": given["embed"] + 1})
-    for other in others:
+    for path in (tmp_path / "run").glob("checkpoints/*"):
+        shutil.rmtree(path)
+    for other in (None, given | {"embed": given["embed"] + 1}):
         with pytest.raises(ArgumentError, match=r"holds a run with initial='[0-9a-f]{64}'; expected '"):
             fit(spec, config, run_dir=tmp_path / "run", initial=other)
     with pytest.raises(ArgumentError, match=r"^initial\.embed=\(1, 16\) is not that of the spec; expected \(32, 16\)$"):
@@ -224,6 +228,76 @@ def test_unknown_log(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> No
         fit(spec, config, run_dir=tmp_path, logs=["paper"])
     with pytest.raises(ArgumentError, match=r"^log='jsonl' is given without a run directory"):
         fit(spec, config, logs=["jsonl"])
+
+
+def test_bad_input_makes_no_run_directory(
+    spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    run_dir = tmp_path / "run"
+    for logs, changes in (
+        (["paper"], {}),
+        (["wandb"], {}),
+        ([], {"micro_batch_size": 3}),
+        ([], {"n_tokens": 250}),
+        ([], {"corpus": "nowhere"}),
+        ([], {"device": "meta"}),
+    ):
+        with pytest.raises(ArgumentError):
+            fit(spec, dataclasses.replace(config, **changes), run_dir=run_dir, logs=logs)
+    with pytest.raises(ArgumentError, match=r"^initial\."):
+        fit(spec, config, run_dir=run_dir, initial={})
+    for path in ("", "a\0b"):
+        with pytest.raises(ArgumentError, match=r"^run_dir=.* is no path; expected the path of a folder$"):
+            fit(spec, config, run_dir=path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_between_records_that_is_not_finite_is_not_saved(
+    spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves at 3 and 6, a record at 4: the weights are spoilt after it."""
+
+    def spoil(trainer: Trainer) -> None:
+        trainer.plain.transformer.get_parameter("final_norm.gain").data.fill_(float("nan"))
+
+    undisturbed = fit(spec, config)
+    every = dataclasses.replace(config, record_every=100, probe_every=100, evaluate_every=100)
+    before_update(monkeypatch, 4, spoil)
+    with pytest.raises(ArgumentError, match=r"^loss or gradient at step 5 is not finite; .*stopped"):
+        fit(spec, every, run_dir=tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    monkeypatch.delenv("VARPROP_CORPUS", raising=False)
+    assert (tmp_path / "stopped.safetensors").exists()
+    ds = fit(spec, every, run_dir=tmp_path)
+    assert ds.train_loss[0, -1] == undisturbed.train_loss[0, -1]
+    assert not list(tmp_path.glob("stopped.*"))  # what is left of the attempt before goes with the end
+
+
+def test_a_run_from_given_tensors_goes_on_without_them(
+    spec: ModelSpec, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initial = Transformer(spec, seed=7).state_dict()
+    undisturbed = fit(spec, config, initial=initial)
+    assert not goes_on_alone(tmp_path)
+    with monkeypatch.context() as patch:
+        before_update(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            fit(spec, config, run_dir=tmp_path, initial=initial)
+    assert goes_on_alone(tmp_path)
+    other = Transformer(spec, seed=8).state_dict()
+    with pytest.raises(ArgumentError, match=r"holds a run with initial="):
+        fit(spec, config, run_dir=tmp_path, initial=other)
+    assert results.identical(fit(spec, config, run_dir=tmp_path), undisturbed)
+
+
+def test_the_same_corpus_by_another_path_is_the_same_run(spec: ModelSpec, config: TrainConfig, tmp_path: Path) -> None:
+    ds = fit(spec, config, run_dir=tmp_path / "run")
+    copied = shutil.copy(config.corpus, tmp_path / "copy.u16")
+    again = fit(spec, dataclasses.replace(config, corpus=str(copied)), run_dir=tmp_path / "run")
+    np.testing.assert_array_equal(ds.train_loss, again.train_loss)
+    assert not goes_on_alone(tmp_path / "run")
 
 
 # Micro-batches, documents ---------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def _queries_keys_values(x: Tensor, weights: Weights, spec: ModelSpec, shared: S
         turns = rotation(spec, x.shape[-2], x.device, torch.promote_types(x.dtype, torch.float32))
     power_of_two = spec.head_dim & (spec.head_dim - 1) == 0
     whole = part.rope_fraction == 1 and part.qk_norm == "none" and power_of_two
-    if turns is not None and whole and kernels.serve(x, weights["attention.q"]):
+    if turns is not None and whole and kernels.serves(x, weights["attention.q"]):
         packed = packed_linear(x, weights, ("attention.q", "attention.k"))
         q, k = kernels.split_and_rotate(packed, *turns, spec.n_heads)
         return q.transpose(-3, -2), k.transpose(-3, -2), _heads(linear(x, weights, "attention.v"), weights, spec, "v")

@@ -21,7 +21,8 @@ from varprop.spec import ModelSpec, layer_table
 Record = Callable[[int, str, Tensor], None]
 """Called with the layer, the site and the tensor (*lead, T, D) there; it must not change the tensor."""
 Observe = Callable[[int, str, Tensor], None]
-"""Called with the layer, and `attention` and its probabilities (*lead, N, T, T) or `gates` and theirs (*lead, T, E)."""
+"""Called with the layer, and `attention` and its probabilities (*lead, N, T, T), or `router_logits` or `gates` and
+theirs (*lead, T, E)."""
 KEY_MASK_STREAM = 1
 
 

@@ -83,7 +83,7 @@ def apply_experts(x: Tensor, pairs: Assignments, experts: Weights, activation: s
     gated = "moe.experts.gate" in experts
     first = torch.cat((experts["moe.experts.gate"], up), dim=1) if gated else up
     inner = grouped_linear(_spread(x, pairs), first.to(x.dtype), pairs.ends)
-    if gated and activation == "silu" and kernels.serve_width(x, up.shape[1]):
+    if gated and activation == "silu" and kernels.serves_width(x, up.shape[1]):
         inner = kernels.swiglu(inner.contiguous(), pairs.gate.float())
     else:
         if gated:

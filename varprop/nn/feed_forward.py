@@ -21,7 +21,7 @@ def two_layers(x: Tensor, weights: Weights, prefix: str, activation: str) -> Ten
     phi = ACTIVATIONS[activation]
     if f"{prefix}.gate" not in weights:
         inner = phi(linear(x, weights, f"{prefix}.up"))
-    elif activation == "silu" and kernels.serve(x, weights[f"{prefix}.gate"]):
+    elif activation == "silu" and kernels.serves(x, weights[f"{prefix}.gate"]):
         inner = kernels.swiglu(packed_linear(x, weights, (f"{prefix}.gate", f"{prefix}.up")))
     else:
         inner = phi(linear(x, weights, f"{prefix}.gate")) * linear(x, weights, f"{prefix}.up")

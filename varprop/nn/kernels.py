@@ -6,7 +6,8 @@ torch, the gradient of a split is a concatenation that reads every operand once 
 kernels read and write each number once, and hand attention the contiguous heads that its fastest kernels ask for;
 values need no turning, so a product of their own leaves them as attention wants them.
 
-Shape suffixes: `B` sequences, `T` tokens, `N` query heads, `G` key/value heads, `H` head_dim, `F` d_ff.
+Shape suffixes: `B` sequences, `T` tokens, `N` query heads, `G` key/value heads, `H` head_dim, `F` d_ff; of a program:
+`R` rows and `C` columns of its tile, `HALF` of a head.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ TILE = 1024
 """Outputs of one program: eight a thread, 16 bytes of bfloat16."""
 
 
-def serve(x: Tensor, weight: Any) -> bool:
+def serves(x: Tensor, weight: Any) -> bool:
     """Whether these kernels serve x with a weight (..., out, in): bfloat16 on a GPU, shared by the sequences."""
     plain = isinstance(weight, Tensor) and weight.dim() == 2
-    return plain and serve_width(x, weight.shape[0])
+    return plain and serves_width(x, weight.shape[0])
 
 
-def serve_width(x: Tensor, width: int) -> bool:
+def serves_width(x: Tensor, width: int) -> bool:
     """Whether these kernels serve outputs of this width in the type and on the device of x."""
     return triton is not None and x.is_cuda and x.dtype == torch.bfloat16 and width % 16 == 0
 
 
 def _tile(width: int) -> tuple[int, int]:
     """Rows and columns of a tile of a row-major table: columns divide `width` and are a power of two."""
-    columns = min(width & -width, 1024)
+    columns = min(width & -width, TILE)
     return max(1, TILE // columns), columns
 
 

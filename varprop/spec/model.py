@@ -215,6 +215,10 @@ class ModelSpec:
             return self.moe_pattern[(layer - 1) % len(self.moe_pattern)]
         return self.moe is not None
 
+    def kind(self, layer: int) -> tuple[bool, int | None, str]:
+        """What may differ from layer to layer: whether it is a mixture, its window and its norm placement."""
+        return self.is_moe(layer), self.window(layer) if self.attention else None, self.norm_placement(layer)
+
     def norm_placement(self, layer: int) -> str:
         """Placement of layer 1..n_layers: `mix` resolved to `post` or `pre` (Mix-LN, arXiv 2412.13795)."""
         if self.norm.placement != "mix":

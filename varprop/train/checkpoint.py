@@ -1,4 +1,5 @@
-"""A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end).
+"""A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end),
+`tokenizer.json` (of the corpus, where it is known).
 
 Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle.
 Checkpoints are written by a thread while training goes on.
@@ -7,7 +8,6 @@ Checkpoints are written by a thread while training goes on.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varprop.corpus import Corpus
+from varprop.corpus.directory import TOKENIZER
 from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError, require
 from varprop.files import replacing, write_text
+from varprop.hf.export import load_run
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
 from varprop.train import shards
@@ -33,10 +35,9 @@ from varprop.train.config import TrainConfig
 from varprop.train.distributed import World, full, unwrapped
 from varprop.train.shards import Piece, Shards
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
 """Checkpoints that are kept: the last one, and one before it should that be damaged."""
-NAME = re.compile(r"step-(\d{8,})")
 
 
 class RunDirectory:
@@ -44,19 +45,22 @@ class RunDirectory:
 
     path: made if it is not there, and seen by every process. Every method is called by all processes of `world`.
     `ArgumentError`, on all of them, for a directory that cannot be made, that another process uses, or that holds a run
-    of another spec, corpus or config (`EXECUTION_FIELDS` may differ).
+    of another spec, corpus or config (`EXECUTION_FIELDS` may differ). initial: fingerprint of the tensors that the run
+    starts from, empty for drawn ones; empty too where a checkpoint is there, which knows it.
     """
 
     def __init__(
         self, path: str | Path, spec: ModelSpec, config: TrainConfig, corpus: Corpus, world: World, initial: str = ""
     ) -> None:
+        require_path(path)
         self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
-        self._spec, self._seed, self._world = spec, config.seed, world
+        self._spec, self._seed, self._world, self._tokenizer = spec, config.seed, world, corpus.tokenizer
         self._run = {
             "format": FORMAT,
             "spec": spec.to_dict(),
-            "config": config.identity(),
-            "corpus": {"name": corpus.name, "sha256": corpus.sha256},
+            "config": {name: value for name, value in config.identity().items() if name != "corpus"},
+            # Not the corpus' name: the same file may be given by another path.
+            "corpus": {"sha256": corpus.sha256, "document_end": corpus.document_end},
             "initial": initial,
         }
         self._run = json.loads(json.dumps(self._run))  # tuples as lists, as they are read
@@ -71,9 +75,15 @@ class RunDirectory:
             with world.raise_together():
                 seen, wrong = self.checkpoints.is_dir(), f"not seen by process {world.rank}"
                 require(seen, ArgumentError, "run_dir", str(path), wrong, "a folder that all processes share")
+            self._run["initial"] = world.gather_text(self._run["initial"])[0]
         except BaseException:
             self._lock.release()
             raise
+
+    @property
+    def initial(self) -> str:
+        """Fingerprint of the tensors that the run started from, empty for those that its seed drew."""
+        return self._run["initial"]
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history_arrays: Mapping[str, np.ndarray]
@@ -108,9 +118,10 @@ class RunDirectory:
         The number of processes and how they share the model may be others than when it was saved. A damaged
         checkpoint is passed over with a `DamagedShardWarning`; `ArgumentError` if all of them are damaged.
         """
-        found = self._last_whole()
+        found = last_whole(self.path, self._world)
         if found is None:
             return None
+        self._require_same(found.run)
         state = {f"model.{name}": tensor for name, tensor in _state(model).items()}
         for name, parameter in _parameters(model).items():
             prefix = f"optimizer.{name}."
@@ -178,10 +189,16 @@ class RunDirectory:
             shutil.rmtree(rest, ignore_errors=True)
         description = self.path / "run.json"
         if description.exists():
-            self._require_same(_read_json(description))
-        elif self._saved():
+            found = _read_json(description)
+            if not self._run["initial"] and shards.saved(self.checkpoints) and isinstance(found, dict):
+                self._run["initial"] = str(found.get("initial", ""))
+            self._require_same(found)
+        elif shards.saved(self.checkpoints):
             raise ArgumentError(f"run_dir={shown!r} has checkpoints without run.json; expected a whole run directory")
         else:
+            if self._tokenizer is not None:
+                with replacing(self.path / TOKENIZER) as temporary:
+                    shutil.copyfile(self._tokenizer, temporary)
             write_text(description, json.dumps(self._run, indent=1, sort_keys=True) + "\n")
 
     def _require_same(self, found: Any) -> None:
@@ -189,34 +206,6 @@ class RunDirectory:
         if difference:
             name, held, expected = difference
             raise ArgumentError(f"run_dir={str(self.path)!r} holds a run with {name}={held!r}; expected {expected!r}")
-
-    def _saved(self) -> list[Path]:
-        """The folders of checkpoints, the latest first."""
-        steps = {
-            int(match[1]): path for path in self.checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))
-        }
-        return [steps[step] for step in sorted(steps, reverse=True)]
-
-    def _last_whole(self) -> Shards | None:
-        # Process 0 looks: a shared file system may show the others an older list.
-        names = json.loads(self._world.gather_text(json.dumps([path.name for path in self._saved()]))[0])
-        problem = ""
-        for name in names:
-            found, own = None, ""
-            try:
-                found = Shards(self.checkpoints / name)
-                found.require_whole(self._world.rank, self._world.size)
-            except SchemaError as error:
-                own = str(error)
-            problem = next(filter(None, self._world.gather_text(own)), "")
-            if found is not None and not problem:
-                self._require_same(found.run)
-                return found
-            if self._world.is_main:
-                warnings.warn(f"{problem}; the checkpoint before it is taken", DamagedShardWarning, stacklevel=3)
-        if problem:
-            raise ArgumentError(f"run_dir={str(self.path)!r} has no whole checkpoint: {problem}")
-        return None
 
     def _stage(self, name: str, piece: Piece) -> Piece:
         """The piece in memory that the next update does not change; pinned, so that CUDA copies while it computes."""
@@ -262,27 +251,64 @@ class RunDirectory:
             shutil.rmtree(target)
         part.rename(target)
         shards.sync(self.checkpoints)
-        for old in self._saved()[KEPT:]:
+        saved = shards.saved(self.checkpoints)
+        place = saved.index(target)
+        for old in saved[:place] + saved[place + KEPT :]:  # later ones were passed over as damaged
             shutil.rmtree(old, ignore_errors=True)
+
+
+def require_path(run_dir: str | Path, name: str = "run_dir") -> None:
+    """`ArgumentError` for what cannot be the path of a folder."""
+    good = str(run_dir) != "" and "\0" not in str(run_dir)
+    require(good, ArgumentError, name, str(run_dir), "no path", "the path of a folder")
+
+
+def last_whole(run_dir: Path, world: World | None = None) -> Shards | None:
+    """The last checkpoint of a run that is whole, None where there is none.
+
+    world: the processes that look together, each at a part of the files. Damaged checkpoints are passed over with a
+    `DamagedShardWarning`; `ArgumentError` if all of them are damaged.
+    """
+    world = world or World(0, 1, 0, torch.device("cpu"))
+    # Process 0 looks: a shared file system may show the others an older list.
+    names = json.loads(world.gather_text(json.dumps([path.name for path in shards.saved(run_dir / "checkpoints")]))[0])
+    problems: list[str] = []
+    for name in names:
+        own = ""
+        try:
+            found = Shards(run_dir / "checkpoints" / name)
+            found.require_whole(world.rank, world.size)
+        except SchemaError as error:
+            found, own = None, str(error)
+        problem = next(filter(None, world.gather_text(own)), "")
+        if found is not None and not problem:
+            for damaged in problems if world.is_main else ():
+                warnings.warn(f"{damaged}; the checkpoint of step {found.step} is taken", DamagedShardWarning, 3)
+            return found
+        problems.append(problem)
+    if problems:
+        raise ArgumentError(f"run_dir={str(run_dir)!r} has no whole checkpoint: {problems[0]}")
+    return None
+
+
+def goes_on_alone(run_dir: str | Path) -> bool:
+    """Whether a run directory has a checkpoint of a run that started from given tensors: it needs them no more."""
+    require_path(run_dir)
+    if not shards.saved(Path(run_dir) / "checkpoints"):
+        return False
+    run = _read_json(Path(run_dir) / "run.json")
+    return isinstance(run, dict) and bool(run.get("initial"))
 
 
 def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Transformer:
     """The trained network of a finished run; `ArgumentError` if `run_dir` has none."""
+    require_path(run_dir)
     path = Path(run_dir) / "model.safetensors"
     if not path.is_file():
         raise ArgumentError(
             f"run_dir={str(run_dir)!r} has no model.safetensors; expected the directory of a finished run"
         )
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = json.loads((opened.metadata() or {})["varprop"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError):
-        raise ArgumentError(f"file={str(path)!r} is truncated or damaged; expected a file of a varprop run") from None
-    # The seed is that of the key masks too, which are no tensors of the state.
-    model = Transformer(ModelSpec.from_dict(metadata["spec"]), seed=metadata["seed"], device=device)
-    model.load_state_dict(tensors)
-    return model
+    return load_run(run_dir, device=torch.device(device))
 
 
 def _transformer(model: nn.Module) -> nn.Module:

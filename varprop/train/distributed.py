@@ -138,6 +138,14 @@ class World:
         pairs = zip(parts, lengths, strict=True)
         return [part[: int(length)].numpy().tobytes().decode() for part, length in pairs]
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one of the processes; on the CPU, so that no device is waited for."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flags)
+
     @contextmanager
     def raise_together(self) -> Iterator[None]:
         """What one process raises in this block, all raise at its end. The block itself must not communicate.
@@ -186,14 +194,19 @@ class World:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device called `name`; `auto` is CUDA where there is one. `ArgumentError` for one that is not there."""
+    """The CPU or CUDA device called `name`; `auto` is CUDA where there is one.
+
+    `ArgumentError` for one that is not there, and for devices of other types.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise ArgumentError(f"device={name!r} is not available; expected auto, cpu or a CUDA device") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device={name!r} is not available; expected auto, cpu or a CUDA device")
     return device
 
 
@@ -229,15 +242,20 @@ def shard(model: nn.Module, world: World, config: TrainConfig) -> nn.Module:
             return DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-    one = config.compile_layers == 1
-    expected = "1 with parallel='fsdp', which gathers one block at a time"
-    require(one, ArgumentError, "compile_layers", config.compile_layers, "too large", expected)
+    require_shardable(config, world.size)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in model.transformer.layers:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
     # Without it the root keeps what it has gathered for a pass without gradients, and uses it after the next update.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def require_shardable(config: TrainConfig, n_processes: int) -> None:
+    """`ArgumentError` unless `n_processes` processes can share a model in the way that `config` asks for."""
+    good = n_processes == 1 or config.parallel == "ddp" or config.compile_layers == 1
+    expected = "1 with parallel='fsdp', which gathers one block at a time"
+    require(good, ArgumentError, "compile_layers", config.compile_layers, "too large", expected)
 
 
 def accumulate(model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varprop.errors import ArgumentError, require
 from varprop.spec import ModelSpec
-from varprop.train.checkpoint import load_model
-from varprop.train.shards import Shards
+from varprop.train.checkpoint import last_whole, load_model, require_path
 
 Method = Literal["stack", "interleave"]
 Moments = Literal["copied", "dropped"]
@@ -55,15 +54,10 @@ def layer_sources(shallow: ModelSpec, deep: ModelSpec, method: Method = "stack")
     else:
         sources = tuple(-(-layer * shallow.n_layers // deep.n_layers) for layer in layers)
     for layer, source in zip(layers, sources, strict=True):
-        if _kind(deep, layer) != _kind(shallow, source):
+        if deep.kind(layer) != shallow.kind(source):
             wrong = f"a layer {layer} whose block is of another kind than layer {source} of the shallow model"
             raise ArgumentError(f"n_layers={deep.n_layers} gives {wrong}; expected a depth that fits the patterns")
     return sources
-
-
-def _kind(spec: ModelSpec, layer: int) -> tuple[bool, int | None, str]:
-    """What may differ from layer to layer."""
-    return spec.is_moe(layer), spec.window(layer) if spec.attention else None, spec.norm_placement(layer)
 
 
 def grown_state(
@@ -111,18 +105,16 @@ def grow(
     """The state from which a run of the deep spec starts, grown from the run in `run_dir`.
 
     moments `dropped`: the final weights of a finished run, float32 on the CPU by name, masks included. `copied`: the
-    weights of its last checkpoint and, as `optimizer.<name>.<key>`, their AdamW state, for `load_moments`.
-    Raises `ArgumentError` for a directory without a finished run (a checkpoint) and as `grown_state`, `SchemaError` for
-    a damaged checkpoint.
+    weights of its last whole checkpoint and, as `optimizer.<name>.<key>`, their AdamW state, for `load_moments`.
+    Raises `ArgumentError` for a directory without a finished run (a whole checkpoint) and as `grown_state`.
     """
     if moments == "dropped":
         model = load_model(run_dir)
         return grown_state(model.state_dict(), model.spec, deep, method)
-    folders = sorted(Path(run_dir).glob("checkpoints/step-*"))
-    if not folders:
+    require_path(run_dir)
+    last = last_whole(Path(run_dir))
+    if last is None:
         raise ArgumentError(f"run_dir={str(run_dir)!r} has no checkpoint; expected one, or moments='dropped'")
-    last = Shards(folders[-1])
-    last.require_whole()
     tensors = {
         name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
         for name, (shape, dtype) in last.tensors.items()

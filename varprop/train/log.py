@@ -26,6 +26,8 @@ from varprop.files import replacing
 from varprop.locks import writing
 
 NAMES = ("console", "jsonl", "tensorboard", "wandb")
+PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "varprop[tensorboard]"), "wandb": ("wandb", "wandb")}
+"""The module that a log needs, and what to install for it."""
 LOSS, SPEED, MFU = "train/loss", "throughput/tokens_per_s", "throughput/mfu"
 
 
@@ -62,12 +64,14 @@ def loggers(
 
 
 def check_names(names: Sequence[str], run_dir: str | Path | None) -> None:
-    """`ArgumentError` as of `loggers` for an unknown name, one given twice, or one without its `run_dir`."""
+    """`ArgumentError` as of `loggers`; nothing is made."""
     for name in names:
         require(name in NAMES, ArgumentError, "log", name, "unknown", "one of " + ", ".join(NAMES))
         require(list(names).count(name) == 1, ArgumentError, "log", name, "given twice", "each log once")
         placed = run_dir is not None or name == "console"
         require(placed, ArgumentError, "log", name, "given without a run directory", "run_dir with it")
+        if name in PACKAGES:
+            _module(name)
 
 
 class ConsoleLog:
@@ -161,12 +165,9 @@ class TensorBoard:
     """Scalars for TensorBoard, which hides what an earlier process wrote from `resume_step` on."""
 
     def __init__(self, folder: str | Path, resume_step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard", "varprop[tensorboard]", error) from None
+        module = _module("tensorboard")
         with writing(Path(folder)):
-            self._writer = SummaryWriter(str(folder), purge_step=resume_step)
+            self._writer = module.SummaryWriter(str(folder), purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -184,10 +185,7 @@ class WandB:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise _missing("wandb", "wandb", error) from None
+        wandb = _module("wandb")
         folder = Path(run_dir).resolve()
         with writing(folder / "wandb"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -203,5 +201,12 @@ class WandB:
         self._run.finish()
 
 
-def _missing(name: str, package: str, error: ImportError) -> ArgumentError:
-    return ArgumentError(f"log={name!r} cannot be used ({error}); expected it after: pip install '{package}'")
+def _module(name: str) -> Any:
+    """The module that a log needs; `ArgumentError` where it is not installed."""
+    module, package = PACKAGES[name]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ArgumentError(
+            f"log={name!r} cannot be used ({error}); expected it after: pip install '{package}'"
+        ) from None

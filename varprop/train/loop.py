@@ -21,9 +21,10 @@ from torch import Tensor
 
 from varprop import results
 from varprop.corpus import load_corpus
-from varprop.errors import ArgumentError, Stopped, require
+from varprop.errors import ArgumentError, Stopped
 from varprop.spec import ModelSpec
 from varprop.train import budget, log
+from varprop.train.check import check_run
 from varprop.train.checkpoint import RunDirectory
 from varprop.train.config import TrainConfig
 from varprop.train.data import batches
@@ -36,8 +37,6 @@ RISE_WINDOW = 50
 """Records whose mean a loss is compared with by `max_loss_rise`."""
 RISE_RECORDS = 10
 """Records that must be there before a loss is compared."""
-STOP_EVERY = 10
-"""Steps between two agreements of several processes on whether to stop."""
 
 
 def fit(
@@ -60,7 +59,8 @@ def fit(
 
     run_dir: where checkpoints and the final weights are kept; the same call resumes a killed run, on a CPU (and with
     config.deterministic on one GPU) bitwise as if it had not been killed. corpus_dir: of `load_corpus`. initial:
-    tensors by the names of the network's state to start from, such as `train.grow` makes. logs: of `train.log.NAMES`.
+    tensors by the names of the network's state to start from, such as `train.grow` makes; not needed where run_dir has
+    a checkpoint. logs: of `train.log.NAMES`.
     progress: the console log where stderr is a terminal. Under torchrun all processes train together.
     Raises `ArgumentError` for bad input, a run directory of another run, a loss that is not finite or rises by more
     than config.max_loss_rise (then `run_dir` holds `stopped.nc` and `stopped.safetensors`), and `Stopped` after a
@@ -71,16 +71,16 @@ def fit(
         world = stack.enter_context(World.start(config))
         stack.enter_context(deterministic_kernels(config.deterministic))
         stop_requested = stack.enter_context(stop_on_signals())
+        names = _names(logs, progress)
         with world.raise_together():
+            log.check_names(names, run_dir)
             corpus = load_corpus(config.corpus, corpus_dir)
-            fits = corpus.vocab_size <= spec.vocab_size
-            expected = f"a vocab_size of at least {corpus.vocab_size}, that of the corpus {corpus.name}"
-            require(fits, ArgumentError, "vocab_size", spec.vocab_size, "too small", expected)
+            check_run(spec, config, corpus, world.size)
         trainer = Trainer(spec, config, corpus, world, initial)
         run = None
         if run_dir is not None:
             run = stack.enter_context(RunDirectory(run_dir, spec, config, corpus, world, _fingerprint(initial)))
-        return _Loop(trainer, run, _names(logs, progress), stop_requested, _fingerprint(initial)).run()
+        return _Loop(trainer, run, names, stop_requested, run.initial if run else _fingerprint(initial)).run()
 
 
 def _names(logs: Sequence[str], progress: bool) -> tuple[str, ...]:
@@ -115,6 +115,7 @@ class _Loop:
         self._config, self._world = trainer.config, trainer.world
         restored = None if run is None else run.restore(trainer.model, trainer.optimizer)
         self._start, arrays = restored or (0, {})
+        self._last: dict[str, Tensor] = {}  # loss and gradient norm of the last step
         self._history, self._fetcher = History.from_arrays(arrays), Fetcher()
         with self._world.raise_together():
             wanted = logs if self._world.is_main else ()
@@ -147,6 +148,9 @@ class _Loop:
                 each.close()
         if self._run is not None:
             self._run.finish(trainer.model)
+            if self._world.is_main:
+                for name in ("stopped.nc", "stopped.safetensors"):  # of an attempt before
+                    (self._run.path / name).unlink(missing_ok=True)
             if self._start <= trainer.n_steps:  # nothing is left to do
                 self._run.save(trainer.n_steps + 1, trainer.model, trainer.optimizer, self._history.arrays())
                 self._run.wait()
@@ -167,6 +171,7 @@ class _Loop:
             self._history.append("update_step", step, trainer.update_ratios(before))
         if due["record"]:
             self._fetcher.put(step, {**record, "gradient_norm": norm})
+        self._last = {"train_loss": record["train_loss"], "gradient_norm": norm}
 
     def _measure(self, step: int, due: Mapping[str, bool], record: Mapping[str, Tensor]) -> None:
         self._take()
@@ -183,9 +188,10 @@ class _Loop:
     # Between steps ----------------------------------------------------------------------------------------------------
 
     def _save_if_due(self, step: int) -> None:
-        stopping = self._is_stopping(step)
+        stopping = self._is_stopping()
         if self._run is not None and step > self._start and (stopping or step % self._config.checkpoint_every == 0):
             self._take()
+            self._require_finite(step - 1)
             self._run.save(step, self._trainer.model, self._trainer.optimizer, self._history.arrays())
         if stopping:
             where = "nothing is saved without a run directory"
@@ -194,10 +200,9 @@ class _Loop:
                 where = f"the same call goes on from {str(self._run.path)!r}"
             raise Stopped(f"stopped before update {step} of {self._trainer.n_steps}; {where}")
 
-    def _is_stopping(self, step: int) -> bool:
-        if self._world.size == 1:
-            return self._stop_requested()
-        return step % STOP_EVERY == 0 and any(self._world.gather_text("stop" if self._stop_requested() else ""))
+    def _is_stopping(self) -> bool:
+        # At every step: torchrun kills what has not ended after 30 s. The answer takes a fraction of a millisecond.
+        return self._world.any(self._stop_requested())
 
     def _take(self, before: int | None = None) -> None:
         """Put the records of the steps below `before`, or all, into the history and the logs; look at the losses.
@@ -214,12 +219,20 @@ class _Loop:
         if problem:
             raise ArgumentError(problem + self._keep_stopped(step))
 
+    def _require_finite(self, step: int) -> None:
+        """Look at the step before a save, recorded or not: what is kept can be trained on."""
+        good = is_finite({name: value.cpu().numpy() for name, value in self._last.items()})
+        if self._world.any(not good):
+            raise ArgumentError(self._not_finite(step) + self._keep_stopped(step))
+
+    def _not_finite(self, step: int) -> str:
+        rate = self._trainer.learning_rate(step)
+        return f"loss or gradient at step {step} is not finite; expected a finite one (learning_rate={rate:g} there)"
+
     def _problem(self, step: int, record: Mapping[str, np.ndarray]) -> str:
         rate = self._trainer.learning_rate(step)
         if not is_finite(record):
-            return (
-                f"loss or gradient at step {step} is not finite; expected a finite one (learning_rate={rate:g} there)"
-            )
+            return self._not_finite(step)
         before = self._history.of("train_loss")[-RISE_WINDOW:]
         limit, loss = self._config.max_loss_rise, float(record["train_loss"])
         if limit is None or len(before) < RISE_RECORDS or loss <= float(np.mean(before)) + limit:

@@ -171,12 +171,7 @@ def _units(spec: ModelSpec, size: int) -> list[range]:
 @functools.lru_cache(maxsize=4096)
 def representative(spec: ModelSpec, layer: int) -> int:
     """The first layer with the code of `layer`: equal norm placement, window and kind of feed-forward."""
-    return next(i for i in range(1, layer + 1) if _kind(spec, i) == _kind(spec, layer))
-
-
-def _kind(spec: ModelSpec, layer: int) -> tuple[Any, ...]:
-    window = spec.window(layer) if spec.attention else None
-    return spec.norm_placement(layer), window, spec.is_moe(layer)
+    return next(i for i in range(1, layer + 1) if spec.kind(i) == spec.kind(layer))
 
 
 def _embed(model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor]:

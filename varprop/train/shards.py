@@ -1,15 +1,17 @@
 """The files of a checkpoint: each process writes its part of the state, any number of processes read it back.
 
 `<rank>-of-<size>.safetensors` holds pieces of tensors, boxes of the whole ones. `checkpoint.json`, written last, says
-of each file its size, its SHA-256, and the offset of each piece; of each tensor the whole shape and the type. Not
-torch.distributed.checkpoint: its own storage is pickled, its safetensors storage has no hashes and takes the shape of a
-tensor from the pieces that are there, so that a missing file is not noticed.
+of each file its size, its SHA-256, and the offset of each piece; of each tensor the whole shape and the type; and the
+SHA-256 of all that. Not torch.distributed.checkpoint: its own storage is pickled, its safetensors storage has no hashes
+and takes the shape of a tensor from the pieces that are there, so that a missing file is not noticed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from varprop.corpus.cache import sha256_of_file
 from varprop.errors import SchemaError
 
 MANIFEST = "checkpoint.json"
+NAME = re.compile(r"step-(\d{8,})")
+"""Of the folder of a checkpoint."""
 Box = tuple[tuple[int, int], ...]
 """Start and stop along each axis of a whole tensor."""
 
@@ -97,9 +101,20 @@ def write_shard(folder: Path, rank: int, size: int, pieces: Mapping[str, Piece])
 def write_manifest(folder: Path, step: int, run: Mapping[str, Any], files: list[dict[str, Any]]) -> None:
     """Write what makes a folder of shards a checkpoint. run: what the state belongs to; files: of `write_shard`."""
     path = folder / MANIFEST
-    path.write_text(json.dumps({"step": step, "run": run, "files": files}, sort_keys=True) + "\n")
+    body = {"step": step, "run": run, "files": files}
+    path.write_text(json.dumps({**body, "sha256": _sha256(body)}, sort_keys=True) + "\n")
     sync(path)
     sync(folder)
+
+
+def _sha256(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def saved(checkpoints: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, the latest first."""
+    steps = {int(match[1]): path for path in checkpoints.glob("step-*") if (match := NAME.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def sync(path: Path) -> None:
@@ -114,19 +129,22 @@ def sync(path: Path) -> None:
 class Shards:
     """A checkpoint on the disk: `step`, `run` (what it belongs to), `tensors` (shape and type by name).
 
-    Raises `SchemaError` for a manifest that is not whole.
+    Raises `SchemaError` for a manifest that is not as it was written, or is that of another step than the folder's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            self.step, self.run, self._files = int(manifest["step"]), manifest["run"], manifest["files"]
+            written = manifest.pop("sha256") == _sha256(manifest)
+            self.step, self.run, self._files = manifest["step"], manifest["run"], manifest["files"]
             self.tensors = {
                 name: (tuple(shape), dtype) for file in self._files for name, (shape, dtype) in file["tensors"].items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise SchemaError(f"file={str(folder / MANIFEST)!r} is damaged; expected that of a checkpoint") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            written = False
+        if not written or folder.name != f"step-{self.step:08d}":
+            raise SchemaError(f"file={str(folder / MANIFEST)!r} is damaged; expected that of a checkpoint")
 
     def require_whole(self, rank: int = 0, size: int = 1) -> None:
         """Compare every `size`-th file with its size and hash; `SchemaError` for one that is not as it was written."""

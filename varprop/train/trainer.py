@@ -22,8 +22,9 @@ from varprop.measure import balance_bias
 from varprop.spec import ModelSpec
 from varprop.train import optim
 from varprop.train.budget import n_steps
+from varprop.train.check import check_run
 from varprop.train.config import TrainConfig
-from varprop.train.data import document_ids, evaluation_windows
+from varprop.train.data import document_ids, evaluation_windows, mean_bytes
 from varprop.train.distributed import World, accumulate, compute_dtype, shard
 from varprop.train.graphs import StepGraphs
 from varprop.train.grow import OPTIMIZER, load_moments
@@ -52,20 +53,12 @@ class Trainer:
         world: World,
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_run(spec, config, corpus, world.size)
         self.spec, self.config, self.corpus, self.world = spec, config, corpus, world
         self.n_steps = n_steps(config, spec)
         self.dtype = compute_dtype(config, world.device)
         self.rows = world.share(config.batch_size)
         self._micro = min(config.micro_batch_size or len(self.rows), len(self.rows))
-        wrong, domain = "not a divisor", f"a divisor of the {len(self.rows)} sequences of a process"
-        good = len(self.rows) % self._micro == 0
-        require(good, ArgumentError, "micro_batch_size", config.micro_batch_size, wrong, domain)
-        drawn = spec.attention is not None and spec.attention.key_mask_density < 1
-        wrong, domain = "given with key_mask_density < 1, whose masks are drawn on the CPU", "false"
-        require(not (config.cuda_graph and drawn), ArgumentError, "cuda_graph", True, wrong, domain)
-        if config.document_mask:
-            known = "a corpus that says what ends a document"
-            require(corpus.document_end is not None, ArgumentError, "document_mask", True, "not possible", known)
         plain = TrainingModel(spec, config, device=world.device, compute_dtype=self.dtype)
         if initial is not None:
             _load_initial(plain, {name: t for name, t in initial.items() if not name.startswith(OPTIMIZER)})
@@ -75,20 +68,26 @@ class Trainer:
         load_moments(plain.transformer, self.optimizer, initial or {})
         self._graphs: StepGraphs | None = None
         self._n_eager = 0
-        self._windows = {name: self._evaluation_parts(name) for name in EVALUATIONS}
+        evaluated = [self._evaluation_windows(name) for name in EVALUATIONS]
+        self._windows = [self._own_parts(ids) for ids in evaluated]
+        self._bytes_per_token = [mean_bytes(corpus, ids[:, 1:]) for ids in evaluated]
         probed = evaluation_windows(corpus, config.n_probe_sequences, config.n_tokens)
         self._probe_tokens = torch.from_numpy(probed[:, :-1]).to(world.device)
 
     # A step -----------------------------------------------------------------------------------------------------------
 
     def forward_backward(self, tokens: Tensor, record: bool) -> dict[str, Tensor]:
-        """Leave the gradients of a batch (B, T + 1) in the parameters; if asked for, what is recorded, else {}."""
+        """Leave the gradients of a batch (B, T + 1) in the parameters; what is recorded, float64, on the device.
+
+        record: the variables of `OF_BATCH` over all processes; else `train_loss` of the sequences of this one alone.
+        """
         if self._graphs is None and self._records_steps() and self._n_eager >= EAGER_STEPS:
             self._graphs = StepGraphs(tokens, self._recorded_passes, self._update)
         self._n_eager += 1
         if self._graphs is not None:
             return self._graphs.forward_backward(tokens)
-        return self._mean_over_ranks(self._forward_backward(tokens, record))
+        found = self._forward_backward(tokens, record)
+        return self._mean_over_ranks(found) if record else found
 
     def _recorded_passes(self, tokens: Tensor) -> dict[str, Tensor]:
         return self._forward_backward(tokens, True)
@@ -106,9 +105,9 @@ class Trainer:
                 found = self.model(inputs, targets, self._documents(inputs))
                 (found.loss / len(parts)).backward()
             self._load = found.mixtures.get("expert_load", torch.zeros(0)) + (self._load if number else 0)
-            if record:
-                for name, value in batch_statistics(found, self.spec).items():
-                    total[name] = total.get(name, 0.0) + value / len(parts)
+            values = batch_statistics(found, self.spec) if record else {"train_loss": found.cross_entropy.double()}
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + value / len(parts)
         return total
 
     def update(self, step: int) -> Tensor:
@@ -142,7 +141,7 @@ class Trainer:
             bias.data.copy_(torch.where(good, moved, bias.data))
 
     def _mean_over_ranks(self, record: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.world.size == 1 or not record:
+        if self.world.size == 1:
             return record
         flat = self.world.mean(torch.cat([value.flatten() for value in record.values()]))
         parts = flat.split([value.numel() for value in record.values()])
@@ -158,29 +157,32 @@ class Trainer:
 
     # Measurements -----------------------------------------------------------------------------------------------------
 
-    def _evaluation_parts(self, name: str) -> tuple[Tensor, ...]:
-        """The windows of an evaluation that fall to this process, in parts (n, length + 1): as many tokens at either
-        length, and as many parts on every process, because a sharded model is gathered for each.
-        """
-        config, size = self.config, self.world.size
+    def _evaluation_windows(self, name: str) -> np.ndarray:
+        """The windows of an evaluation (n, length + 1): as many tokens at either length."""
+        config = self.config
         length = config.evaluation_length if name == "fixed_length" else config.n_tokens
-        field = "evaluation_length" if name == "fixed_length" else "n_tokens"
-        wrong = f"too long for a held-out text of {len(self.corpus.validation)} tokens"
-        require(length < len(self.corpus.validation), ArgumentError, field, length, wrong, "a shorter sequence")
         wanted = max(1, config.n_evaluation_sequences * config.evaluation_length // length)
-        ids = torch.from_numpy(evaluation_windows(self.corpus, wanted, length))
+        return evaluation_windows(self.corpus, wanted, length)
+
+    def _own_parts(self, windows: np.ndarray) -> tuple[Tensor, ...]:
+        """The windows that fall to this process, in parts: as many on every process, because a sharded model is
+        gathered for each.
+        """
+        ids, size = torch.from_numpy(windows), self.world.size
         if len(ids) < size:  # each reads all of them
             ids = ids.repeat_interleave(size, dim=0)
-        at_once = max(1, self._micro * config.n_tokens // (length + 1))
+        at_once = max(1, self._micro * self.config.n_tokens // windows.shape[1])
         n_parts = min(len(ids) // size, -(-len(ids) // (size * at_once)))
         return ids[self.world.rank :: size].tensor_split(n_parts)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, np.ndarray]:
-        """validation_loss, nats per token: at the fixed evaluation length and at the training length."""
+        """validation_loss, nats per token, at the fixed evaluation length and at the training length; where the bytes
+        of the tokens are known (`data.mean_bytes`), bits_per_byte = nats / ln 2 / bytes of the tokens predicted.
+        """
         self.model.eval()
         losses = []
-        for parts in self._windows.values():
+        for parts in self._windows:
             total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # of losses, of windows
             for part in parts:
                 tokens = part.to(self.world.device)
@@ -190,7 +192,10 @@ class Trainer:
             total = self.world.sum(total)
             losses.append(total[0] / total[1])
         self.model.train()
-        return {"validation_loss": torch.stack(losses).cpu().numpy()}
+        found = {"validation_loss": torch.stack(losses).cpu().numpy()}
+        if None not in self._bytes_per_token:
+            found["bits_per_byte"] = found["validation_loss"] / math.log(2) / np.array(self._bytes_per_token)
+        return found
 
     def probe(self) -> dict[str, np.ndarray]:
         """The variables of `OF_PROBE` of the network as it is; gradients must be there."""
