@@ -44,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     out = files.writable(arguments.out)
     initial = None
-    # A run that has begun goes on without the shallow one, which may be gone; where it is there, it must be the same.
-    begun = arguments.run_dir is not None and checkpoint.goes_on_alone(arguments.run_dir)
-    if arguments.grow_from is not None and not (begun and not Path(arguments.grow_from).exists()):
-        initial = train.grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
+    if arguments.grow_from is not None:
+        # A grown run that has begun goes on without the shallow one where that is gone; else it is looked at.
+        gone = arguments.run_dir is not None and not Path(arguments.grow_from).exists()
+        if not gone or not checkpoint.goes_on_alone(arguments.run_dir):
+            initial = train.grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
     dataset = train.fit(
         wanted.spec,
         wanted.config,

@@ -154,7 +154,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     records = []
     with contextlib.suppress(FileNotFoundError):
         for line in Path(path).read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line) if line.endswith(b"\n") else None
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     records.append(record)
