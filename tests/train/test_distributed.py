@@ -213,6 +213,11 @@ def test_one_process_needs_no_group() -> None:
     assert world.gather(values).tolist() == [[1.0, 2.0]]
     assert world.gather_text("a") == ["a"]
     assert float(global_norm([torch.tensor([3.0]), torch.tensor([4.0])])) == 5.0
+    large = torch.full((4096, 2048), 0.1)  # torch's own norm is 0.7 % low
+    norm = global_norm([large, large])
+    assert float(norm) == pytest.approx(float(large[0, 0]) * (2 * large.numel()) ** 0.5, rel=1e-6)
+    assert norm.dtype == torch.float32
+    assert float(global_norm([])) == 0
     with pytest.raises(KeyError), world.raise_together():
         raise KeyError("own type")
 
