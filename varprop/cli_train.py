@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     initial = None
     if arguments.grow_from is not None:
         # A grown run that has begun goes on without the shallow one where that is gone; else it is looked at.
-        gone = arguments.run_dir is not None and not Path(arguments.grow_from).exists()
-        if not gone or not checkpoint.goes_on_alone(arguments.run_dir):
+        run_dir, there = arguments.run_dir, Path(arguments.grow_from).exists()
+        if there or run_dir is None or not checkpoint.goes_on_alone(run_dir):
             initial = train.grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
     dataset = train.fit(
         wanted.spec,
