@@ -26,6 +26,8 @@ def test_json_lines_hold_every_record(tmp_path: Path) -> None:
     assert text == '{"step": 0, "train/loss": 2.5, "gradient_norm": null}\n{"step": 10, "train/loss": 2.0}\n'
     assert read_jsonl(tmp_path / "new" / "log.jsonl")[1] == {"step": 10, "train/loss": 2.0}
     assert read_jsonl(tmp_path / "none") == []
+    (tmp_path / "damaged").write_text("[" * 100_000 + '\n\udcff\n{"step": 3}\n', errors="surrogateescape")
+    assert read_jsonl(tmp_path / "damaged") == [{"step": 3}]
 
 
 @pytest.mark.parametrize("cut", range(1, 32))

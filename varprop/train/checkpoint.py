@@ -190,7 +190,7 @@ class RunDirectory:
         description = self.path / "run.json"
         if description.exists():
             found = _read_json(description)
-            if not self._run["initial"] and shards.saved(self.checkpoints) and isinstance(found, dict):
+            if not self._run["initial"] and shards.saved(self.checkpoints):
                 self._run["initial"] = str(found.get("initial", ""))
             self._require_same(found)
         elif shards.saved(self.checkpoints):
@@ -296,8 +296,7 @@ def goes_on_alone(run_dir: str | Path) -> bool:
     require_path(run_dir)
     if not shards.saved(Path(run_dir) / "checkpoints"):
         return False
-    run = _read_json(Path(run_dir) / "run.json")
-    return isinstance(run, dict) and bool(run.get("initial"))
+    return bool(_read_json(Path(run_dir) / "run.json").get("initial"))
 
 
 def load_model(run_dir: str | Path, device: str | torch.device = "cpu") -> Transformer:
@@ -339,10 +338,10 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any]
         shards.sync(temporary)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         raise ArgumentError(f"file={str(path)!r} is damaged; expected the description of a varprop run") from None
 
 
