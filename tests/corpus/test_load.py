@@ -85,6 +85,7 @@ def test_unwritable_cache_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_tokenising_prints_nothing_even_when_the_caller_forks() -> None:
     """The beginnings of the embedded documents."""
     program = """
+import os
 from varprop.corpus import load
 documents = load._unpack(load.ASSETS / "embedded.txt.xz").decode().split(load.DOCUMENT_END)
 load._unpack = lambda _: load.DOCUMENT_END.join(document[:2000] for document in documents).encode()
