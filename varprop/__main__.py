@@ -9,8 +9,10 @@ import warnings
 # Threads that wait by spinning slow training down many times where a core is shared; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from varprop import cli
+from varprop import cli, errors
 from varprop.errors import Stopped, VarpropError
+
+FORMAT = warnings.formatwarning
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: a comparison that does not agree, runs of a sweep that failed. 2: bad input. 3: a signal ended a run,
     whose state is saved.
     """
-    before, warnings.formatwarning = warnings.formatwarning, _one_line
+    warnings.formatwarning = _one_line
     try:
         return cli.run(sys.argv[1:] if arguments is None else arguments)
     except VarpropError as error:
@@ -41,12 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("varprop: interrupted", file=sys.stderr)
         return 130
     finally:
-        warnings.formatwarning = before
+        warnings.formatwarning = FORMAT
 
 
 def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
+    """Warnings of ours without the place in the code."""
+    if category.__module__ != errors.__name__:
+        return FORMAT(message, category, filename, lineno, line)
     return f"varprop: warning: {message}\n"
 
 

@@ -39,7 +39,7 @@ def add(command: Command) -> None:
     evaluating.add_argument(
         "--corpus-dir", type=path, default=None, help="folder of the corpus (default $VARPROP_CORPUS)"
     )
-    texts = "held-out texts of the loss: books, docs, embedded (default %(default)s)"
+    texts = "held-out texts of the loss: books, docs, embedded, corpus directories (default %(default)s)"
     evaluating.add_argument("--texts", default="books,docs", help=texts)
     evaluating.add_argument("--lengths", default="128", help="window lengths of the loss, as 128,1024 (default 128)")
     evaluating.add_argument("--n-sequences", type=int, default=None, help="windows of each text (default all)")
@@ -55,12 +55,15 @@ def add(command: Command) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from varprop import hf  # brings the tokenizer library in
 
-    tokenizer = None if arguments.no_tokenizer else _tokenizer(Path(arguments.run))
+    model = hf.load(arguments.run)
+    tokenizer = special_tokens = None
+    if not arguments.no_tokenizer:
+        tokenizer, special_tokens = _tokenizer(arguments.run, "--no-tokenizer")
     longest = arguments.max_positions
     if longest is None:
         longest = _n_tokens_of(Path(arguments.run)) or hf.MAX_POSITIONS
-    model = hf.load(arguments.run)
-    done = hf.export(model, arguments.out, dtype=arguments.dtype, tokenizer=tokenizer, max_positions=longest)
+    options = {"dtype": arguments.dtype, "max_positions": longest}
+    done = hf.export(model, arguments.out, tokenizer=tokenizer, special_tokens=special_tokens, **options)
     if done.folded:
         print("folded into the weights: " + ", ".join(done.folded))
     print(f"wrote {done.path}, a {done.model_type}")
@@ -75,12 +78,15 @@ def _n_tokens_of(run: Path) -> int | None:
         return None
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; the package's own for a run."""
+def _tokenizer(folder: str, instead: str) -> tuple[Any, Any]:
+    """`hf.tokenizer_of` a folder; `ArgumentError` where it has none, which says what goes `instead`."""
     from varprop import hf
 
-    own = folder / "tokenizer.json"
-    return hf.load_tokenizer(own if own.is_file() else None)
+    found = hf.tokenizer_of(folder)
+    if found is None:
+        path = str(Path(folder) / "tokenizer.json")
+        raise ArgumentError(f"tokenizer={path!r} is missing; expected that of the run's corpus, or {instead}")
+    return found
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -88,6 +94,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     model = hf.load(arguments.folder)
     hf.save_run(model, arguments.out)
+    hf.copy_tokenizer(arguments.folder, arguments.out)
     print(f"wrote {arguments.out}: {model.spec.parameter_counts()['total']:,} parameters, spec {model.spec.spec_id}")
     return 0
 
@@ -112,29 +119,43 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     require(seed >= 0, ArgumentError, "seed", seed, "outside the domain", "an integer >= 0")
     compute_dtype = torch.bfloat16 if arguments.precision == "bfloat16" else None
     model = hf.load(arguments.model, device=resolve_device(arguments.device), compute_dtype=compute_dtype)
-    tokenizer = _tokenizer(Path(arguments.model))
-    hf.require_fit(tokenizer, model.spec.vocab_size)
-    with_corpus = [task for task in tasks if task != "blimp"]
-    if with_corpus:
-        evaluate.require_same_tokenizer(tokenizer, hf.load_tokenizer(), with_corpus)
+    names = {"loss": texts, "cloze": ["books"]}
+    read = {name for task in tasks for name in names.get(task, ())}
+    held_out = {name: corpus.load_corpus(name, arguments.corpus_dir) for name in sorted(read)}
+    tokenizer: Any = None
+    special_tokens: Any = None
+    if tasks != ["loss"] or any(text.tokenizer is not None for text in held_out.values()):
+        tokenizer, special_tokens = _tokenizer(arguments.model, "the loss of a plain token file alone")
+        hf.require_fit(tokenizer, model.spec.vocab_size)
+        for text in held_out.values():
+            evaluate.require_same_tokenizer(tokenizer, text)
     parts = []
     if "loss" in tasks:
-        for text in texts:
-            held_out = corpus.load_corpus(text, arguments.corpus_dir)
-            sized = {"bytes_per_token": held_out.bytes_per_token, "n_sequences": arguments.n_sequences}
-            for length in lengths:
-                options = {**sized, "text": text, "seed": seed}
-                parts.append(evaluate.packed_loss(model, held_out.validation, length, **options))
+        for name in texts:
+            text = held_out[name]
+            sized = {"bytes_of_text": text.bytes_per_token if text.token_bytes is None else text.token_bytes}
+            options = {**sized, "n_sequences": arguments.n_sequences, "text": name, "seed": seed}
+            parts += [evaluate.packed_loss(model, text.validation, length, **options) for length in lengths]
     if "blimp" in tasks:
+        first = _first_token(arguments.model, special_tokens)
         pairs = evaluate.load_pairs(_corpus_dir(arguments), arguments.limit)
-        parts.append(evaluate.blimp(model, pairs, tokenizer))
+        parts.append(evaluate.blimp(model, pairs, tokenizer, first))
     if "cloze" in tasks:
-        books = corpus.load_corpus("books", arguments.corpus_dir).validation
-        parts.append(evaluate.cloze(model, books, tokenizer, n_items=arguments.n_items, seed=seed))
+        books = held_out["books"]
+        options = {"document_end": books.document_end, "n_items": arguments.n_items, "seed": seed}
+        parts.append(evaluate.cloze(model, books.validation, tokenizer, **options))
     dataset = evaluate.join(parts)
     results.save(dataset, out)
     print(f"{evaluate.table(dataset)}\nwrote {out}")
     return 0
+
+
+def _first_token(folder: str, special_tokens: Any) -> int:
+    """The id that a sentence is read behind."""
+    path, wrong = str(Path(folder) / "tokenizer_config.json"), "without bos_token and eos_token"
+    expected = "a token that BLiMP's sentences are read behind"
+    require(special_tokens.first is not None, ArgumentError, "file", path, wrong, expected)
+    return special_tokens.first
 
 
 def _lengths(text: str) -> list[int]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from varprop.corpus import directory, load_corpus, tokenize, tokens
+from varprop.corpus import directory, encode, load_corpus, tokenize, tokens
 from varprop.errors import ArgumentError
 from varprop.simulate import text_tokens
 
@@ -47,6 +48,52 @@ def test_a_directory_is_a_corpus(out: Path) -> None:
     joined = manifest["train"]["sha256"] + manifest["validation"]["sha256"]
     assert corpus.sha256 == hashlib.sha256(joined.encode()).hexdigest()
     assert text_tokens(8, n_sequences=2, corpus="out").max() < 257
+    assert corpus.tokenizer == out.resolve() / "tokenizer.json"
+
+
+def test_bytes_of_every_token(folder: Path, out: Path) -> None:
+    corpus = load_corpus(out)
+    assert corpus.token_bytes is not None
+    assert corpus.token_bytes.tolist() == [1] * 256 + [0]
+    rules = encode.load_tokenizer("tokenizer.json")
+    rules.add_tokens(["naïve café"])
+    rules.save("added.json")
+    manifest = tokenize(["a.txt"], "added.json", "more", validation_fraction=0.3)
+    corpus = load_corpus("more")
+    assert corpus.token_bytes is not None
+    assert (corpus.token_bytes[256], corpus.token_bytes[257]) == (0, 12)
+    for part, ids in (("train", corpus.train), ("validation", corpus.validation)):
+        assert 257 in ids
+        assert corpus.token_bytes[ids].sum() == manifest[part]["bytes_of_text"]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "strip", "words"])
+def test_bytes_are_not_known_where_the_tokenizer_changes_the_text(folder: Path, kind: str) -> None:
+    rules = encode.load_tokenizer("tokenizer.json")
+    if kind == "prefix":
+        rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    elif kind == "strip":
+        rules.normalizer = normalizers.Strip()  # type: ignore[assignment]
+    else:
+        rules = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "?": 1, "▁": 2}, unk_token="?"))
+    rules.save("other.json")
+    manifest = tokenize(["a.txt"], "other.json", "out", validation_fraction=0.3)["validation"]
+    corpus = load_corpus("out")
+    assert corpus.token_bytes is None
+    assert corpus.bytes_per_token == manifest["bytes_of_text"] / manifest["tokens"]
+
+
+def test_the_tokenizer_is_checked(out: Path) -> None:
+    path = out / "tokenizer.json"
+    content = path.read_text()
+    path.write_text(content.replace("<|endoftext|>", "<|end|>"))
+    with pytest.raises(
+        ArgumentError, match=r"corpus file='out/tokenizer\.json' is another one \(sha256 .*; expected sha"
+    ):
+        load_corpus(out)
+    path.unlink()
+    with pytest.raises(ArgumentError, match=r"tokenizer\.json' is missing; expected the tokenizer of the corpus"):
+        load_corpus(out)
 
 
 def test_what_has_been_checked_is_not_read_again_until_it_changes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,9 +101,9 @@ def test_what_has_been_checked_is_not_read_again_until_it_changes(out: Path, mon
     whole = directory.sha256_of_file
     monkeypatch.setattr(directory, "sha256_of_file", lambda path: checked.append(path.name) or whole(path))
     load_corpus("out")
-    assert checked == ["train.u16", "validation.u16"]
+    assert checked == ["train.u16", "validation.u16", "tokenizer.json"]
     load_corpus("out")
-    assert len(checked) == 2
+    assert len(checked) == 3
     content = bytearray((out / "train.u16").read_bytes())
     content[100] ^= 1
     (out / "train.u16").write_bytes(content)
@@ -64,7 +111,7 @@ def test_what_has_been_checked_is_not_read_again_until_it_changes(out: Path, mon
     for _ in range(2):  # what has failed is checked again
         with pytest.raises(ArgumentError, match=r"corpus file='out/train\.u16' is damaged \(sha256 "):
             load_corpus("out")
-    assert checked[2:] == ["train.u16"] * 2
+    assert checked[3:] == ["train.u16"] * 2
 
 
 def test_truncated_and_missing_files_are_seen_although_they_were_checked(out: Path) -> None:
@@ -123,6 +170,7 @@ def test_a_smaller_vocabulary_in_the_manifest_is_checked_again(out: Path) -> Non
         lambda manifest: manifest["validation"].update(bytes_of_text=0),
         lambda manifest: manifest["validation"].update(sha256=None),
         lambda manifest: manifest.pop("made_from"),
+        lambda manifest: manifest["made_from"].pop("tokenizer_sha256"),
     ],
 )
 def test_broken_manifests_are_one_line(out: Path, change: Callable[[dict[str, Any]], object]) -> None:

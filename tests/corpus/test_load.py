@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +48,11 @@ def test_embedded_text_is_tokenised_and_held_out_by_document() -> None:
     text = tokenizer.decode(corpus.validation.tolist(), skip_special_tokens=True)
     assert text.strip().startswith("Persuasion\n\nby\n\nJane Austen")
     assert corpus.bytes_per_token == pytest.approx(len(text.encode()) / len(corpus.validation), rel=1e-12)
+    assert corpus.tokenizer == load.TOKENIZER
+    assert corpus.token_bytes is not None
+    assert corpus.token_bytes[corpus.validation].sum() == len(text.encode())
+    some = corpus.validation[1000:2000]
+    assert corpus.token_bytes[some].sum() == len(tokenizer.decode(some.tolist()).encode())
     assert text[1000:1200] not in tokenizer.decode(corpus.train.tolist())
 
 
@@ -78,10 +82,17 @@ def test_unwritable_cache_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cache.cache_directory().parent == tmp_path
 
 
-def test_tokenising_prints_nothing_even_when_the_caller_forks(tmp_path: Path) -> None:
-    program = "import os; from varprop.corpus import load_corpus; load_corpus(); os.fork() or os._exit(0); os.wait()"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+def test_tokenising_prints_nothing_even_when_the_caller_forks() -> None:
+    """The beginnings of the embedded documents."""
+    program = """
+from varprop.corpus import load
+documents = load._unpack(load.ASSETS / "embedded.txt.xz").decode().split(load.DOCUMENT_END)
+load._unpack = lambda _: load.DOCUMENT_END.join(document[:2000] for document in documents).encode()
+assert len(load._tokenise(load.ASSETS)["train"]) > 1000
+os.fork() or os._exit(0)
+os.wait()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
@@ -94,6 +105,7 @@ def test_plain_files(tmp_path: Path) -> None:
         assert (len(corpus.train), len(corpus.validation), corpus.vocab_size) == (950, 50, 1000)
         assert corpus.validation[0] == 950
         assert (corpus.bytes_per_token, corpus.document_end) == (None, None)
+        assert (corpus.tokenizer, corpus.token_bytes) == (None, None)
         assert isinstance(corpus.train, np.memmap)
 
 

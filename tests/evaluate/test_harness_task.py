@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.corpus.conftest import save_tokenizer
 from varprop import evaluate, hf, presets
 from varprop.errors import ArgumentError
 from varprop.evaluate import Pair
@@ -42,10 +43,11 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval (the extra eval)")
-def test_the_ordinary_command_gives_our_accuracy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("special", [None, hf.SpecialTokens(256, 256, 256), hf.SpecialTokens(10, 256, 256)])
+def test_the_ordinary_command_gives_our_accuracy(tmp_path: Path, special: hf.SpecialTokens | None) -> None:
     model = Transformer(presets.tiny().with_fields(d_model=32, n_layers=2, d_ff=48), seed=3)
-    tokenizer = hf.load_tokenizer()
-    hf.export(model, tmp_path / "model", tokenizer=tokenizer)
+    tokenizer = hf.load_tokenizer() if special is None else save_tokenizer(tmp_path / "bytes.json")
+    hf.export(model, tmp_path / "model", tokenizer=tokenizer, special_tokens=special)
     evaluate.write_lm_eval_task(PAIRS, tmp_path / "task")
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "blimp_local", "--device", "cpu"]
     options = {
@@ -60,7 +62,9 @@ def test_the_ordinary_command_gives_our_accuracy(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     written = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())
-    ours = evaluate.blimp(model, PAIRS, tokenizer)
+    first = 0 if special is None else special.first
+    assert first is not None
+    ours = evaluate.blimp(model, PAIRS, tokenizer, first)
     assert written["results"]["blimp_local"]["acc,none"] == pytest.approx(ours.blimp_accuracy.item(), abs=1e-9)
     for paradigm in ours.paradigm.values:
         theirs = written["results"][f"blimp_local_{paradigm}"]["acc,none"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.hf.specs import BASE, FOLDED, HELD, network, tokens
 from varprop import hf
@@ -152,7 +153,7 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
         ArgumentError, match=r"is truncated or damaged, or of no varprop run and without config\.json beside it"
     ):
         hf.load(tmp_path / "run")
-    with pytest.raises(ArgumentError, match=r"tokenizer=.* cannot be read"):
+    with pytest.raises(ArgumentError, match=r"tokenizer=.* is missing or broken"):
         hf.load_tokenizer(folder / "config.json")
 
 
@@ -162,3 +163,75 @@ def test_a_rotary_buffer_of_old_files_is_no_fault(folder: Path) -> None:
     model = network(HELD["mixtral"])
     ids = tokens(model.spec)
     torch.testing.assert_close(hf.load(folder)(ids), model(ids))
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """A folder with a tokenizer whose first id is no special token."""
+    rules = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2, "<s>": 3, "</s>": 4}, unk_token="?"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    rules.add_special_tokens(["<s>", "</s>"])
+    rules.enable_truncation(3)
+    (tmp_path / "words").mkdir()
+    rules.save(str(tmp_path / "words" / "tokenizer.json"))
+    return tmp_path / "words"
+
+
+@pytest.mark.parametrize(
+    "config,ids,first",
+    [
+        ({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}, (3, 4, 4), 3),
+        ({"bos_token": None, "eos_token": "</s>", "pad_token": "?"}, (None, 4, 0), 4),
+        ({"eos_token": "<|endoftext|>"}, (None, None, None), None),
+        ({}, (None, None, None), None),
+    ],
+)
+def test_special_tokens_of_a_model(config: dict, ids: tuple, first: int | None, words: Path) -> None:
+    (words / "tokenizer_config.json").write_text(json.dumps(config))
+    found = hf.tokenizer_of(words)
+    assert found is not None
+    assert found[1] == hf.SpecialTokens(*ids)
+    assert found[1].first == first
+    assert found[0].encode("a b a b a").ids == [1, 2, 1, 2, 1]  # not cut
+    (words / "special_tokens_map.json").write_text('{"bos_token": "a", "eos_token": "b"}')
+    mapped = hf.tokenizer_of(words)
+    assert mapped is not None
+    assert mapped[1].end == (ids[1] if "eos_token" in config else 2)
+
+
+def test_special_tokens_of_a_run(words: Path) -> None:
+    (words / "run.json").write_text('{"corpus": {"document_end": 4}}')
+    found = hf.tokenizer_of(words)
+    assert found is not None
+    assert found[1] == hf.SpecialTokens(4, 4, 4)
+    for text, message in (("{}", "is without the document_end of its corpus"), ("{", "is missing or broken")):
+        (words / "run.json").write_text(text)
+        with pytest.raises(ArgumentError, match=message):
+            hf.tokenizer_of(words)
+    (words / "tokenizer.json").unlink()
+    assert hf.tokenizer_of(words) is None
+
+
+def test_the_tokenizer_of_a_run_is_exported(words: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the extra hf)")
+    (words / "run.json").write_text('{"corpus": {"document_end": 4}}')
+    for source in (words, tmp_path / "out0"):  # an exported folder again, too
+        found = hf.tokenizer_of(source)
+        assert found is not None
+        assert found[1] == hf.SpecialTokens(4, 4, 4)
+        out = tmp_path / f"out{int(source != words)}"
+        hf.export(network(BASE), out, tokenizer=found[0], special_tokens=found[1])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (4, 4, 4)
+        assert tokenizer("a b a b a")["input_ids"] == [1, 2, 1, 2, 1]
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] == 4
+
+
+def test_every_id_of_the_tokenizer_has_a_row(words: Path) -> None:
+    rules = hf.load_tokenizer(words / "tokenizer.json")
+    hf.require_fit(rules, 5)
+    with pytest.raises(ArgumentError, match="vocab_size=4 is too small for a tokenizer of 5 entries"):
+        hf.require_fit(rules, 4)

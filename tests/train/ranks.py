@@ -28,7 +28,7 @@ from torch import Tensor
 
 from varprop import results
 from varprop.corpus import Corpus
-from varprop.errors import ArgumentError, DamagedShardWarning, VarpropError
+from varprop.errors import ArgumentError, DamagedShardWarning, Stopped, VarpropError
 from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, MoESpec
 from varprop.train import TrainConfig, fit, optim, shards
 from varprop.train.checkpoint import RunDirectory
@@ -278,6 +278,22 @@ def fits(parallel: Parallel, folder: Path) -> None:
         results.save(dataset, folder / f"fit_{parallel}.nc")
 
 
+def one_is_asked_to_stop(folder: Path) -> None:
+    """`fit`; process 1 gets a signal in update 2. Each process keeps the line with which it ended."""
+    update, rank = Trainer.update, os.environ["RANK"]
+
+    def signalled(self: Trainer, step: int) -> Tensor:
+        if (rank, step) == ("1", 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, step)
+
+    Trainer.update = signalled
+    try:
+        fit(SPEC, fit_config(folder), run_dir=folder / "stopped", progress=False)
+    except Stopped as stopped:
+        (folder / f"stopped{rank}").write_text(str(stopped))
+
+
 def fit_config(folder: Path, **fields: object) -> TrainConfig:
     """A config over the token file of the folder, with something of everything measured."""
     every = dict.fromkeys(("record_every", "checkpoint_every"), 2) | dict.fromkeys(("probe_every", "evaluate_every"), 3)
@@ -297,6 +313,7 @@ def in_world(program: Callable[[World, Path], None], timeout: float = 60.0) -> C
 
 PROGRAMS: dict[str, Callable[[Path], None]] = {
     **{program.__name__: in_world(program) for program in (everything, one_raises, resumed)},
+    "one_is_asked_to_stop": one_is_asked_to_stop,
     "one_sleeps": in_world(one_sleeps, timeout=SHORT_TIMEOUT),
     "fit_ddp": functools.partial(fits, "ddp"),
     "fit_fsdp": functools.partial(fits, "fsdp"),

@@ -283,6 +283,8 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         opened(spec=SPEC.with_fields(n_layers=3))
     with pytest.raises(ArgumentError, match=r"holds a run with corpus\.sha256='0+'; expected '1'$"):
         opened(corpus=dataclasses.replace(CORPUS, sha256="1"))
+    with pytest.raises(ArgumentError, match=r"holds a run with corpus\.document_end=0; expected 1$"):
+        opened(corpus=dataclasses.replace(CORPUS, document_end=1))
     opened(config=dataclasses.replace(CONFIG, micro_batch_size=2, parallel="fsdp", checkpoint_every=7))
     opened(config=dataclasses.replace(CONFIG, corpus="another path"), corpus=dataclasses.replace(CORPUS, name="path"))
     del kept  # the traceback of a refused run does not hold the lock
@@ -294,6 +296,20 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     shards.write_manifest(folder, 1, manifest["run"], manifest["files"])
     with pytest.raises(ArgumentError, match=r"holds a run with config\.seed=5; expected 0$"):
         restored(other)
+
+
+def test_a_run_keeps_the_tokenizer_of_its_corpus(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source.json", tmp_path / "run"
+    source.write_text("{}")
+    corpus = dataclasses.replace(CORPUS, tokenizer=source)
+    RunDirectory(folder, SPEC, CONFIG, corpus, ONE).close()
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert json.loads((folder / "run.json").read_text())["corpus"]["document_end"] == 0
+    source.unlink()
+    with pytest.raises(ArgumentError, match=r"tokenizer\.json' cannot be written \(No such file"):
+        RunDirectory(tmp_path / "other", SPEC, CONFIG, corpus, ONE).close()
+    assert not (tmp_path / "other" / "run.json").exists()  # a run without its tokenizer is none
+    RunDirectory(folder, SPEC, CONFIG, corpus, ONE).close()
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from varprop.nn.block import block_forward, effective_weights
 from varprop.spec import AttentionSpec, FeedForwardSpec, ModelSpec, MoESpec
 from varprop.train import TrainConfig
 from varprop.train.cost import GIB, H200_MEMORY, Cost, assumed_mfu, estimate, saved_bytes_per_token
+from varprop.train.model import TrainingModel
 
 N_TOKENS = 41  # divides no size of a weight below, so that tokens are told from weights
 
@@ -22,10 +23,13 @@ N_TOKENS = 41  # divides no size of a weight below, so that tokens are told from
 SHARED = MoESpec(n_experts=16, top_k=4, d_expert=24, n_shared_experts=1, shared_mixing="mean")
 
 
-def saved_bytes(spec: ModelSpec) -> int:
-    """Bytes that torch's partitioner keeps of a compiled block, its weights and the shared rotation left out."""
+def saved_bytes(spec: ModelSpec) -> tuple[int, int]:
+    """Bytes that torch's partitioner keeps of a compiled block: of tokens, and in bfloat16 copies of weights.
+
+    Left out are the weights themselves and the shared rotation.
+    """
     block = Transformer(spec).layers[0]
-    parameters = dict(block.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(block.named_parameters())
     shared = Shared(rotation=rotation(spec, N_TOKENS, torch.device("cpu")))
 
     def forward(x: torch.Tensor, parameters: dict[str, torch.Tensor], shared: Shared) -> torch.Tensor:
@@ -35,17 +39,21 @@ def saved_bytes(spec: ModelSpec) -> int:
     run = torch.compile(forward, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
     x = torch.randn(1, N_TOKENS, spec.d_model, dtype=torch.bfloat16, requires_grad=True)
     saved: dict[int, int] = {}
+    copies: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        of_tokens = tensor.untyped_storage().nbytes() % N_TOKENS == 0
+        storage = tensor.untyped_storage()
+        of_tokens = storage.nbytes() % N_TOKENS == 0
         rotary = shared.rotation is not None and tensor.shape == shared.rotation[0].shape
         if of_tokens and not rotary:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
+        elif tensor.dtype == torch.bfloat16:
+            copies[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run(x, parameters, shared)
-    return sum(saved.values())
+    return sum(saved.values()), sum(copies.values())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,29 @@ def test_saved_tensors_of_a_compiled_block(changes: dict[str, Any]) -> None:
         attention=AttentionSpec(n_heads=4),
         feed_forward=FeedForwardSpec(d_ff=192),
     ).with_fields(changes)
-    assert saved_bytes(spec) == N_TOKENS * saved_bytes_per_token(spec, 1)
+    of_tokens, copies = saved_bytes(spec)
+    assert of_tokens == N_TOKENS * saved_bytes_per_token(spec, 1)
+    rows = [row for row in spec.tensor_table() if row.layer and len(row.shape) >= 2 and row.matrix != "router"]
+    assert copies == 2 * sum(row.n_parameters for row in rows)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_keeps_no_copy_of_a_matrix(checkpointing: bool) -> None:
+    spec = presets.tiny()
+    config = TrainConfig(n_steps=1, warmup_steps=0, activation_checkpointing=checkpointing, compile=False)
+    model = TrainingModel(spec, config, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
+    shapes = {row.shape for row in spec.tensor_table() if row.layer and len(row.shape) == 2}
+    found: set[tuple[int, ...]] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16:
+            found.update((tuple(tensor.shape), tuple(tensor.shape[::-1])))
+        return tensor
+
+    tokens = torch.zeros(1, N_TOKENS, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    assert bool(shapes & found) != checkpointing
 
 
 def test_memory_by_hand() -> None:
@@ -95,9 +125,13 @@ def test_how_it_is_computed_changes_memory_alone() -> None:
     assert small.activations < one.activations / 6
     assert checkpointed.activations < one.activations / 10
     assert wide.activations > 1.8 * one.activations
-    gathered = 2 * (2 * (4 * 2048**2 + 3 * 2048 * 8192) + 2 * 50_304 * 2048)
-    assert sharded.states == 2 * 1_279_854_592 + gathered
+    block = 4 * 2048**2 + 3 * 2048 * 8192
+    gathered = 4 * (2 * block + 2 * 50_304 * 2048)
+    assert sharded.states == 2 * 1_279_854_592 + gathered + 4 * 2 * block
+    assert sharded.activations == estimate(spec, TrainConfig(**base), 8).activations  # the copies too
     assert sharded.micro_batch_size == 8
+    several = estimate(spec, TrainConfig(**base, parallel="fsdp", micro_batch_size=4), 8)
+    assert several.states == sharded.states + 4 * 1_279_854_592  # gradients wait for the last micro-batch unreduced
     assert estimate(spec, TrainConfig(**base, parallel="fsdp")).states == one.states  # one GPU shares with nobody
 
 
@@ -121,6 +155,22 @@ def test_assumed_share_of_the_peak() -> None:
 def test_the_1b_model_trains_with_64k_tokens_at_once() -> None:
     cost = estimate(presets.paper_dense_1b(), TrainConfig(n_steps=50, batch_size=64, n_tokens=1024))
     assert 100 * GIB < cost.memory < H200_MEMORY
+
+
+@pytest.mark.parametrize("sizes, peak", [((512, 32, 1536), 38.2), ((1024, 32, 2816), 75.0), ((2048, 16, 8192), 99.9)])
+def test_estimates_are_a_little_above_measured_peaks(sizes: tuple[int, int, int], peak: float) -> None:
+    """Peaks of one H200 by `python -m experiments.benchmarks.train_speed`."""
+    d_model, n_layers, d_ff = sizes
+    spec = ModelSpec(
+        d_model=d_model,
+        n_layers=n_layers,
+        vocab_size=8192,
+        tied_embeddings=False,
+        attention=AttentionSpec(n_heads=d_model // 128),
+        feed_forward=FeedForwardSpec(d_ff=d_ff),
+    )
+    cost = estimate(spec, TrainConfig(n_steps=50, batch_size=64, n_tokens=1024))
+    assert 1.04 < cost.memory / (peak * GIB) < 1.1
 
 
 def test_text() -> None:

@@ -34,7 +34,8 @@ class Outcome:
 
     one: the run of one process. ended: return code and lines by program. numbers, tensors: of the program `everything`,
     by process. read_by_one: the state that one process has read from the checkpoint of two, by how they shared
-    it; finished: the weights that they have written at the end.
+    it; finished: the weights that they have written at the end; stopped, stopped_at: lines and checkpoints of a run
+    that was asked to stop.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +44,7 @@ class Outcome:
             self.one.save(directory, 4)
         (folder / "n_steps").write_text("6")
         np.random.default_rng(0).integers(0, 32, 4000).astype("<u2").tofile(folder / "tokens.u16")
-        runs = ("everything:2", "one_raises:2", "resumed:2:1 before 5", "resumed:1", *FITS)
+        runs = ("everything:2", "one_raises:2", "resumed:2:1 before 5", "resumed:1", "one_is_asked_to_stop:2", *FITS)
         self.ended = dict(zip(runs, launch(folder, *runs), strict=True))
         assert self.ended["everything:2"] == (0, [])
         self.read_by_one, self.finished = {}, {}
@@ -55,6 +56,8 @@ class Outcome:
             self.finished[parallel] = dict(load_model(folder / parallel).state_dict())
         self.fit_of_one = fit(SPEC, fit_config(folder))
         self.fits = {name: results.load(folder / f"{name}.nc") for name in ("fit_ddp", "fit_fsdp")}
+        self.stopped = [(folder / f"stopped{rank}").read_text() for rank in range(2)]
+        self.stopped_at = sorted(path.name for path in (folder / "stopped" / "checkpoints").iterdir())
         names = [folder / f"rank{rank}" for rank in range(2)]
         self.numbers = [json.loads(name.with_suffix(".json").read_text()) for name in names]
         self.tensors = [load_file(name.with_suffix(".safetensors")) for name in names]
@@ -85,6 +88,14 @@ def test_two_processes_train_as_one(outcome: Outcome, way: str) -> None:
         assert state.keys() == one.state().keys()
         for name, expected in one.state().items():
             torch.testing.assert_close(state[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_signal_to_one_process_stops_both_at_once(outcome: Outcome) -> None:
+    """Before the next update, not some steps later: torchrun kills after 30 s what has not ended."""
+    assert outcome.ended["one_is_asked_to_stop:2"] == (0, [])
+    for line in outcome.stopped:
+        assert line.startswith("stopped before update 3 of 6; the same call goes on from ")
+    assert outcome.stopped_at == ["step-00000002", "step-00000003"]
 
 
 def test_both_ways_round_alike_in_bfloat16(outcome: Outcome) -> None:
@@ -202,6 +213,11 @@ def test_one_process_needs_no_group() -> None:
     assert world.gather(values).tolist() == [[1.0, 2.0]]
     assert world.gather_text("a") == ["a"]
     assert float(global_norm([torch.tensor([3.0]), torch.tensor([4.0])])) == 5.0
+    large = torch.full((4096, 2048), 0.1)  # torch's own norm is 0.7 % low
+    norm = global_norm([large, large])
+    assert float(norm) == pytest.approx(float(large[0, 0]) * (2 * large.numel()) ** 0.5, rel=1e-6)
+    assert norm.dtype == torch.float32
+    assert float(global_norm([])) == 0
     with pytest.raises(KeyError), world.raise_together():
         raise KeyError("own type")
 

@@ -168,8 +168,14 @@ def test_loss_falls_on_the_embedded_text() -> None:
     ds = fit(spec, config)
     # measured: 2.3 to 2.5 nats below, seeds 0 to 4
     assert (ds.validation_loss[0, -1] < ds.validation_loss[0, 0] - 1.0).all()
-    bits = ds.validation_loss / np.log(2) / load_corpus().bytes_per_token
-    np.testing.assert_allclose(ds.bits_per_byte, bits, rtol=1e-12)
+    corpus, lengths = load_corpus(), [config.evaluation_length, config.n_tokens]
+    assert corpus.token_bytes is not None
+    assert ds.attrs["bits_per_byte"] == "exact"
+    for column, (length, n) in enumerate(zip(lengths, (2, 2 * lengths[0] // lengths[1]), strict=True)):
+        n_bytes = corpus.token_bytes[evaluation_windows(corpus, n, length)[:, 1:]].mean()
+        bits = ds.validation_loss[0, :, column] / np.log(2) / n_bytes
+        np.testing.assert_allclose(ds.bits_per_byte[0, :, column], bits, rtol=1e-12)
+        assert abs(n_bytes / corpus.bytes_per_token - 1) > 1e-3
 
 
 MOE = {"feed_forward": None, "moe": MoESpec(n_experts=4, top_k=2, d_expert=16, n_shared_experts=1)}

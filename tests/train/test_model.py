@@ -166,10 +166,10 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name, changes, compile_layers, n_kinds",
     [
-        ("base", {"n_layers": 12}, 2, 1),
+        pytest.param("base", {"n_layers": 12}, 2, 1, marks=pytest.mark.long),
         ("base", {}, 2, 2),  # a pair and what is left
         ("placement_lns", {"n_layers": 12}, 1, 1),
-        ("mix", {"n_layers": 8}, 1, 2),
+        pytest.param("mix", {"n_layers": 8}, 1, 2, marks=pytest.mark.long),
         ("window_pattern", {"n_layers": 6}, 1, 2),
         ("moe_pattern", {"n_layers": 6}, 2, 1),
         ("key_mask_before", {}, 1, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -137,6 +138,8 @@ def test_memory_and_minutes() -> None:
         assert estimate(run.spec, run.config, 8).memory < 0.9 * H200_MEMORY
         large = name in ("paper-moe-7b-1b", "paper-recipe-moe")
         assert (estimate(run.spec, run.config).memory > H200_MEMORY) == large
+        plain = estimate(run.spec, dataclasses.replace(run.config, activation_checkpointing=False), 8)
+        assert (plain.memory > H200_MEMORY) == run.config.activation_checkpointing == (name == "paper-moe-7b-1b")
 
 
 def test_changes() -> None:

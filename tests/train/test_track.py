@@ -84,7 +84,8 @@ def history() -> History:
         values = {name: tensor.double().numpy() for name, tensor in record(step).items()}
         correlation = np.array([[np.nan, np.nan], [0.1, 0.2], [0.3, 0.4]])  # none at the embedding
         made.append("step", step, {**values, "branch_correlation": correlation})
-    made.append("evaluation_step", 0, {"validation_loss": np.array([3.0, 2.0])})
+    losses = np.array([3.0, 2.0])
+    made.append("evaluation_step", 0, {"validation_loss": losses, "bits_per_byte": losses / np.log(2) / 2.5})
     return made
 
 
@@ -94,7 +95,7 @@ def test_a_history_comes_back_from_its_arrays() -> None:
     first, again = history(), History.from_arrays(history().arrays())
     assert again.steps == first.steps
     for made in (first, again):
-        made.append("evaluation_step", 10, {"validation_loss": np.array([2.5, 1.5])})
+        made.append("evaluation_step", 10, {"validation_loss": np.array([2.5, 1.5]), "bits_per_byte": np.ones(2)})
     one, other = first.arrays(), again.arrays()
     assert list(one) == list(other)
     for name, values in one.items():
@@ -123,3 +124,4 @@ def test_dataset(spec: ModelSpec) -> None:
     assert ds.evaluation_length.values.tolist() == [[8, 16]]
     expected = np.array([3.0, 2.0]) / np.log(2) / 2.5
     np.testing.assert_allclose(ds.bits_per_byte[0, 0], expected, rtol=1e-15)
+    assert ds.attrs["bits_per_byte"] == "approximate"

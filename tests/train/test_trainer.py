@@ -15,7 +15,7 @@ from varprop.corpus import Corpus
 from varprop.errors import ArgumentError
 from varprop.spec import ModelSpec, MoESpec
 from varprop.train import TrainConfig
-from varprop.train.data import batch, document_ids
+from varprop.train.data import batch, document_ids, evaluation_windows
 from varprop.train.distributed import World
 from varprop.train.model import TrainingModel
 from varprop.train.trainer import Trainer, deterministic_kernels
@@ -182,6 +182,22 @@ def test_document_mask_needs_document_ends(spec: ModelSpec) -> None:
 
 
 # Measurements ---------------------------------------------------------------------------------------------------------
+
+
+def test_bits_per_byte_are_of_the_bytes_evaluated(spec: ModelSpec) -> None:
+    sizes = np.random.default_rng(1).integers(0, 9, 32)
+    fields: dict[str, Any] = {"evaluation_length": 4, "n_evaluation_sequences": 12}
+    known = dataclasses.replace(CORPUS, token_bytes=sizes)
+    exact, mean = (trainer(spec, corpus, **fields).evaluate() for corpus in (known, CORPUS))
+    losses = exact["validation_loss"]
+    assert np.array_equal(mean["validation_loss"], losses)
+    np.testing.assert_allclose(mean["bits_per_byte"], losses / math.log(2) / 2.5, rtol=1e-12)
+    windows = [evaluation_windows(CORPUS, n, length) for n, length in ((12, 4), (3, 16))]
+    n_bytes = np.array([sum(sizes[i] for row in ids for i in row[1:]) / ids[:, 1:].size for ids in windows])
+    assert n_bytes[0] != n_bytes[1]
+    np.testing.assert_allclose(exact["bits_per_byte"], losses / math.log(2) / n_bytes, rtol=1e-12)
+    unknown = trainer(spec, dataclasses.replace(CORPUS, bytes_per_token=None), **fields).evaluate()
+    assert list(unknown) == ["validation_loss"]
 
 
 def test_measurements_change_nothing(spec: ModelSpec) -> None:

@@ -2,7 +2,7 @@
 
 train and validation, each .u16 or .u32: little-endian token ids. tokenizer.json: the tokenizer. manifest.json: `dtype`,
 `vocab_size`, `document_end` (an id); for each part `tokens`, `documents`, `bytes_of_text` and `sha256`; `made_from`:
-names, sizes and hashes of the inputs, the hash of the tokenizer, the options.
+names, sizes and hashes of the inputs, the hash of the tokenizer (`tokenizer_sha256`), the options.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from varprop.corpus.cache import once, sha256_of_file
-from varprop.corpus.tokens import Corpus, memory_map, require_ids_below
+from varprop.corpus.encode import load_tokenizer, token_bytes
+from varprop.corpus.tokens import CHECKED_AT_ONCE, Corpus, memory_map, require_ids_below
 from varprop.errors import ArgumentError, require
 
 FORMAT = "varprop corpus 1"
@@ -44,6 +45,7 @@ def load_directory(folder: Path) -> Corpus:
     """
     manifest = read_manifest(folder)
     tokens = [_part(folder, part, manifest) for part in PARTS]
+    tokenizer = _tokenizer(folder, manifest)
     validation = manifest["validation"]
     return Corpus(
         train=tokens[0],
@@ -53,7 +55,35 @@ def load_directory(folder: Path) -> Corpus:
         name=folder.resolve().name,
         sha256=hashlib.sha256("".join(manifest[part]["sha256"] for part in PARTS).encode()).hexdigest(),
         document_end=manifest["document_end"],
+        tokenizer=tokenizer,
+        token_bytes=_token_bytes(tokenizer, manifest, tokens[1]),
     )
+
+
+def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Path:
+    path, expected = folder / TOKENIZER, manifest["made_from"]["tokenizer_sha256"]
+    require(path.is_file(), ArgumentError, "corpus file", str(path), "missing", "the tokenizer of the corpus")
+
+    def check() -> None:
+        found = sha256_of_file(path)
+        wrong = f"another one (sha256 {found[:16]})"
+        require(found == expected, ArgumentError, "corpus file", str(path), wrong, f"sha256 {expected[:16]}")
+
+    once(path, expected, check)
+    return path
+
+
+def _token_bytes(tokenizer: Path, manifest: dict[str, Any], validation: np.ndarray) -> np.ndarray | None:
+    """Bytes of each id, if those of the validation text have the sum that the manifest tells of; else None.
+
+    Another sum is that of a tokenizer which normalises the text, or adds to it.
+    """
+    lengths = token_bytes(load_tokenizer(tokenizer), manifest["document_end"])
+    if lengths is None or len(lengths) < manifest["vocab_size"]:
+        return None
+    blocks = range(0, len(validation), CHECKED_AT_ONCE)
+    total = sum(int(lengths[validation[start : start + CHECKED_AT_ONCE]].sum()) for start in blocks)
+    return lengths if total == manifest["validation"]["bytes_of_text"] else None
 
 
 def _part(folder: Path, part: str, manifest: dict[str, Any]) -> np.memmap:
@@ -86,7 +116,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         good = good and all(type(count) is int and count > 0 for count in counts)
         good = good and type(manifest["document_end"]) is int and 0 <= manifest["document_end"] < counts[0]
         good = good and all(isinstance(manifest[part]["sha256"], str) for part in PARTS)
-        good = good and isinstance(manifest["made_from"], dict)
+        good = good and isinstance(manifest["made_from"]["tokenizer_sha256"], str)
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         good, manifest = False, {}
     require(good, ArgumentError, "corpus manifest", str(path), "missing or broken", "one of varprop data tokenize")

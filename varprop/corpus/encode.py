@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from varprop.errors import ArgumentError
 
@@ -124,6 +125,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def token_bytes(tokenizer: Tokenizer, document_end: int) -> np.ndarray | None:
+    """Bytes of text that each id stands for (n_ids,), int64; None for a vocabulary that is not byte-level.
+
+    A byte-level token is written with one printable character per byte, an added token as it stands in the text. The
+    end of a document is no text. What such a tokenizer normalises or adds is not seen: compare the sum of a text.
+
+    >>> from varprop.corpus.load import TOKENIZER
+    >>> own = load_tokenizer(TOKENIZER)
+    >>> int(token_bytes(own, 0)[own.encode(" naïve café").ids].sum()), len(" naïve café".encode())
+    (13, 13)
+    """
+    words, alphabet = tokenizer.get_vocab(), set(ByteLevel.alphabet())
+    added = {i: len(token.content.encode()) for i, token in tokenizer.get_added_tokens_decoder().items()}
+    if not all(i in added or alphabet.issuperset(word) for word, i in words.items()):
+        return None
+    lengths = np.zeros(1 + max(words.values()), dtype=np.int64)
+    for word, i in words.items():
+        lengths[i] = added.get(i, len(word))
+    lengths[document_end] = 0
+    return lengths
 
 
 _tokenizer_of_process = functools.lru_cache(maxsize=1)(load_tokenizer)

@@ -16,10 +16,13 @@ from tokenizers import Tokenizer
 
 from varprop.corpus.cache import cached, sha256_of_file
 from varprop.corpus.directory import load_directory
+from varprop.corpus.encode import load_tokenizer, token_bytes
 from varprop.corpus.tokens import Corpus, memory_map, require_ids_below
 from varprop.errors import ArgumentError, require
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+TOKENIZER = ASSETS / "bpe8192.json"
+"""Of the text in the package and of the prepared corpora."""
 DOCUMENT_END = "<|endoftext|>"
 HELD_OUT_NOVEL = "Persuasion"
 """The novel of the embedded text that is held out for validation (9 % of its tokens)."""
@@ -108,7 +111,7 @@ def _tokenised(name: str, folder: Path, builds: Mapping[str, Callable[[], bytes]
         require_ids_below(len(lengths), tokens, str(path))
     bytes_per_token = float(lengths[validation].mean())
     sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return Corpus(train, validation, len(lengths), bytes_per_token, name, sha256, _document_end())
+    return Corpus(train, validation, len(lengths), bytes_per_token, name, sha256, _document_end(), TOKENIZER, lengths)
 
 
 def _from_file(path: Path) -> Corpus:
@@ -146,7 +149,7 @@ def _unpack(path: Path) -> bytes:
 
 @functools.cache
 def _tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(ASSETS / "bpe8192.json"))
+    return load_tokenizer(TOKENIZER)
 
 
 @functools.cache
@@ -156,9 +159,7 @@ def _document_end() -> int:
 
 @functools.cache
 def _token_bytes() -> np.ndarray:
-    """Bytes of text that each token stands for; none for the special tokens."""
-    tokenizer = _tokenizer()
-    special = tokenizer.get_added_tokens_decoder()
-    # A byte-level token is written with one printable character per byte.
-    words = (tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size()))
-    return np.array([0 if i in special else len(word) for i, word in enumerate(words)])
+    """Of our tokenizer, which is byte-level."""
+    lengths = token_bytes(_tokenizer(), _document_end())
+    assert lengths is not None
+    return lengths

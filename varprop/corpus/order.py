@@ -19,8 +19,10 @@ def permuted(numbers: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
     in sqrt(size), goes through the rounds again, until it is below. Memory and time grow with len(numbers) alone.
 
     numbers: integers in 0 .. size - 1, any shape. size: at least 1, below 2^62. key: integers >= 0. Exact: every image
-    occurs once. Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002), generalised Feistel and cycle
-    walking; the hash is the finaliser of SplitMix64 (Steele et al. 2014).
+    occurs once. Over keys every image of a number is as likely as any other; whole orders are close to uniform, not
+    exactly, and of a few numbers some orders are plainly more likely than others. Source: Black and Rogaway, Ciphers
+    with Arbitrary Finite Domains (2002), generalised Feistel and cycle walking; the hash is the finaliser of SplitMix64
+    (Steele et al. 2014).
     Checked by: tests/corpus/test_order.py.
 
     >>> sorted(permuted(np.arange(5), 5, [0, 1]).tolist())

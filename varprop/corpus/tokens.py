@@ -20,7 +20,8 @@ class Corpus:
     train, validation: read-only token ids (n,). vocab_size: ids are below it. bytes_per_token: bytes of text per
     validation token, None where the tokeniser is not known. sha256: of the token bytes (of a plain file), or of the
     two hexadecimal hashes of the training and validation token bytes, joined. document_end: the token behind each
-    document, None where it is not known (a plain file).
+    document, None where it is not known (a plain file). tokenizer: the tokenizer.json that the ids are of, None where
+    it is not known. token_bytes: bytes of text that each id stands for (n_ids,), None where that is not known.
     """
 
     train: np.ndarray
@@ -30,6 +31,8 @@ class Corpus:
     name: str
     sha256: str
     document_end: int | None
+    tokenizer: Path | None = None
+    token_bytes: np.ndarray | None = None
 
 
 def memory_map(path: Path, dtype: str) -> np.memmap:

@@ -9,12 +9,13 @@ import numpy as np
 import xarray as xr
 from tokenizers import Tokenizer
 
+from varprop.corpus import Corpus
+from varprop.corpus.encode import load_tokenizer
 from varprop.errors import ArgumentError, require
 from varprop.evaluate.common import dataset, share
 from varprop.evaluate.score import score
 from varprop.nn import Transformer
 
-DOCUMENT_END = 0
 N_CHOICES = 4
 TASKS = ("continuation", "last_word")
 MIN_LETTERS = 5
@@ -27,6 +28,7 @@ def cloze(
     tokens: np.ndarray,
     tokenizer: Tokenizer,
     *,
+    document_end: int,
     n_items: int = 2000,
     n_context: int = 128,
     n_next: int = 32,
@@ -38,7 +40,8 @@ def cloze(
     by log-probability; chance is 1/4. `last_word`: after n_context tokens, a word of five or more letters that occurs
     among them; right if each of its tokens is the likeliest.
 
-    tokens: ids of the books, token 0 after each; tokenizer: theirs. n_items: of each question, drawn by `seed`.
+    tokens: ids of the books; tokenizer: theirs, a byte-level one; document_end: the id behind each book. n_items: of
+    each question, drawn by `seed`.
     Variables: cloze_accuracy and cloze_accuracy_stderr over items (cloze_task), cloze_items.
     Raises as `score` does, and `ArgumentError` where the books hold too few passages.
     """
@@ -46,10 +49,11 @@ def cloze(
     require(n_items >= 2, ArgumentError, "n_items", n_items, "too small", "an integer >= 2")
     for name, value in (("n_context", n_context), ("n_next", n_next)):
         require(value >= 1, ArgumentError, name, value, "too small", "an integer >= 1")
-    passages = _passages(tokens, n_items, n_context, n_next, rng)
+    books = books_of(tokens, document_end)
+    passages = _passages(tokens, books, n_items, n_context, n_next, rng)
     sums, _ = score(model, passages, [n_next] * len(passages))
     best = sums.reshape(-1, N_CHOICES).argmax(axis=1) == 0
-    asked = _last_words(tokens, tokenizer, n_context)
+    asked = _last_words(tokens, books, tokenizer, n_context)
     wrong, expected = f"too many for a text with {len(asked)} repeated words", "fewer items or more text"
     require(len(asked) >= n_items, ArgumentError, "n_items", n_items, wrong, expected)
     chosen = [asked[i] for i in sorted(rng.choice(len(asked), n_items, replace=False))]
@@ -65,24 +69,29 @@ def cloze(
     return dataset(model, variables, n_tokens=n_context, seed=seed, coords=coords)
 
 
-def books_of(tokens: np.ndarray) -> list[tuple[int, int]]:
+def books_of(tokens: np.ndarray, document_end: int) -> list[tuple[int, int]]:
     """First position and end of each document, the token that ends it left out.
 
-    >>> books_of(np.array([5, 6, 0, 7, 0, 0, 8]))
+    >>> books_of(np.array([5, 6, 0, 7, 0, 0, 8]), 0)
     [(0, 2), (3, 4), (6, 7)]
     """
-    ends = [*np.flatnonzero(tokens == DOCUMENT_END).tolist(), len(tokens)]
+    ends = [*np.flatnonzero(tokens == document_end).tolist(), len(tokens)]
     starts = [0, *(end + 1 for end in ends[:-1])]
     return [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
 
 
 def _passages(
-    tokens: np.ndarray, n_items: int, n_context: int, n_next: int, rng: np.random.Generator
+    tokens: np.ndarray,
+    books: Sequence[tuple[int, int]],
+    n_items: int,
+    n_context: int,
+    n_next: int,
+    rng: np.random.Generator,
 ) -> list[list[int]]:
     """Four sequences for each item, the true one first: a context and what follows it here or elsewhere in the book."""
     size = n_context + n_next
     # Room for three other passages that do not meet the item, wherever it lies.
-    books = [(start, end) for start, end in books_of(tokens) if end - start >= 2 * size + 4 * n_next]
+    books = [(start, end) for start, end in books if end - start >= 2 * size + 4 * n_next]
     expected = f"a text with a document of at least {2 * size + 4 * n_next} tokens"
     require(len(books) > 0, ArgumentError, "tokens", len(tokens), "too short", expected)
     weights = np.array([end - start for start, end in books], dtype=float)
@@ -98,14 +107,16 @@ def _passages(
     return sequences
 
 
-def _last_words(tokens: np.ndarray, tokenizer: Tokenizer, n_context: int) -> list[tuple[int, int]]:
+def _last_words(
+    tokens: np.ndarray, books: Sequence[tuple[int, int]], tokenizer: Tokenizer, n_context: int
+) -> list[tuple[int, int]]:
     """First position and end of the words that occur, whole, in the n_context tokens of their book before them."""
-    names = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
+    names = [tokenizer.id_to_token(i) or "" for i in range(1 + int(tokens.max()))]
     begins = np.array([WORD_START.fullmatch(name) is not None for name in names])[tokens]
     goes_on = np.array([WORD_REST.fullmatch(name) is not None for name in names])[tokens]
     letters = np.array([len(name.removeprefix("Ġ")) for name in names])[tokens]
     found = []
-    for first, last in books_of(tokens):
+    for first, last in books:
         latest: dict[tuple[int, ...], int] = {}
         for start in (first + np.flatnonzero(begins[first:last])).tolist():
             end = start + 1
@@ -119,8 +130,11 @@ def _last_words(tokens: np.ndarray, tokenizer: Tokenizer, n_context: int) -> lis
     return found
 
 
-def require_same_tokenizer(tokenizer: Tokenizer, corpus_tokenizer: Tokenizer, names: Sequence[str]) -> None:
-    """`ArgumentError` unless both give the same ids: the tokens of a corpus mean nothing to another model."""
-    same = tokenizer.get_vocab() == corpus_tokenizer.get_vocab()
-    wrong, expected = "given for a model of another tokenizer than the corpus", "blimp alone"
-    require(same, ArgumentError, "tasks", ",".join(names), wrong, expected)
+def require_same_tokenizer(tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """`ArgumentError` unless the corpus is known to have the same vocabulary, or its tokenizer is not known.
+
+    The ids of a text mean nothing to a model of another tokenizer.
+    """
+    same = corpus.tokenizer is None or load_tokenizer(corpus.tokenizer).get_vocab() == tokenizer.get_vocab()
+    wrong, expected = "of another tokenizer than the model", "a text of the model's tokenizer, or the task blimp alone"
+    require(same, ArgumentError, "text", corpus.name, wrong, expected)

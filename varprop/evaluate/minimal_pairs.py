@@ -17,8 +17,6 @@ from varprop.evaluate.score import score
 from varprop.nn import Transformer
 
 FILE = "blimp.tsv.xz"
-DOCUMENT_END = 0
-"""Token that every sentence is read after, as the first one of a document is in training."""
 
 
 class Pair(NamedTuple):
@@ -54,27 +52,28 @@ def load_pairs(corpus_dir: str | Path, limit: int | None = None) -> list[Pair]:
     return kept
 
 
-def score_pairs(model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer) -> np.ndarray:
-    """Log-probability in nats of the good and the bad sentence of each pair, (n, 2), given the end of a document.
+def score_pairs(model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer, first_token: int) -> np.ndarray:
+    """Log-probability in nats of the good and the bad sentence of each pair, (n, 2), given the token before it.
 
-    It is what `lm_eval` sums: all tokens of the sentence, none of the text before it.
+    first_token: the id that a text is read behind: the tokenizer's bos where it has one, else the end of a document,
+    as in training (`hf.SpecialTokens.first`). It is what `lm_eval` sums: all tokens of the sentence, not the first one.
     """
     require(len(pairs) > 0, ArgumentError, "pairs", len(pairs), "empty", "at least one pair")
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
     # One at a time: a batch starts threads, which warn when a user forks.
-    ids = [[DOCUMENT_END, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
+    ids = [[first_token, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
     sums, _ = score(model, ids, [len(row) - 1 for row in ids])
     return sums.reshape(-1, 2)
 
 
-def blimp(model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer) -> xr.Dataset:
+def blimp(model: Transformer, pairs: Sequence[Pair], tokenizer: Tokenizer, first_token: int) -> xr.Dataset:
     """Share of pairs whose good sentence is the likelier, in all and by paradigm and term; chance is 1/2.
 
     Variables: blimp_accuracy, blimp_paradigm_accuracy (paradigm), blimp_term_accuracy (term), each with its
     `_stderr` over pairs (two or more of each paradigm), and blimp_pairs, their number. Equal log-probabilities count
-    as wrong. Raises as `score` does.
+    as wrong. tokenizer, first_token: as of `score_pairs`. Raises as `score` does.
     """
-    scores = score_pairs(model, pairs, tokenizer)
+    scores = score_pairs(model, pairs, tokenizer, first_token)
     correct = scores[:, 0] > scores[:, 1]
     in_all, stderr = share(correct, "pairs")
     paradigms, of_paradigm, of_paradigm_stderr = shares(correct, [pair.paradigm for pair in pairs], "pairs")

@@ -20,15 +20,16 @@ def packed_loss(
     length: int,
     *,
     text: str = "validation",
-    bytes_per_token: float | None = None,
+    bytes_of_text: np.ndarray | float | None = None,
     n_sequences: int | None = None,
     seed: int = 0,
 ) -> xr.Dataset:
     """Mean loss over non-overlapping windows of `length` tokens, each token given those before it in its window.
 
     tokens: ids of a held-out text, documents one after the other. length: predictions of a window; losses at different
-    lengths are not comparable. text: the name of the text in the result. bytes_per_token: of the text, for bits per
-    byte = loss / (ln 2 bytes_per_token). n_sequences: so many windows, drawn by `seed`; None = all.
+    lengths are not comparable. text: the name of the text in the result. bytes_of_text: of each id (n_ids,), for bits
+    per byte = nats / (ln 2 bytes) of the tokens predicted; or the mean of a token, which is approximate unless it is of
+    those very tokens. n_sequences: so many windows, drawn by `seed`; None = all.
     Variables: loss and loss_stderr in nats per token, the windows being independent, bits_per_byte where asked for,
     loss_sequences, their number; all (text, length). Raises as `score` does, and for a text shorter than two windows.
     """
@@ -46,7 +47,8 @@ def packed_loss(
         "loss_stderr": (dims, [[stderr]]),
         "loss_sequences": (dims, [[n]]),
     }
-    if bytes_per_token is not None:
-        variables["bits_per_byte"] = (dims, [[mean / (math.log(2) * bytes_per_token)]])
+    if bytes_of_text is not None:
+        per_token = bytes_of_text[rows[:, 1:]].mean() if isinstance(bytes_of_text, np.ndarray) else bytes_of_text
+        variables["bits_per_byte"] = (dims, [[mean / (math.log(2) * per_token)]])
     coords = {"text": [text], "length": [length]}
     return dataset(model, variables, n_tokens=length, seed=seed, coords=coords)

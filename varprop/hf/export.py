@@ -19,6 +19,7 @@ from varprop.hf import weights
 from varprop.hf.config import MAX_POSITIONS, config_of, family_of, spec_of
 from varprop.hf.families import FAMILIES
 from varprop.hf.fold import folded_fields, plain_spec, plain_weights
+from varprop.hf.tokenizer import SpecialTokens
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
 
@@ -43,15 +44,17 @@ def export(
     *,
     dtype: Dtype = "float32",
     tokenizer: Tokenizer | None = None,
+    special_tokens: SpecialTokens | None = None,
     max_positions: int = MAX_POSITIONS,
     shard_bytes: int = weights.SHARD_BYTES,
 ) -> Exported:
     """Write config.json, the weights and, where given, the tokenizer into the new folder `out`.
 
     model: a network or the folder of a finished run. dtype: of the weights on disk; float32 has the logits of the
-    network to rounding. max_positions: where evaluation programs cut texts. shard_bytes: the largest file; more are
-    written with an index. Fields that no family has are folded into the weights where that is exact
-    (`varprop.hf.fold`), and named in the outcome.
+    network to rounding. tokenizer, special_tokens: those of a run are `tokenizer_of(run)`; a tokenizer alone is taken
+    to name them as the package's own does, `<|endoftext|>` and `<|pad|>`. max_positions: where evaluation programs cut
+    texts. shard_bytes: the largest file; more are written with an index. Fields that no family has are folded into the
+    weights where that is exact (`varprop.hf.fold`), and named in the outcome.
     Raises `SpecError`, naming the field, where no family holds the network, `ArgumentError` where `out` is there and
     not empty, cannot be written, or the tokenizer has more entries than the network; nothing is written then.
     """
@@ -70,7 +73,7 @@ def export(
     with replacing_folder(target) as folder:
         folder.mkdir()
         if tokenizer is not None:
-            config |= tokenizers_.write(folder, tokenizer, max_positions)
+            config |= tokenizers_.write(folder, tokenizer, special_tokens, max_positions)
         else:
             config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,5 @@
-"""A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end).
+"""A run directory: `run.json` (what is run), `checkpoints/step-<n>` (where it stands), `model.safetensors` (the end),
+`tokenizer.json` (of the corpus, where it is known).
 
 Files are written under a temporary name, then renamed, so a kill at any moment leaves whole ones. No pickle.
 Checkpoints are written by a thread while training goes on.
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varprop.corpus import Corpus
+from varprop.corpus.directory import TOKENIZER
 from varprop.errors import ArgumentError, DamagedShardWarning, SchemaError, require
 from varprop.files import replacing, write_text
 from varprop.hf.export import load_run
@@ -52,12 +54,13 @@ class RunDirectory:
     ) -> None:
         require_path(path)
         self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
-        self._spec, self._seed, self._world = spec, config.seed, world
+        self._spec, self._seed, self._world, self._tokenizer = spec, config.seed, world, corpus.tokenizer
         self._run = {
             "format": FORMAT,
             "spec": spec.to_dict(),
             "config": {name: value for name, value in config.identity().items() if name != "corpus"},
-            "corpus": {"sha256": corpus.sha256},  # not its name: the same file may be given by another path
+            # Not the corpus' name: the same file may be given by another path.
+            "corpus": {"sha256": corpus.sha256, "document_end": corpus.document_end},
             "initial": initial,
         }
         self._run = json.loads(json.dumps(self._run))  # tuples as lists, as they are read
@@ -193,6 +196,9 @@ class RunDirectory:
         elif shards.saved(self.checkpoints):
             raise ArgumentError(f"run_dir={shown!r} has checkpoints without run.json; expected a whole run directory")
         else:
+            if self._tokenizer is not None:
+                with replacing(self.path / TOKENIZER) as temporary:
+                    shutil.copyfile(self._tokenizer, temporary)
             write_text(description, json.dumps(self._run, indent=1, sort_keys=True) + "\n")
 
     def _require_same(self, found: Any) -> None:

@@ -102,6 +102,19 @@ def evaluation_windows(corpus: Corpus, n_sequences: int, length: int) -> np.ndar
     return windows(corpus.validation, [number * size // count * length for number in range(count)], length + 1)
 
 
+def mean_bytes(corpus: Corpus, ids: np.ndarray) -> float | None:
+    """Bytes of text per token of `ids`; the mean of the validation text where the bytes of an id are not known.
+
+    None where that is not known either.
+
+    >>> from varprop.corpus import load_corpus
+    >>> corpus = load_corpus()
+    >>> mean_bytes(corpus, corpus.validation) == corpus.bytes_per_token
+    True
+    """
+    return corpus.bytes_per_token if corpus.token_bytes is None else float(corpus.token_bytes[ids].mean())
+
+
 def _batch(
     corpus: Corpus, seed: int, step: int, batch_size: int, n_tokens: int, device: torch.device, rows: slice
 ) -> torch.Tensor:

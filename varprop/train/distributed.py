@@ -278,8 +278,17 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all entries of all tensors, a plain scalar; of split tensors that of the whole ones."""
-    return full(torch.nn.utils.get_total_norm(list(tensors)))
+    """Euclidean norm of all entries of all tensors, a plain float32 scalar; of split tensors that of the whole ones.
+
+    On CUDA torch's own. On a CPU that one adds all squares of a tensor in float32, with few partial sums: of
+    50,304 x 2,048 normal numbers it is 1.1 % low. There the norm of each row is float32, and the norm of those float64.
+    """
+    present = list(tensors)
+    if not present or present[0].is_cuda:
+        return full(torch.nn.utils.get_total_norm(present))
+    rows = (torch.linalg.vector_norm(tensor, dim=-1) for tensor in present)
+    norms = [torch.linalg.vector_norm(norm, dtype=torch.float64) for norm in rows]
+    return full(torch.linalg.vector_norm(torch.stack(norms))).float()
 
 
 def _own_device(name: str, local_rank: int) -> torch.device:

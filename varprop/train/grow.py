@@ -1,8 +1,9 @@
 """Gradual depth growing: the start of a deep model from the blocks of a trained shallow one.
 
 The shallow run ends; its blocks are duplicated; the deep run starts from them and trains on. From 3 to 6 layers the
-sources are `stack` 1 2 3 1 2 3 (Gong et al., ICML 2019) and `interleave` 1 1 2 2 3 3. arXiv 2512.08819 asks whether
-models grown in this way use their depth better than models trained at full depth from the beginning.
+sources are `stack` 1 2 3 1 2 3 (Gong et al., ICML 2019) and `interleave` 1 1 2 2 3 3. arXiv 2512.08819 asks
+whether models whose depth grows during training use it better than models trained at full depth from the beginning;
+which blocks are duplicated, and that it is done once, is not taken from there.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ Why, derived again. An entry of Adam's update has the size of the rate, whatever
 update coherently over a fan-in proportional to m_N, a vector does not: the factors m_N^-1. The 2 L branches add their
 updates coherently, each through L^-alpha: L L^-alpha rate is of order one for m_L^(alpha - 1). A decayed weight shrinks
 by rate * decay a step, which m_N leaves as it is. eps follows the gradient: of an entry of the stream m_N^-1, of a
-branch another m_L^-alpha.
+branch another m_L^-alpha. Not so for router, shared_gate, sink and the gains of queries and keys by head: their
+gradient is a sum over the width (over heads, for the gains) and falls more slowly, so that their eps is up to m_N^-1
+too small.
 
 What is ours. alpha is 1 for the residual rule `inverse_L` (CompleteP) and 1/2 for `inverse_sqrt_L` and
 `inverse_sqrt_2L` (depth-muP). The rule `one` is, for a Pre-LN stack, the network of `inverse_sqrt_L` whose embedding

@@ -39,7 +39,7 @@ DIMENSIONS = {
     "step": OF_BATCH,
     "probe_step": OF_PROBE,
     "update_step": {"update_ratio": weights.DIMENSIONS["update_ratio"]},
-    "evaluation_step": {"validation_loss": ("evaluation",)},
+    "evaluation_step": {"validation_loss": ("evaluation",), "bits_per_byte": ("evaluation",)},
 }
 VARIABLES = frozenset(
     {name for named in DIMENSIONS.values() for name in named}
@@ -149,8 +149,8 @@ def dataset(
     """The result of a run: every variable of the history along (seed, its steps), and what follows from the step.
 
     `learning_rate` is that of the update made after `step` updates, `tokens_seen` the tokens of the updates before it,
-    `evaluation_length` the tokens of a sequence of each evaluation, `bits_per_byte` = validation_loss / ln 2 / (bytes
-    per token), absent where the tokeniser is not known.
+    `evaluation_length` the tokens of a sequence of each evaluation. The attribute `bits_per_byte` says whether the
+    bytes are those of the tokens evaluated ("exact") or of the mean token of the held-out text ("approximate").
     """
     arrays = history.arrays()
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
@@ -164,9 +164,7 @@ def dataset(
     if "validation_loss" in arrays:
         lengths = np.array([[config.evaluation_length, config.n_tokens]])
         variables["evaluation_length"] = (("seed", "evaluation"), lengths)
-    if corpus.bytes_per_token is not None and "validation_loss" in arrays:
-        bits = arrays["validation_loss"] / math.log(2) / corpus.bytes_per_token
-        variables["bits_per_byte"] = (("seed", "evaluation_step", "evaluation"), bits[None])
+    bytes_known = {} if "bits_per_byte" not in arrays else {"bits_per_byte": _exactness(corpus)}
     coordinates = {
         **{name: labels for name, labels in arrays.items() if name in DIMENSIONS},
         **(probe.coordinates(spec) if "probe_step" in arrays else {}),
@@ -190,6 +188,11 @@ def dataset(
             "config": config.to_json(),
             "corpus": corpus.name,
             "corpus_sha256": corpus.sha256,
+            **bytes_known,
             **(attributes or {}),
         },
     )
+
+
+def _exactness(corpus: Corpus) -> str:
+    return "approximate" if corpus.token_bytes is None else "exact"

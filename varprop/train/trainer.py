@@ -24,7 +24,7 @@ from varprop.train import optim
 from varprop.train.budget import n_steps
 from varprop.train.check import check_run
 from varprop.train.config import TrainConfig
-from varprop.train.data import document_ids, evaluation_windows
+from varprop.train.data import document_ids, evaluation_windows, mean_bytes
 from varprop.train.distributed import World, accumulate, compute_dtype, shard
 from varprop.train.graphs import StepGraphs
 from varprop.train.grow import OPTIMIZER, load_moments
@@ -68,7 +68,9 @@ class Trainer:
         load_moments(plain.transformer, self.optimizer, initial or {})
         self._graphs: StepGraphs | None = None
         self._n_eager = 0
-        self._windows = {name: self._evaluation_parts(name) for name in EVALUATIONS}
+        evaluated = [self._evaluation_windows(name) for name in EVALUATIONS]
+        self._windows = [self._own_parts(ids) for ids in evaluated]
+        self._bytes_per_token = [mean_bytes(corpus, ids[:, 1:]) for ids in evaluated]
         probed = evaluation_windows(corpus, config.n_probe_sequences, config.n_tokens)
         self._probe_tokens = torch.from_numpy(probed[:, :-1]).to(world.device)
 
@@ -155,26 +157,32 @@ class Trainer:
 
     # Measurements -----------------------------------------------------------------------------------------------------
 
-    def _evaluation_parts(self, name: str) -> tuple[Tensor, ...]:
-        """The windows of an evaluation that fall to this process, in parts (n, length + 1): as many tokens at either
-        length, and as many parts on every process, because a sharded model is gathered for each.
-        """
-        config, size = self.config, self.world.size
+    def _evaluation_windows(self, name: str) -> np.ndarray:
+        """The windows of an evaluation (n, length + 1): as many tokens at either length."""
+        config = self.config
         length = config.evaluation_length if name == "fixed_length" else config.n_tokens
         wanted = max(1, config.n_evaluation_sequences * config.evaluation_length // length)
-        ids = torch.from_numpy(evaluation_windows(self.corpus, wanted, length))
+        return evaluation_windows(self.corpus, wanted, length)
+
+    def _own_parts(self, windows: np.ndarray) -> tuple[Tensor, ...]:
+        """The windows that fall to this process, in parts: as many on every process, because a sharded model is
+        gathered for each.
+        """
+        ids, size = torch.from_numpy(windows), self.world.size
         if len(ids) < size:  # each reads all of them
             ids = ids.repeat_interleave(size, dim=0)
-        at_once = max(1, self._micro * config.n_tokens // (length + 1))
+        at_once = max(1, self._micro * self.config.n_tokens // windows.shape[1])
         n_parts = min(len(ids) // size, -(-len(ids) // (size * at_once)))
         return ids[self.world.rank :: size].tensor_split(n_parts)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, np.ndarray]:
-        """validation_loss, nats per token: at the fixed evaluation length and at the training length."""
+        """validation_loss, nats per token, at the fixed evaluation length and at the training length; where the bytes
+        of the tokens are known (`data.mean_bytes`), bits_per_byte = nats / ln 2 / bytes of the tokens predicted.
+        """
         self.model.eval()
         losses = []
-        for parts in self._windows.values():
+        for parts in self._windows:
             total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # of losses, of windows
             for part in parts:
                 tokens = part.to(self.world.device)
@@ -184,7 +192,10 @@ class Trainer:
             total = self.world.sum(total)
             losses.append(total[0] / total[1])
         self.model.train()
-        return {"validation_loss": torch.stack(losses).cpu().numpy()}
+        found = {"validation_loss": torch.stack(losses).cpu().numpy()}
+        if None not in self._bytes_per_token:
+            found["bits_per_byte"] = found["validation_loss"] / math.log(2) / np.array(self._bytes_per_token)
+        return found
 
     def probe(self) -> dict[str, np.ndarray]:
         """The variables of `OF_PROBE` of the network as it is; gradients must be there."""
