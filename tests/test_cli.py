@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from varprop import results, simulate
 from varprop.__main__ import main
+from varprop.train import TrainConfig
 
 SMALL = ["--spec", "tiny", "--set", "d_model=32", "--set", "n_layers=2", "--set", "d_ff=48"]
 
@@ -85,6 +87,18 @@ def test_training_writes_one_result(folder: Path) -> None:
     dataset = results.load("t.nc")
     assert dataset.attrs["source"] == "training"
     assert {"variance", "branch_correlation", "train_loss"} <= set(dataset.data_vars)
+
+
+def test_help_of_train_lists_every_field_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    about, _, defaults = capsys.readouterr().out.partition("Defaults (null = None):")
+    for field in dataclasses.fields(TrainConfig):
+        assert field.name in about
+        assert f"{field.name}=" in defaults
+    assert ">>>" not in about
+    assert "clip_norm=1.0" in defaults
+    assert "micro_batch_size=null" in defaults
 
 
 def test_a_dry_run_of_a_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         for name in texts:
             text = held_out[name]
             sized = {"bytes_of_text": text.bytes_per_token if text.token_bytes is None else text.token_bytes}
-            options = {**sized, "n_sequences": arguments.n_sequences, "text": name, "seed": arguments.seed}
+            options = {**sized, "n_sequences": arguments.n_sequences, "text": name, "seed": seed}
             parts += [evaluate.packed_loss(model, text.validation, length, **options) for length in lengths]
     if "blimp" in tasks:
         first = _first_token(arguments.model, special_tokens)
@@ -142,7 +142,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         parts.append(evaluate.blimp(model, pairs, tokenizer, first))
     if "cloze" in tasks:
         books = held_out["books"]
-        options = {"document_end": books.document_end, "n_items": arguments.n_items, "seed": arguments.seed}
+        options = {"document_end": books.document_end, "n_items": arguments.n_items, "seed": seed}
         parts.append(evaluate.cloze(model, books.validation, tokenizer, **options))
     dataset = evaluate.join(parts)
     results.save(dataset, out)

@@ -39,19 +39,20 @@ class TrainConfig:
     auxiliary losses of every mixture layer, the same at every layer and depth. router_bias_rate: step of the selection
     bias of a spec with `router_bias` (arXiv 2408.15664).
 
-    seed: of the initial weights and of the data order. corpus: see `load_corpus`. document_mask: attention stays within
-    a document. record_every, probe_every, evaluate_every: updates between records of the training batch, of the fixed
-    probe batch of n_probe_sequences, and evaluations on n_evaluation_sequences held-out sequences of
-    evaluation_length (and as many tokens at the training length); the first and the last state are always measured.
-    max_loss_rise: a loss this many nats above the mean of the last records stops the run, None = never.
+    seed: of the initial weights and of the data order. corpus: embedded, docs, books, a directory of `varprop data
+    tokenize` or a token file (`load_corpus`). document_mask: attention stays within a document. record_every,
+    probe_every, evaluate_every: updates between records of the training batch, of the fixed probe batch of
+    n_probe_sequences, and evaluations on n_evaluation_sequences held-out sequences of evaluation_length (and as many
+    tokens at the training length); the first and the last state are always measured. max_loss_rise: a loss this many
+    nats above the mean of the last records stops the run, None = never.
 
     How it is computed (`EXECUTION_FIELDS`, which a resumed run may change). micro_batch_size: above. device: a torch
     device, auto = CUDA where there is one, else the CPU. compile: torch.compile, compile_layers layers at a time.
-    cuda_graph: on one GPU the kernels of a step are recorded once and launched together. parallel: how several
-    processes share the work. activation_checkpointing: blocks are computed again in the backward pass.
-    checkpoint_every: updates between checkpoints, where a run directory is given. deterministic: deterministic kernels
-    alone. Not one of them is precision, of the matrix products and the stream (weights, gradients and optimiser are
-    float32): auto = bfloat16 on CUDA, else float32.
+    cuda_graph: on one GPU the kernels of a step are recorded once and launched together. parallel: each of several
+    processes holds the whole model (`ddp`) or a part of it (`fsdp`). activation_checkpointing: blocks are computed
+    again in the backward pass. checkpoint_every: updates between checkpoints, where a run directory is given.
+    deterministic: deterministic kernels alone. Not one of them is precision, of the matrix products and the stream
+    (weights, gradients and optimiser are float32): auto = bfloat16 on CUDA, else float32.
 
     A field outside its domain raises `ArgumentError`.
 
