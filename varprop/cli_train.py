@@ -68,21 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     out = files.writable(arguments.out)
     initial = None
-<<<<<<< HEAD
     if arguments.grow_from is not None:
         # A grown run that has begun goes on without the shallow one where that is gone; else it is looked at.
         run_dir, there = arguments.run_dir, Path(arguments.grow_from).exists()
         if there or run_dir is None or not checkpoint.goes_on_alone(run_dir):
-            initial = train.grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
-=======
-    # A run that has begun goes on without the shallow one, which may be gone; where it is there, it must be the same.
-    begun = arguments.run_dir is not None and checkpoint.goes_on_alone(arguments.run_dir)
-    if arguments.grow_from is not None and not (begun and not Path(arguments.grow_from).exists()):
-        initial = grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
->>>>>>> t-fixD5
+            initial = grow(arguments.grow_from, wanted.spec, arguments.grow_method or "stack")
     if arguments.dry_run:
-        print(f"{runs.describe(wanted)}
-{_checked(wanted, arguments.corpus_dir)}")
+        print(f"{runs.describe(wanted)}\n{_checked(wanted, arguments.corpus_dir)}")
         return 0
     dataset = fit(
         wanted.spec,
