@@ -12,6 +12,8 @@ the start (last block's share 8.9 % to 0.065 %); at the end the shares of the la
 intervals (9 to 13 %), so neither a rise nor a fall is shown, and in the lower half of the stack lower density still
 means a smaller share. Branch correlation r falls with density, from 0.18 to 0.08.
 
+The results kept are of the training loop before the present one: another order of the data, other dimensions.
+
     python -m experiments.masked_training --device cuda --n-workers 4
 
 writes `results/masked_training.nc` (every run: seed, density, step, layer, site) and `results/masked_training.png`.

@@ -1,6 +1,7 @@
 """What all layers of a pass share: rotary angles, and who may see whom where that is not plain causal attention.
 
-On a GPU a mask is a `BlockMask` of FlexAttention, which skips the blocks that nobody sees; on a CPU, and for what
+On a GPU a mask is a `BlockMask` of FlexAttention, which skips the blocks that nobody sees (torch waits for the device
+where it makes one: of documents once in every pass); on a CPU, and for what
 FlexAttention does not do (sink logits, key masks), a matrix of booleans.
 """
 
