@@ -57,10 +57,10 @@ def fit(
     `probe_step`: the variables of `train.probe` and `train.weights`. Along `evaluation_step`: validation_loss (nats per
     token) and bits_per_byte at the fixed evaluation length and at the training length.
 
-    run_dir: where checkpoints and the final weights are kept; the same call resumes a killed run, on a CPU (with
-    config.deterministic it is meant on one GPU too) bitwise as if it had not been killed. corpus_dir: of `load_corpus`. initial:
-    tensors by the names of the network's state to start from, such as `train.grow` makes; not needed where run_dir has
-    a checkpoint. logs: of `train.log.NAMES`.
+    run_dir: where checkpoints and the final weights are kept; the same call resumes a killed run, on a CPU bitwise as
+    if it had not been killed (with config.deterministic it is meant to on one GPU too). corpus_dir: of `load_corpus`.
+    initial: tensors by the names of the network's state to start from, such as `train.grow` makes; not needed where
+    run_dir has a checkpoint. logs: of `train.log.NAMES`.
     progress: the console log where stderr is a terminal. Under torchrun all processes train together.
     Raises `ArgumentError` for bad input, a run directory of another run, a loss that is not finite or rises by more
     than config.max_loss_rise (then `run_dir` holds `stopped.nc` and `stopped.safetensors`), and `Stopped` after a
