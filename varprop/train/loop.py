@@ -269,6 +269,7 @@ class _Loop:
             share = budget.mfu(spec, length, tokens_per_s, name, self._world.size)
             if share is not None:
                 values[log.MFU] = share
+            if cuda:
                 values["memory/peak_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
         return values
 
