@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.command_line import assert_refused
 from tests.corpus.conftest import END, save_tokenizer
 from varprop import hf, presets, results
 from varprop.__main__ import main
@@ -110,12 +111,7 @@ def test_a_task_of_lm_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_bad_input(words: list[object], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = sorted(path.name for path in folder.iterdir())
-    assert run(*words) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert sorted(path.name for path in folder.iterdir()) == before
+    assert_refused(words, message, folder, capsys)
 
 
 def test_another_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.command_line import assert_refused
 from varprop import results
 from varprop.__main__ import main
 from varprop.train import fit
@@ -291,12 +292,7 @@ def test_bad_sweep_files_are_one_line(
 def test_bad_arguments_are_one_line(
     words: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted(path.name for path in folder.iterdir())
-    assert run(*words) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert sorted(path.name for path in folder.iterdir()) == before
+    assert_refused(["sweep", *words], message, folder, capsys)
 
 
 def test_help_lists_the_keys_of_a_sweep_file(capsys: pytest.CaptureFixture[str]) -> None:

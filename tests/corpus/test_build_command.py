@@ -122,7 +122,7 @@ def test_what_a_kill_has_left_goes_at_the_next_run(folder: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folder: Path) -> None:
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="limits of file sizes are those of POSIX")
     Path("long.txt").write_text(END.join(f"{number} " * 5000 for number in range(20)))
     before = names(folder)
     limit = 30_000  # bytes of a file: above the tokenizer, below the tokens
