@@ -32,6 +32,10 @@ class ReducedBatchWarning(UserWarning):
     """Memory was short: fewer networks are computed at a time. The numbers are the same."""
 
 
+class LessMemoryWarning(UserWarning):
+    """Memory was short: less is computed at a time. The numbers are the same to rounding."""
+
+
 class DamagedShardWarning(UserWarning):
     """A file of a grid was truncated or changed; it was removed and is computed again."""
 

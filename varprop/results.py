@@ -1,8 +1,8 @@
 """The one kind of result: a labelled `xarray.Dataset`. Build, validate, save, load, merge.
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
-where only the site `resid_post` exists: variables are NaN there at the other sites, and those of branches at either
-layer 0 of a pair of layers. A variable over `matrix` or `expert` is NaN at the layers that lack the matrix or the
+where only the site `resid_post` exists: variables are NaN there at the other sites, and those of pairs of branches or blocks at either
+layer 0. A variable over `matrix` or `expert` is NaN at the layers that lack the matrix or the
 experts, then in every seed and at every step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
@@ -44,6 +44,7 @@ DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
     *("probe_step", "update_step", "evaluation_step", "evaluation"),
+    *("threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
 STEPS = ("step", "probe_step", "update_step", "evaluation_step")
@@ -180,9 +181,8 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
-    if "branch" in values.dims:
-        for dim in {"source_layer", "target_layer"} & set(values.dims):
-            absent = absent | _along(values, dim, values[dim] == 0)
+    for dim in {"source_layer", "target_layer"} & set(values.dims):  # pairs of branches or blocks: layer 0 is neither
+        absent = absent | _along(values, dim, values[dim] == 0)
     if "matrix" in values.dims or "expert" in values.dims:
         own = [dim for dim in values.dims if dim in DIMENSIONS and dim not in ("layer", "matrix")]
         absent = absent | missing.all(axis=tuple(values.dims.index(dim) for dim in own), keepdims=True)

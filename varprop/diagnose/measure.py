@@ -1,0 +1,133 @@
+"""`measure`: the scores of a model on text, as one Dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from varprop import results
+from varprop.diagnose.causal import causal
+from varprop.diagnose.limits import Limits
+from varprop.diagnose.replay import Batch, Replay
+from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
+from varprop.errors import ArgumentError, require
+from varprop.nn import Transformer
+
+Definition = Literal["paper", "released"]
+Score = Callable[[Session], Variables]
+SCORES: dict[str, Score] = {"causal": causal}
+"""The scores by name, in the order they are measured; their docstrings define the variables."""
+RELEASED: dict[str, Score] = {}
+"""What the released code computes instead, for the scores that it has."""
+STANDARD = ("causal",)
+"""Scores that are measured where none are named."""
+
+
+def measure(
+    model: nn.Module,
+    sequences: Batch | torch.Tensor | np.ndarray,
+    *,
+    scores: Sequence[str] | str = STANDARD,
+    definition: Definition = "paper",
+    seed: int = 0,
+    memory_gib: float | None = None,
+    parts: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """The named scores of `model` on `sequences`, a result with source "checkpoint".
+
+    model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
+    measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, "all" or
+    `STANDARD`. definition: "paper" = as the paper defines them, its code's defects mended; "released" = as its code
+    computes them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold
+    beside the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left
+    there. options: of single scores. Every standard error is over sequences unless its score says otherwise.
+    Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite.
+    """
+    batch = as_batch(sequences)
+    names = chosen(scores, definition)
+    replay = Replay(model, None)
+    replay.limits = Limits.of(replay.device, memory_gib)
+    highest = int(batch.tokens.max())
+    size = replay.vocab_size or highest + 1
+    require(highest < size, ArgumentError, "token id", highest, "beyond the vocabulary", f"ids below {size}")
+    attributes = about(model) | {"definition": definition, "scores": ",".join(names)}
+    folder = None
+    if parts is not None:
+        identity = attributes | {"sequences": digest(batch), "weights": fingerprint(model), "seed": seed}
+        folder = prepare_parts(Path(parts), identity | {"options": dict(options or {}), "dtype": str(replay.dtype)})
+    session = Session(replay, batch, seed, folder, progress, options or {})
+    if replay.has_loss:
+        attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
+    variables: Variables = {}
+    table = SCORES if definition == "paper" else RELEASED
+    for name in names:
+        variables |= table[name](session)
+    spec = model.spec if isinstance(model, Transformer) else None
+    return results.new(
+        variables,
+        source="checkpoint",
+        spec_json="" if spec is None else spec.to_json(),
+        spec_id="" if spec is None else spec.spec_id,
+        n_tokens=session.n_tokens,
+        seed_entropy=str(seed),
+        dtype=str(replay.dtype).removeprefix("torch."),
+        device=replay.device.type,
+        attributes=attributes
+        | {"n_sequences": session.n_sequences, "n_layers": replay.n_layers, "d_model": replay.d_model},
+    )
+
+
+def as_batch(sequences: Batch | torch.Tensor | np.ndarray) -> Batch:
+    """Token ids (S, T) as a batch whose targets are the next tokens; `ArgumentError` for other shapes and types."""
+    if isinstance(sequences, Batch):
+        return sequences
+    tokens = torch.as_tensor(sequences)
+    good = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32, torch.uint16) and tokens.shape[1] >= 2
+    shape = f"{tuple(tokens.shape)} {tokens.dtype}"
+    require(
+        good and len(tokens) > 0, ArgumentError, "sequences", shape, "no token ids", "integers (S, T), S >= 1, T >= 2"
+    )
+    return Batch.causal(tokens.long())
+
+
+def chosen(scores: Sequence[str] | str, definition: str) -> list[str]:
+    """The names of the scores, in the order they are measured."""
+    require(
+        definition in ("paper", "released"), ArgumentError, "definition", definition, "unknown", "paper or released"
+    )
+    table = SCORES if definition == "paper" else RELEASED
+    names = list(table) if scores == "all" else [scores] if isinstance(scores, str) else list(scores)
+    for name in names:
+        require(name in table, ArgumentError, "scores", name, "unknown", "some of " + ", ".join(table))
+    return [name for name in table if name in names]
+
+
+def about(model: nn.Module) -> dict[str, Any]:
+    """What a result says of its model."""
+    config = getattr(model, "config", None)
+    return {
+        "architecture": type(model).__name__,
+        "model_type": str(getattr(config, "model_type", "varprop")),
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def digest(batch: Batch) -> str:
+    """A hash of tokens and targets."""
+    text = batch.tokens.numpy().tobytes() + batch.targets.numpy().tobytes()
+    return hashlib.sha256(text + str(tuple(batch.tokens.shape)).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every parameter's name, shape and sum, so that parts of other weights are not taken for these."""
+    sums = [f"{name} {tuple(p.shape)} {float(p.detach().double().sum()):.17g}" for name, p in model.named_parameters()]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]

@@ -1,0 +1,122 @@
+"""What the scores share: the model, the sequences, settings, progress, and parts already done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from varprop.diagnose.replay import Batch, Captured, Replay
+from varprop.errors import ArgumentError, require
+from varprop.files import replacing
+
+Arrays = dict[str, np.ndarray]
+Variables = dict[str, tuple[tuple[str, ...], Any]]
+"""What a score gives: name -> (dimensions, values), as `results.new` takes them."""
+Progress = Callable[[str, int, int], None]
+"""Called with the score, the sequences done and all of them."""
+
+
+@dataclass
+class Session:
+    """A model on sequences. batch: all of them, on the CPU. parts: folder of what is done, None = nothing is kept."""
+
+    replay: Replay
+    batch: Batch
+    seed: int = 0
+    parts: Path | None = None
+    progress: Progress | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of single scores, by their names: `n_probes`, `n_pairs`, ..."""
+
+    @property
+    def n_sequences(self) -> int:
+        """S."""
+        return len(self.batch.tokens)
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return self.batch.tokens.shape[1]
+
+    def rng(self, name: str) -> torch.Generator:
+        """Random numbers of their own for everything that has a name; on the CPU."""
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def batch_size(self) -> int:
+        """Sequences of one pass."""
+        bits = torch.finfo(self.replay.dtype).bits
+        per_sequence = (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
+        return min(self.n_sequences, self.replay.limits.batch_sequences(per_sequence))
+
+    def each_batch(
+        self,
+        name: str,
+        compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]],
+        sequences: slice | None = None,
+        batch_size: int | None = None,
+    ) -> Arrays:
+        """What `compute` gives for the captured passes of all sequences, or some, joined along the leading axis.
+
+        Every array has one entry for each sequence of its batch. name: of the part; what is kept under it already is
+        read and not computed.
+        """
+        start, stop, _ = (sequences or slice(None)).indices(self.n_sequences)
+        size = batch_size or self.batch_size()
+        found: list[Arrays] = []
+        for first in range(start, stop, size):
+            rows = slice(first, min(stop, first + size))
+            found.append(self.once(f"{name}-{rows.start}-{rows.stop}", lambda rows=rows: compute(self.capture(rows))))
+            if self.progress is not None:
+                self.progress(name, rows.stop - start, stop - start)
+        return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
+
+    def capture(self, rows: slice) -> Captured:
+        """The pass of some sequences, on the model's device."""
+        batch = self.batch.rows(rows)
+        device = self.replay.device
+        return self.replay.capture(Batch(batch.tokens.to(device), batch.targets.to(device)))
+
+    def once(self, key: str, compute: Callable[[], Mapping[str, Tensor | np.ndarray]]) -> Arrays:
+        """What `compute` gives, kept in the folder of parts under `key`, or read from there."""
+        path = None if self.parts is None else self.parts / f"{key.replace('/', '-')}.safetensors"
+        if path is not None and path.is_file():
+            try:
+                return load_file(path)
+            except (OSError, SafetensorError):
+                path.unlink()
+        arrays = {name: _array(values) for name, values in compute().items()}
+        if path is not None:
+            with replacing(path) as temporary:
+                save_file(arrays, temporary)
+        return arrays
+
+
+def _array(values: Tensor | np.ndarray) -> np.ndarray:
+    array = values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+    return np.ascontiguousarray(array)
+
+
+def prepare_parts(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """The folder of parts of one measurement, made or found; `ArgumentError` if it is of another one."""
+    about = json.dumps(identity, sort_keys=True, indent=1)
+    file = folder / "measurement.json"
+    if file.is_file():
+        same = file.read_text(encoding="utf-8") == about
+        expected = "the folder of this measurement, or none"
+        require(same, ArgumentError, "parts", str(folder), "of another measurement (model, text or options)", expected)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_text(about, encoding="utf-8")
+    return folder
