@@ -1,9 +1,9 @@
 """The one kind of result: a labelled `xarray.Dataset`. Build, validate, save, load, merge.
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
-where only the site `resid_post` exists: variables are NaN there at the other sites, and those of pairs of branches or blocks at either
-layer 0. A variable over `matrix` or `expert` is NaN at the layers that lack the matrix or the
-experts, then in every seed and at every step.
+where only the site `resid_post` exists: variables are NaN there at the other sites, and those of
+pairs of branches or blocks at either layer 0. A variable over `matrix` or `expert` is NaN at the layers that lack the
+matrix or the experts, then in every seed and at every step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
 networks (labels below `n_networks`) and layers a point has; where points differ in another dimension, such as `step`,

@@ -21,7 +21,7 @@ from varprop.errors import ArgumentError
 
 Edit = Callable[[str, Tensor], Tensor]
 """Called with `attn` or `mlp` and what it adds to the stream (R, T, D); gives what is added instead."""
-_SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
+_SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_}
 _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _NORMS = {functional.layer_norm, functional.rms_norm, torch.layer_norm, torch.rms_norm}
 _SOFTMAX = {functional.softmax, torch.softmax, torch.Tensor.softmax}
@@ -54,10 +54,7 @@ class Branches(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _SUMS:
-            result = self._sum(func, args, kwargs)
-        else:
-            result = func(*args, **kwargs)
+        result = self._sum(func, args, kwargs) if func in _SUMS else func(*args, **kwargs)
         if func is _SDPA or (func in _SOFTMAX and torch.is_tensor(result) and result.ndim == 4):
             self._attended = True
         if torch.is_tensor(result) and result.shape == self._shape:
@@ -84,8 +81,9 @@ class Branches(TorchFunctionMode):
         for stream, branch in ((first, second), (second, first)):
             if _among(stream, self._stream) or _among(stream, self._normed):
                 return self._residual(stream, branch)
-        result = first + second  # never in place: the terms are looked at later
-        self._sums.append((result, first, second))
+        kept = first.clone() if func is torch.Tensor.add_ else first  # `a += b` changes the first term
+        result = func(*args, **kwargs)
+        self._sums.append((result, kept, second))
         return result
 
     def _residual(self, stream: Tensor, branch: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -315,7 +316,7 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         streams = [call[0] for call in calls]
         if any(x.ndim != 3 or x.shape != y.shape or x.shape[:2] != (2, 3) for x, y in streams):
             return False
-        return all(torch.equal(a[1], b[0]) for a, b in zip(streams, streams[1:], strict=False))
+        return all(torch.equal(a[1], b[0]) for a, b in itertools.pairwise(streams))
 
     chains = [list(layers) for layers in lists if is_chain(list(layers))]
     name = type(model).__name__
