@@ -15,6 +15,7 @@ from torch import nn
 from varprop import results
 from varprop.diagnose.causal import causal
 from varprop.diagnose.limits import Limits
+from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.errors import ArgumentError, require
@@ -27,7 +28,7 @@ SCORES: dict[str, Score] = {"causal": causal}
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
 STANDARD = ("causal",)
-"""Scores that are measured where none are named."""
+"""Scores that are measured where none are named; the name "standard" stands for them."""
 
 
 def measure(
@@ -46,7 +47,7 @@ def measure(
 
     model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
     measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, "all" or
-    `STANDARD`. definition: "paper" = as the paper defines them, its code's defects mended; "released" = as its code
+    "standard" (`STANDARD`). definition: "paper" = as the paper defines them, its code's defects mended; "released" = as its code
     computes them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold
     beside the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left
     there. options: of single scores. Every standard error is over sequences unless its score says otherwise.
@@ -54,6 +55,8 @@ def measure(
     """
     batch = as_batch(sequences)
     names = chosen(scores, definition)
+    for name in options or {}:
+        require(name in OPTIONS, ArgumentError, "options", name, "unknown", "some of " + ", ".join(OPTIONS))
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
     highest = int(batch.tokens.max())
@@ -105,7 +108,8 @@ def chosen(scores: Sequence[str] | str, definition: str) -> list[str]:
         definition in ("paper", "released"), ArgumentError, "definition", definition, "unknown", "paper or released"
     )
     table = SCORES if definition == "paper" else RELEASED
-    names = list(table) if scores == "all" else [scores] if isinstance(scores, str) else list(scores)
+    groups: dict[Any, Sequence[str]] = {"all": tuple(table), "standard": [name for name in STANDARD if name in table]}
+    names = groups.get(scores, [scores]) if isinstance(scores, str) else list(scores)
     for name in names:
         require(name in table, ArgumentError, "scores", name, "unknown", "some of " + ", ".join(table))
     return [name for name in table if name in names]

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.errors import ArgumentError, require
 from varprop.files import replacing
@@ -36,7 +37,7 @@ class Session:
     parts: Path | None = None
     progress: Progress | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of single scores, by their names: `n_probes`, `n_pairs`, ..."""
+    """Of single scores, where they are not the defaults of `varprop.diagnose.options`."""
 
     @property
     def n_sequences(self) -> int:
@@ -47,6 +48,14 @@ class Session:
     def n_tokens(self) -> int:
         """T."""
         return self.batch.tokens.shape[1]
+
+    def option(self, name: str) -> Any:
+        """The setting of a single score."""
+        return self.options.get(name, OPTIONS[name][0])
+
+    def first_sequences(self, n_tokens: int) -> slice:
+        """So many whole sequences, from the first, that they have about `n_tokens` tokens; at least one."""
+        return slice(0, min(self.n_sequences, max(1, n_tokens // self.n_tokens)))
 
     def rng(self, name: str) -> torch.Generator:
         """Random numbers of their own for everything that has a name; on the CPU."""
