@@ -97,13 +97,13 @@ class Replay:
 
     def __init__(self, model: nn.Module, limits: Limits | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        config = getattr(model, "config", None)
-        if config is not None:
-            config.use_cache = False
+        for module in model.modules():  # a cache would be one more thing that a layer depends on
+            if hasattr(config := getattr(module, "config", None), "use_cache"):
+                config.use_cache = False
         embedding = next(iter(model.parameters()))
         self.device = embedding.device
         self.layers: Sequence[nn.Module] = _find_layers(model, self._forward, self.device)
-        self._gives_tuple = self._tuples()
+        self._n_outputs = self._count_outputs()
         probe = self.capture(Batch.causal(torch.arange(8, device=self.device).reshape(2, 4) % 7))
         self.d_model, self.dtype = probe.streams[0].shape[-1], probe.streams[0].dtype
         with torch.inference_mode():
@@ -226,7 +226,8 @@ class Replay:
 
         def stub(index: int, *args: Any, **kwargs: Any) -> Any:
             stream = streams if index == last else _split(args, kwargs)[0]
-            return (stream, None) if self._gives_tuple[index] else stream
+            n_outputs = self._n_outputs[index]
+            return (stream, *[None] * (n_outputs - 1)) if n_outputs else stream
 
         for index, layer in enumerate(self.layers):
             layer.forward = functools.partial(stub, index)
@@ -236,10 +237,10 @@ class Replay:
             for layer in self.layers:
                 del layer.forward
 
-    def _tuples(self) -> list[bool]:
-        """Of each layer, whether it gives a tuple whose first entry is the stream."""
-        found: list[bool] = []
-        watch = lambda _, __, output: found.append(isinstance(output, tuple))  # noqa: E731
+    def _count_outputs(self) -> list[int]:
+        """Of each layer, the length of the tuple whose first entry is the stream; 0 = it gives the stream alone."""
+        found: list[int] = []
+        watch = lambda _, __, output: found.append(len(output) if isinstance(output, tuple) else 0)  # noqa: E731
         hooks = [layer.register_forward_hook(watch) for layer in self.layers]
         try:
             with torch.no_grad():
@@ -302,9 +303,13 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
 
     members = {id(member): member for members in lists for member in members}
     hooks = [member.register_forward_hook(watch, with_kwargs=True) for member in members.values()]
+    name = type(model).__name__
     try:
         with torch.no_grad():
             forward(torch.arange(6, device=device).reshape(2, 3) % 5)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        wrong = f"without a pass on token ids alone ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        raise ArgumentError(f"architecture={name!r} is {wrong}; expected a decoder or an encoder") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -319,7 +324,6 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         return all(torch.equal(a[1], b[0]) for a, b in itertools.pairwise(streams))
 
     chains = [list(layers) for layers in lists if is_chain(list(layers))]
-    name = type(model).__name__
     missing = "without a list of layers, each taking as its stream (B, T, D) what the one before it gave"
     require(bool(chains), ArgumentError, "architecture", name, missing, "a decoder or an encoder whose layers chain")
     return max(chains, key=len)
