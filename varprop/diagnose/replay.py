@@ -208,7 +208,7 @@ class Replay:
         size = min(self.limits.head_tokens(self.vocab_size), n_tokens)
         for start in range(0, len(places), size):
             part = slice(start, start + size)
-            logits = self.logits(rows[places[part]][None])[0].float()
+            logits = _at_least_float32(self.logits(rows[places[part]][None])[0])
             total.index_add_(0, which[part], functional.cross_entropy(logits, targets[part], reduction="none").double())
         return total.reshape(n_variants, n_sequences)
 
@@ -268,11 +268,11 @@ class Replay:
         try:
             for index in range(self.n_layers):
                 x = self.layer(index, x, captured)
-        except RuntimeError as error:
-            wrong = f"without layers that take more sequences than the pass they are of ({str(error).splitlines()[0]})"
+            found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            wrong = f"without layers that take more sequences than the pass they are of ({_first_line(error)})"
             expected = "layers whose other arguments are the same for all sequences, or have one entry for each"
-            require(False, ArgumentError, "architecture", self.architecture, wrong, expected)
-        found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+            raise ArgumentError(f"architecture={self.architecture!r} is {wrong}; expected {expected}") from error
         own = self._own_loss(batch)
         gap = float((found / own - 1).abs().max())
         wrong = f"replayed with a loss of {found[-1].item():.6g} instead of {own.item():.6g}"
@@ -284,10 +284,16 @@ class Replay:
     def _own_loss(self, batch: Batch) -> Tensor:
         """Mean over the targets, from the model's own pass."""
         out = self._forward(batch.tokens)
-        logits = getattr(out, "logits", out).float()
-        return functional.cross_entropy(
-            logits.flatten(0, 1).double(), batch.targets.flatten(), ignore_index=IGNORED
-        ).double()
+        logits = _at_least_float32(getattr(out, "logits", out)).double()
+        return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: torch.device) -> Sequence[nn.Module]:
@@ -308,7 +314,7 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         with torch.no_grad():
             forward(torch.arange(6, device=device).reshape(2, 3) % 5)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        wrong = f"without a pass on token ids alone ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        wrong = f"without a pass on token ids alone ({_first_line(error)})"
         raise ArgumentError(f"architecture={name!r} is {wrong}; expected a decoder or an encoder") from error
     finally:
         for hook in hooks:
