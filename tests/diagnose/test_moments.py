@@ -127,12 +127,16 @@ def check_overlaps(found: dict[str, np.ndarray], sites: Sites, rtol: float) -> N
 
 @pytest.mark.parametrize("family", MODULES)
 def test_moments_are_their_definitions(family: str) -> None:
-    """In float64, on streams and branches that hooks on the modules of the family saw in an ordinary pass."""
-    model = zoo.make(family, torch.float64)
+    """On streams and branches that hooks on the modules of the family saw in an ordinary pass.
+
+    In float64; mixtures, which have no kernels for it, in float32, where only the sums of branches round otherwise.
+    """
+    mixture = family in zoo.MIXTURES
+    model = zoo.make(family, torch.float32 if mixture else torch.float64)
     sites = observed(family, model, TOKENS)
     found = values(moments(session_of(model, positions=5)))
-    check_sites(found, sites, rtol=1e-9)
-    check_overlaps(found, sites, rtol=1e-9)
+    check_sites(found, sites, rtol=1e-5 if mixture else 1e-9)
+    check_overlaps(found, sites, rtol=1e-5 if mixture else 1e-9)
     with torch.no_grad():
         logits = model(TOKENS).logits
     for row, loss in enumerate(found["loss"]):

@@ -25,6 +25,8 @@ _SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd_
 _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _NORMS = {functional.layer_norm, functional.rms_norm, torch.layer_norm, torch.rms_norm}
 _SOFTMAX = {functional.softmax, torch.softmax, torch.Tensor.softmax}
+_OF_NORMS = _NORMS | _PRODUCTS | _SUMS | {torch.Tensor.to, torch.Tensor.float}
+"""What a norm with its gain, its bias and its types is made of."""
 _SAME = {functional.dropout, torch.dropout}
 _SDPA = functional.scaled_dot_product_attention
 
@@ -69,7 +71,12 @@ class Branches(TorchFunctionMode):
                 self._stream.append(result)
             if func in _SAME:
                 self._sums += [(result, a, b) for total, a, b in self._sums if total is first]
-            if func in _NORMS and first is not None and _among(first, self._stream):
+            full = [a for a in args[:2] if torch.is_tensor(a) and a.shape == self._shape]
+            if (
+                func in _OF_NORMS
+                and len(full) == 1
+                and (_among(full[0], self._stream) or _among(full[0], self._normed))
+            ):
                 self._normed.append(result)
         return result
 
