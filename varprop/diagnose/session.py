@@ -65,10 +65,10 @@ class Session:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def batch_size(self) -> int:
-        """Sequences of one pass."""
+    def batch_size(self, kept: int = 1) -> int:
+        """Sequences of one pass. kept: tensors of the stream's shape that are kept of each layer."""
         bits = torch.finfo(self.replay.dtype).bits
-        per_sequence = (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
+        per_sequence = kept * (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
         return min(self.n_sequences, self.replay.limits.batch_sequences(per_sequence))
 
     def each_batch(
