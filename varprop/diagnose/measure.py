@@ -13,6 +13,7 @@ import xarray as xr
 from torch import nn
 
 from varprop import results
+from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
 from varprop.diagnose.experts import experts
 from varprop.diagnose.limits import Limits
@@ -24,7 +25,7 @@ from varprop.nn import Transformer
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
-SCORES: dict[str, Score] = {"causal": causal, "experts": experts}
+SCORES: dict[str, Score] = {"causal": causal, "attention": attention, "experts": experts}
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
@@ -76,6 +77,7 @@ def measure(
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
         variables |= table[name](session)
+    coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     spec = model.spec if isinstance(model, Transformer) else None
     return results.new(
         variables,
@@ -83,6 +85,7 @@ def measure(
         spec_json="" if spec is None else spec.to_json(),
         spec_id="" if spec is None else spec.spec_id,
         n_tokens=session.n_tokens,
+        coords=coordinates,
         seed_entropy=str(seed),
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,

@@ -1,6 +1,12 @@
 """What is read off tensors, once for all readers."""
 
-from varprop.measure.attention import AttentionStatistics, attention_statistics
+from varprop.measure.attention import (
+    ATTENTION_THRESHOLDS,
+    QUERY_STATISTICS,
+    AttentionStatistics,
+    attention_statistics,
+    query_statistics,
+)
 from varprop.measure.jacobian import jacobian_deviation, probe_jacobian_deviation, random_signs
 from varprop.measure.mixing import (
     attention_concentration,
@@ -34,8 +40,10 @@ from varprop.measure.weights import (
 )
 
 __all__ = [
+    "ATTENTION_THRESHOLDS",
     "BRANCH_STREAM",
     "QUANTILES",
+    "QUERY_STATISTICS",
     "AttentionStatistics",
     "PowerSums",
     "TokenMoments",
@@ -55,6 +63,7 @@ __all__ = [
     "load_balance_loss",
     "overlap_sums",
     "probe_jacobian_deviation",
+    "query_statistics",
     "random_signs",
     "rms",
     "router_entropy",
