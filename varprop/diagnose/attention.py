@@ -216,7 +216,7 @@ class _Look:
         query = query.to(wide) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         key = key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        causal = self.causal and is_causal and attention_mask is None
+        causal = self.causal and bool(is_causal) and attention_mask is None
         octaves = _Octaves(n_tokens, query.device)
         sums = query.new_zeros((), dtype=torch.float64)
         for queries in _chunks(self._replay, n_tokens, query.shape[0] * query.shape[1] * n_tokens):
@@ -260,7 +260,7 @@ def _looking(layer: nn.Module, look: _Look) -> Iterator[None]:
     from transformers import AttentionInterface  # here, so that our own models need no transformers
 
     AttentionInterface.register(IMPLEMENTATION, look)
-    found = (getattr(module, "config", None) for module in layer.modules())
+    found: list[Any] = [getattr(module, "config", None) for module in layer.modules()]
     configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for name in before.values():

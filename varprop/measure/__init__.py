@@ -34,7 +34,9 @@ from varprop.measure.tokens import QUANTILES, TokenMoments, sink_positions, toke
 from varprop.measure.weights import (
     effective_density_participation,
     effective_density_threshold_tenth_rms,
+    magnitude_mask_retained_variance,
     rms,
+    share_above,
     spectral_norm,
     stable_rank,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "gate_second_moment",
     "jacobian_deviation",
     "load_balance_loss",
+    "magnitude_mask_retained_variance",
     "overlap_sums",
     "probe_jacobian_deviation",
     "query_statistics",
@@ -69,6 +72,7 @@ __all__ = [
     "router_entropy",
     "router_z_loss",
     "second_moment",
+    "share_above",
     "sink_positions",
     "spectral_norm",
     "stable_rank",

@@ -85,5 +85,5 @@ def query_statistics(probabilities: Tensor, n_visible: Tensor | int) -> Tensor:
     density = torch.where(squares > 0, total.square() / (squares * n_visible), 0.0)
     found = [squares, torch.special.entr(p).sum(dim=-1), p[..., 0], p[..., :4].sum(dim=-1), total, density]
     found += [functional.threshold(p, threshold, 0.0).sum(dim=-1) for threshold in ATTENTION_THRESHOLDS]
-    found += [(p > threshold).sum(dim=-1) / n_visible for threshold in ATTENTION_THRESHOLDS]
+    found += [torch.count_nonzero(p > threshold, dim=-1).double() / n_visible for threshold in ATTENTION_THRESHOLDS]
     return torch.stack([values.double() for values in found], dim=-1)
