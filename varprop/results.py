@@ -46,6 +46,7 @@ DIMENSIONS = (
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
     *("probe_step", "update_step", "evaluation_step", "evaluation"),
     *("threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
+    *("attention_threshold", "query_position", "weight_threshold", "relative_threshold", "mask_density"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
 STEPS = ("step", "probe_step", "update_step", "evaluation_step")

@@ -14,7 +14,9 @@ import xarray as xr
 from torch import nn
 
 from varprop import hf, results
+from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
+from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
 from varprop.diagnose.initialisation import initialisation
 from varprop.diagnose.limits import Limits
@@ -22,6 +24,7 @@ from varprop.diagnose.moments import moments
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
+from varprop.diagnose.weights import weights
 from varprop.errors import ArgumentError, SpecError, require
 from varprop.measure import QUANTILES
 from varprop.nn import Transformer
@@ -32,6 +35,9 @@ Score = Callable[[Session], Variables]
 SCORES: dict[str, Score] = {
     "moments": moments,
     "influence": influence,
+    "weights": weights,
+    "attention": attention,
+    "experts": experts,
     "causal": causal,
     "initialisation": initialisation,
 }
@@ -87,13 +93,14 @@ def measure(
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
         variables |= table[name](session)
+    coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     return results.new(
         variables,
         source="checkpoint",
         spec_json="" if spec is None else spec.to_json(),
         spec_id="" if spec is None else spec.spec_id,
         n_tokens=session.n_tokens,
-        coords={"quantile": list(QUANTILES)},
+        coords={"quantile": list(QUANTILES)} | coordinates,
         seed_entropy=str(seed),
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,

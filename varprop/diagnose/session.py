@@ -23,7 +23,8 @@ from varprop.spec import ModelSpec
 
 Arrays = dict[str, np.ndarray]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
-"""What a score gives: name -> (dimensions, values), as `results.new` takes them."""
+"""What a score gives: name -> (dimensions, values), as `results.new` takes them. A variable over the one dimension that
+has its name is the labels of this dimension."""
 Progress = Callable[[str, int, int], None]
 """Called with the score, the sequences done and all of them."""
 
