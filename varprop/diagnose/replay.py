@@ -175,18 +175,29 @@ class Replay:
         (V B, T, D), and gives what is added instead; `ArgumentError` where the branches cannot be told apart. Runs with
         or without gradients, as is set where it is called.
         """
+        if edit is not None:
+            return self.branches(index, streams, captured, edit)[0]
+        flat, call = self._prepared(index, streams, captured)
+        return self._called(index, flat, call).reshape(streams.shape)
+
+    def branches(self, index: int, streams: Tensor, captured: Captured, edit: Edit) -> tuple[Tensor, Branches]:
+        """As `layer`, and what its branches add to which stream: `added` and `inputs`, each (V B, T, D)."""
+        flat, call = self._prepared(index, streams, captured)
+        with Branches(flat, edit) as branches:
+            out = self._called(index, flat, call)
+        require_two(branches.found, index + 1, self.architecture)
+        return out.reshape(streams.shape), branches
+
+    def _prepared(self, index: int, streams: Tensor, captured: Captured) -> tuple[Tensor, Call]:
+        """The streams (V B, T, D) and the layer's other arguments for them."""
         n_variants, *shape = streams.shape
         call = _repeated(captured.calls[index], shape[0], n_variants)
-        flat = streams.reshape(n_variants * shape[0], *shape[1:])
-        named = {} if call.name is None else {call.name: flat}
-        given = (flat, *call.args) if call.name is None else call.args
-        if edit is None:
-            out = self.layers[index](*given, **named, **call.kwargs)
-        else:
-            with Branches(flat, edit) as branches:
-                out = self.layers[index](*given, **named, **call.kwargs)
-            require_two(branches.found, index + 1, self.architecture)
-        return _stream_of(out).reshape(streams.shape)
+        return streams.reshape(n_variants * shape[0], *shape[1:]), call
+
+    def _called(self, index: int, stream: Tensor, call: Call) -> Tensor:
+        named = {} if call.name is None else {call.name: stream}
+        given = (stream, *call.args) if call.name is None else call.args
+        return _stream_of(self.layers[index](*given, **named, **call.kwargs))
 
     @functools.cached_property
     def call_bytes(self) -> int:
