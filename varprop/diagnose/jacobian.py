@@ -34,8 +34,8 @@ def jacobian(session: Session) -> Variables:
 
     J_ts (D, D): derivative of the stream after a layer at token t by the stream before it at token s, at the streams of
     the first sequences of about `jacobian_tokens` tokens. jacobian_deviation (layer, definition): token_mean (arXiv
-    2603.15389) |mean_b sum_ts J_ts / T - I|^2 / D, the mean over all sequences b; own_token the mean of |J_tt - I|^2 / D
-    over all tokens t; all_sources the mean over them of sum_s |J_ts - I [t = s]|^2 / D. |.| is the Frobenius norm.
+    2603.15389) |mean_b sum_ts J_ts / T - I|^2 / D, the mean over all sequences b; own_token the mean over all tokens t
+    of |J_tt - I|^2 / D; all_sources that of sum_s |J_ts - I [t = s]|^2 / D. |.| is the Frobenius norm.
     jacobian_norm (layer) = |token_mean's matrix| / D, which the paper draws. branch_jacobian_deviation (layer, branch,
     definition): the same of x -> x + branch(x), that is the norms of the derivative of what a branch adds by the stream
     that it is a function of: for the feed-forward part the stream after attention, in parallel layers the one before
@@ -51,12 +51,13 @@ def jacobian(session: Session) -> Variables:
 
     `n_probes` random signs v, the same for all layers, give all of it without bias but for square roots: token_mean
     from products J^T v, one v for all output tokens; own_token and all_sources, whose noise is averaged over tokens
-    too, from a quarter as many, at most 16, as `measure.probe_jacobian_deviation` takes them. <name>_stderr is over probes, for these
-    sequences (jackknife for the statistics of the diagonal); <name>_sequence_stderr over sequences, for these probes,
-    by the bootstrap (split_half: jackknife, from three sequences on). 0 probes: exact, one product for each neuron; then
-    own_token and all_sources are exact where T D <= 2^14, and from 16 probes elsewhere. `jacobian_stderr` > 0: probes
-    are doubled until token_mean's relative standard error over probes is not above it; jacobian_n_probes (layer) is how
-    many that took, 0 = exact. Products are taken in the model's type, sums in at least float32.
+    too, as `measure.probe_jacobian_deviation` does, from a quarter as many probes of their own, at most 16.
+    <name>_stderr is over probes, for these sequences (jackknife for the statistics of the diagonal);
+    <name>_sequence_stderr over sequences, for these probes, by the bootstrap (split_half: jackknife, from three
+    sequences on). 0 probes, or as many as neurons: exact, one product for each neuron; then own_token and all_sources
+    are exact where T D <= 2^14, and from 16 probes elsewhere. `jacobian_stderr` > 0: probes are doubled until
+    token_mean's relative standard error over probes is not above it; jacobian_n_probes (layer) is how many that took,
+    0 = exact. Products are taken in the model's type, sums in at least float32.
     Layers count from 1; entries of layer 0 are NaN.
     Source: diagonal estimate, Bekas, Kokiopoulou and Saad (2007). Checked by: tests/diagnose/test_jacobian.py, whole
     Jacobians by torch.autograd.functional.jacobian.
@@ -161,7 +162,7 @@ def _products(
                 found.setdefault(name, []).append(values)
         return {name: torch.stack(values, dim=1) for name, values in found.items()}
 
-    of_call = replay.limits.call_tokens(replay.call_bytes) // session.n_tokens
+    of_call = replay.limits.call_tokens(2 * replay.call_bytes) // session.n_tokens
     size = min(session.batch_size(), max(1, of_call))
     retried = lambda captured: replay.limits.retried(lambda: compute(captured))  # noqa: E731
     return session.each_batch(f"jacobian-{key}", retried, sequences, size)

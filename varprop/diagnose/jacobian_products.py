@@ -59,7 +59,7 @@ def unchanged(_: str, added: Tensor) -> Tensor:
 def n_copies(replay: Replay, captured: Captured, n_products: int) -> int:
     """Copies of the input to take `n_products` with: no more than keep the device busy, and none idle."""
     tokens = captured.n_sequences * captured.n_tokens
-    most = min(replay.limits.call_tokens(replay.call_bytes), BUSY_TOKENS.get(replay.device.type, 1024))
+    most = min(replay.limits.call_tokens(2 * replay.call_bytes), BUSY_TOKENS.get(replay.device.type, 1024))
     n_calls = -(-n_products // max(1, most // tokens))
     return -(-n_products // n_calls)
 

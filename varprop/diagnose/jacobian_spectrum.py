@@ -51,7 +51,8 @@ def largest_singular_value(forward: Product, transposed: Product, start: Tensor,
     Source: Golub and Kahan (1965). Checked by: tests/diagnose/test_jacobian.py, numpy.
 
     >>> matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
-    >>> value, residual = largest_singular_value(lambda v: matrix @ v, lambda u: matrix.T @ u, torch.ones(3).double(), 3)
+    >>> start = torch.ones(3, dtype=torch.float64)
+    >>> value, residual = largest_singular_value(lambda v: matrix @ v, lambda u: matrix.T @ u, start, 3)
     >>> round(float(value), 12), float(residual) < 1e-12
     (3.0, True)
     """

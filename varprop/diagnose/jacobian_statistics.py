@@ -49,7 +49,7 @@ def relative_stderr(found: dict[str, Any]) -> float:
 
 
 def _deviations(rows: Array, exact: bool, tokens: dict[str, Array], seed: int) -> dict[str, Array]:
-    n_sequences, n_parts, _, d_model = rows.shape
+    n_sequences, n_parts = rows.shape[:2]
     scale = _scale(rows, exact)
     values, over_probes, over_sequences = (np.zeros((n_parts, len(DEFINITIONS))) for _ in range(3))
     weights = resample_weights(n_sequences, seed)
@@ -98,6 +98,10 @@ def _scale(rows: Array, exact: bool) -> float:
     return 1.0 if exact else 1 / rows.shape[-1]
 
 
+ROOTS = ("jacobian_diagonal_std", "jacobian_off_diagonal_norm", "jacobian_frobenius_norm")
+"""Statistics whose squares are estimated."""
+
+
 def _exact(matrix: Array) -> dict[str, Any]:
     d_model = len(matrix)
     diagonal = np.diag(matrix)
@@ -112,18 +116,37 @@ def _exact(matrix: Array) -> dict[str, Any]:
 
 
 def _estimated(products: Array, probes: Array) -> dict[str, Any]:
-    """The same from A^T v (k, D); standard errors by the jackknife over probes."""
+    """The same from A^T v (k, D), standard errors by the jackknife over probes; the root of a square below 0 is 0."""
+    found, without = diagonal_squares(products, probes)
+    values: dict[str, Any] = {}
+    for name, square in found.items():
+        error = _jackknife(without[name])
+        root = np.sqrt(np.maximum(square, 0.0))
+        if (
+            name in ROOTS
+        ):  # the error of a root is its square's over 2 roots, and at most the root of that of the square
+            values |= {name: root, f"{name}_stderr": error / np.maximum(2 * root, error**0.5) if error > 0 else 0.0}
+        else:
+            values |= {name: square, f"{name}_stderr": error}
+    return values
+
+
+def diagonal_squares(products: Array, probes: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Unbiased estimates of the diagonal mean of J and of the squares of `ROOTS`; the same without each probe, (k).
+
+    products: A^T v (k, D) of the probes v (k, D), k >= 3. Checked by: tests/diagnose/test_jacobian.py, all signs.
+    """
     k, d_model = probes.shape
     diagonal = probes * products  # each an estimate of diag A
     sums = [diagonal, np.square(diagonal), np.square(diagonal.mean(axis=1)), np.square(products).sum(axis=1)]
     totals = [values.sum(axis=0) for values in sums]
-    found = _of_sums(*totals, k, d_model)
-    without = _of_sums(*(total - values for total, values in zip(totals, sums, strict=True)), k - 1, d_model)
-    return found | {f"{name}_stderr": _jackknife(values) for name, values in without.items()}
+    without = (total - values for total, values in zip(totals, sums, strict=True))
+    return _of_sums(*totals, k, d_model), _of_sums(*without, k - 1, d_model)
 
 
 def _of_sums(diagonal: Array, squares: Array, squared_means: Array, norms: Array, k: int, d: int) -> dict[str, Array]:
-    """From sums over k probes of: the estimates of the diagonal (..., D), their squares, their means' squares, |A^T v|^2."""
+    """From sums over k probes of estimates of the diagonal (..., D), their squares, their means' squares, and
+    |A^T v|^2."""
     pairs = k * (k - 1)
     mean = diagonal.mean(axis=-1) / k
     mean_square = (np.square(diagonal) - squares).mean(axis=-1) / pairs
@@ -131,9 +154,9 @@ def _of_sums(diagonal: Array, squares: Array, squared_means: Array, norms: Array
     norm = norms / k
     return {
         "jacobian_diagonal_mean": 1 + mean,
-        "jacobian_diagonal_std": np.sqrt(np.maximum(mean_square - squared_mean, 0.0)),
-        "jacobian_off_diagonal_norm": np.sqrt(np.maximum(norm - d * mean_square, 0.0) / (d**2 - d)),
-        "jacobian_frobenius_norm": np.sqrt(norm + 2 * d * mean + d),
+        "jacobian_diagonal_std": mean_square - squared_mean,
+        "jacobian_off_diagonal_norm": (norm - d * mean_square) / (d**2 - d),
+        "jacobian_frobenius_norm": norm + 2 * d * mean + d,
     }
 
 

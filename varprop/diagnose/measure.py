@@ -14,20 +14,22 @@ from torch import nn
 
 from varprop import results
 from varprop.diagnose.causal import causal
+from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.errors import ArgumentError, require
+from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn import Transformer
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
-SCORES: dict[str, Score] = {"causal": causal}
+SCORES: dict[str, Score] = {"jacobian": jacobian, "causal": causal}
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
-STANDARD = ("causal",)
+STANDARD = ("jacobian", "causal")
 """Scores that are measured where none are named; the name "standard" stands for them."""
 
 
@@ -82,6 +84,7 @@ def measure(
         spec_json="" if spec is None else spec.to_json(),
         spec_id="" if spec is None else spec.spec_id,
         n_tokens=session.n_tokens,
+        coords={"definition": list(DEFINITIONS)},
         seed_entropy=str(seed),
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,
