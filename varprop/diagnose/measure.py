@@ -19,6 +19,7 @@ from varprop.diagnose.causal import causal
 from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
 from varprop.diagnose.initialisation import initialisation
+from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
 from varprop.diagnose.options import OPTIONS
@@ -27,6 +28,7 @@ from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.weights import weights
 from varprop.errors import ArgumentError, SpecError, require
 from varprop.measure import QUANTILES
+from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn import Transformer
 from varprop.spec import InitSpec, ModelSpec
 
@@ -38,6 +40,7 @@ SCORES: dict[str, Score] = {
     "weights": weights,
     "attention": attention,
     "experts": experts,
+    "jacobian": jacobian,
     "causal": causal,
     "initialisation": initialisation,
 }
@@ -100,7 +103,7 @@ def measure(
         spec_json="" if spec is None else spec.to_json(),
         spec_id="" if spec is None else spec.spec_id,
         n_tokens=session.n_tokens,
-        coords={"quantile": list(QUANTILES)} | coordinates,
+        coords={"quantile": list(QUANTILES), "definition": list(DEFINITIONS)} | coordinates,
         seed_entropy=str(seed),
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,

@@ -178,24 +178,29 @@ class Replay:
         (V B, T, D), and gives what is added instead; `ArgumentError` where the branches cannot be told apart. Runs with
         or without gradients, as is set where it is called.
         """
+        if edit is not None:
+            return self.branches(index, streams, captured, edit)[0]
+        flat, call = self._prepared(index, streams, captured)
+        return self._called(index, flat, call).reshape(streams.shape)
+
+    def branches(self, index: int, streams: Tensor, captured: Captured, edit: Edit) -> tuple[Tensor, Branches]:
+        """As `layer`, and what its branches add to which stream: `added` and `inputs`, each (V B, T, D)."""
+        flat, call = self._prepared(index, streams, captured)
+        with Branches(flat, edit) as branches:
+            out = self._called(index, flat, call)
+        require_two(branches.found, index + 1, self.architecture)
+        return out.reshape(streams.shape), branches
+
+    def _prepared(self, index: int, streams: Tensor, captured: Captured) -> tuple[Tensor, Call]:
+        """The streams (V B, T, D) and the layer's other arguments for them."""
         n_variants, *shape = streams.shape
         call = _repeated(captured.calls[index], shape[0], n_variants)
-        flat = streams.reshape(n_variants * shape[0], *shape[1:])
-        out = self._call(index, flat, call) if edit is None else self._edited(index, flat, call, edit)[0]
-        return out.reshape(streams.shape)
+        return streams.reshape(n_variants * shape[0], *shape[1:]), call
 
-    def _call(self, index: int, stream: Tensor, call: Call) -> Tensor:
+    def _called(self, index: int, stream: Tensor, call: Call) -> Tensor:
         named = {} if call.name is None else {call.name: stream}
         given = (stream, *call.args) if call.name is None else call.args
         return _stream_of(self.layers[index](*given, **named, **call.kwargs))
-
-    def _edited(self, index: int, stream: Tensor, call: Call, edit: Edit) -> tuple[Tensor, Tensor]:
-        """The streams after the layer and between its branches."""
-        with Branches(stream, edit) as branches:
-            out = self._call(index, stream, call)
-        require_two(branches.found, index + 1, self.architecture)
-        assert branches.middle is not None
-        return out, branches.middle
 
     @torch.no_grad()
     def sites(self, index: int, captured: Captured) -> dict[str, Tensor]:
@@ -204,16 +209,12 @@ class Replay:
         `attn_out`, `mlp_out`: what is added to the stream. `resid_mid`: what feed-forward is added to, in parallel
         layers the stream plus attention. `ArgumentError` where the branches cannot be told apart.
         """
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str, added: Tensor) -> Tensor:
-            found[f"{name}_out"] = added
-            return added
-
         stream = captured.streams[index]
-        middle = self._edited(index, stream, captured.calls[index], keep)[1]
-        ends = {"resid_pre": stream, "resid_mid": middle, "resid_post": captured.streams[index + 1]}
-        return {site: {**found, **ends}[site] for site in SITES}
+        branches = self.branches(index, stream[None], captured, lambda _, added: added)[1]
+        assert branches.middle is not None
+        found = {f"{name}_out": added for name, added in branches.added.items()}
+        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": captured.streams[index + 1]}
+        return {site: found[site] for site in SITES}
 
     @functools.cached_property
     def call_bytes(self) -> int:
