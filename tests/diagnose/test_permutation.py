@@ -55,7 +55,8 @@ def small_spec(n_layers: int) -> ModelSpec:
 
 
 def check_scores(model: nn.Module, tokens: Tensor) -> None:
-    """The loss is a sum of float32 terms: 1e-5 of it."""
+    """The loss is a sum of float32 terms, known to 1e-6; with a float32 stream to 1e-5."""
+    rounding = 1e-6 if next(model.parameters()).dtype == torch.float64 else 1e-5
     found = permutation(session_of(model, tokens))
     n_layers = len(Replay(model).layers)
     base = losses_of(model, tokens).sum()
@@ -65,26 +66,33 @@ def check_scores(model: nn.Module, tokens: Tensor) -> None:
             swapped = losses_of(exchanged(model, i, j), tokens).sum()
             expected[i + 1, j + 1] = expected[j + 1, i + 1] = np.log(swapped / base)
     inner = (slice(1, None), slice(1, None))
-    assert np.abs(expected).max() > 1e-3, "the swaps must change something"
-    np.testing.assert_allclose(found["permutation_log_change"][1][inner], expected[inner], rtol=0, atol=1e-5)
+    assert np.abs(expected).max() > 20 * rounding, "the swaps must change something"
+    np.testing.assert_allclose(found["permutation_log_change"][1][inner], expected[inner], rtol=0, atol=rounding)
     scores = np.abs(np.exp(expected) - 1)[inner]
-    np.testing.assert_allclose(found["permutation_score"][1][inner], scores, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["permutation_score"][1][inner], scores, rtol=0, atol=rounding)
     assert np.isnan(found["permutation_score"][1][0]).all()
     assert found["permutation_null"][1] < 1e-6
     upper = scores[np.triu_indices(n_layers, 1)]
     by_layer = scores.sum(axis=1) / (n_layers - 1)
-    assert found["permutation_mean"][1] == pytest.approx(upper.mean(), abs=1e-5)
-    assert found["permutation_total"][1] == pytest.approx(upper.sum() / n_layers, abs=1e-5)
-    assert found["permutation_first_share"][1] == pytest.approx(scores[0].sum() / upper.sum(), rel=1e-3)
-    assert found["permutation_layer_score"][1][1:] == pytest.approx(by_layer, abs=1e-5)
+    assert found["permutation_mean"][1] == pytest.approx(upper.mean(), abs=rounding)
+    assert found["permutation_total"][1] == pytest.approx(upper.sum() / n_layers, abs=rounding)
+    assert found["permutation_first_share"][1] == pytest.approx(scores[0].sum() / upper.sum(), rel=0.1)
+    assert found["permutation_layer_score"][1][1:] == pytest.approx(by_layer, abs=rounding)
     weighted = np.mean([0.9**i * by_layer[i] for i in range(n_layers)])
-    assert found["permutation_weighted"][1] == pytest.approx(weighted, abs=1e-5)
+    assert found["permutation_weighted"][1] == pytest.approx(weighted, abs=rounding)
     by_lag = [np.diagonal(scores, lag).mean() for lag in range(n_layers)]
-    assert found["permutation_by_lag"][1] == pytest.approx(by_lag, abs=1e-5)
+    assert found["permutation_by_lag"][1] == pytest.approx(by_lag, abs=rounding)
 
 
-@zoo.each_family()
+@zoo.each_family(*zoo.FEW)
 def test_scores_are_those_of_models_with_exchanged_layers(family: str) -> None:
+    model = zoo.make(family, torch.float32 if family in zoo.MIXTURES else torch.float64)
+    check_scores(model, zoo.tokens())
+
+
+@pytest.mark.long
+@zoo.each_family(*(family for family in zoo.FAMILIES if family not in zoo.FEW))
+def test_scores_of_the_other_families(family: str) -> None:
     model = zoo.make(family, torch.float32 if family in zoo.MIXTURES else torch.float64)
     check_scores(model, zoo.tokens())
 
@@ -119,12 +127,12 @@ def test_standard_errors_are_those_of_the_bootstrap() -> None:
 
 
 class Steps(nn.Module):
-    """A residual network whose layers add their function over `k`; layer 1 may be one that is unlike the others."""
+    """A residual network of which each layer adds tanh(x @ matrix) / k, or x @ matrix."""
 
-    def __init__(self, matrices: list[Tensor], k: int) -> None:
+    def __init__(self, matrices: list[Tensor], k: int = 1, linear: bool = False) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(20, 6), nn.Linear(6, 20, bias=False)
-        self.layers = nn.ModuleList(Step(matrix, k) for matrix in matrices)
+        self.layers = nn.ModuleList(Step(matrix, k, linear) for matrix in matrices)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -134,41 +142,46 @@ class Steps(nn.Module):
 
 
 class Step(nn.Module):
-    def __init__(self, matrix: Tensor, k: int) -> None:
+    def __init__(self, matrix: Tensor, k: int, linear: bool) -> None:
         super().__init__()
-        self.matrix, self.k = nn.Parameter(matrix), k
+        self.matrix, self.k, self.linear = nn.Parameter(matrix), k, linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(x @ self.matrix) / self.k
+        added = x @ self.matrix
+        return x + (added if self.linear else torch.tanh(added) / self.k)
 
 
-def scores_of(matrices: list[Tensor], k: int = 1) -> dict[str, float]:
+def scores_of(matrices: list[Tensor], k: int = 1, linear: bool = False) -> dict[str, float]:
     torch.manual_seed(1)
-    model = Steps(matrices, k).double()
+    model = Steps(matrices, k, linear).double()
     tokens = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(2))
     found = permutation(session_of(model, tokens))
     return {name: float(found[f"permutation_{name}"][1]) for name in ("mean", "total", "first_share")}
 
 
 def test_of_finer_steps_the_mean_falls_as_one_over_depth_and_the_total_stays() -> None:
-    """Layers of one function of depth, each cut into k = 4, 8 copies of 1 / k: second-order terms in 1 / k remain."""
+    """Layers of one function of depth, each cut into k = 3, 6 copies of 1 / k: second-order terms in 1 / k remain."""
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(6, 6, generator=generator, dtype=torch.float64) for _ in range(4)]
-    coarse, fine = ([matrix for matrix in matrices for _ in range(k)] for k in (4, 8))
-    first, second = scores_of(coarse, 4), scores_of(fine, 8)
-    assert second["mean"] / first["mean"] == pytest.approx(15 / 31, rel=0.1)
+    coarse, fine = ([matrix for matrix in matrices for _ in range(k)] for k in (3, 6))
+    first, second = scores_of(coarse, 3), scores_of(fine, 6)
+    assert second["mean"] / first["mean"] == pytest.approx(11 / 23, rel=0.1)
     assert second["total"] == pytest.approx(first["total"], rel=0.1)
 
 
 def test_where_only_layer_1_differs_the_mean_is_diluted_and_the_total_stays() -> None:
-    """All other layers are the same one: P = p for pairs with layer 1, nearly, and 0 for the others."""
+    """All other layers are one projection, which a second time does nothing: pairs with layer 1 have the same score at
+    every depth, but for that with the last layer, and the others none."""
     generator = torch.Generator().manual_seed(0)
-    first, other = (torch.randn(6, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    small, large = (scores_of([first, *[0.01 * other] * (n_layers - 1)]) for n_layers in (6, 24))
-    assert small["mean"] > 1e-3
-    assert small["first_share"] == pytest.approx(1)
-    assert large["mean"] / small["mean"] == pytest.approx(6 / 24, rel=0.2)
-    assert large["total"] / small["total"] == pytest.approx((23 / 24) / (5 / 6), rel=0.2)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+    eye = torch.eye(6, dtype=torch.float64)
+    project = -turn[:, :3] @ turn[:, :3].T
+    first = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    found = {n: scores_of([first - eye, *[project] * (n - 1)], linear=True) for n in (6, 18)}
+    assert found[6]["mean"] > 0.01
+    assert [found[n]["first_share"] for n in found] == pytest.approx([1, 1])
+    assert found[18]["mean"] / found[6]["mean"] == pytest.approx(6 / 18, rel=0.2)
+    assert found[18]["total"] / found[6]["total"] == pytest.approx((17 / 18) / (5 / 6), rel=0.2)
 
 
 def test_the_papers_means_as_totals() -> None:
@@ -208,7 +221,7 @@ def test_sequences_are_added_for_the_pairs_that_need_them() -> None:
 
 
 def test_errors_of_pairs_with_unlike_numbers_of_sequences() -> None:
-    """A sum over pairs of which each has its own first sequences, with noise that they share: 3,000 repetitions, 2 %."""
+    """A sum over pairs of which each has its own first sequences, with noise that they share; 3,000 times."""
     rng = np.random.default_rng(0)
     pairs = draw_pairs(3, 0, rng)
     n_used = np.array([4, 8, 32])
@@ -258,13 +271,15 @@ def test_bad_options_are_refused(name: str, value: float) -> None:
         permutation(session_of(model, zoo.tokens(), **{name: value}))
 
 
-def test_a_loss_that_is_no_number_is_refused() -> None:
-    """Layer 2 overflows on what layer 1 does not see, in place 1."""
-    torch.manual_seed(0)
-    model = Steps([torch.eye(6) * 0, torch.eye(6) * 0], 1)
-    tokens = torch.randint(20, (2, 5))
-    session = session_of(model, tokens)
-    calls = iter([0, 1])
-    session.replay.losses = lambda streams, batch: torch.full((len(streams), 2), torch.nan if next(calls) == 0 else 1.0)
+def test_a_loss_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(zoo.make("llama"), zoo.tokens())
+    own = session.replay.losses
+
+    def losses(streams: Tensor, batch: Batch) -> Tensor:
+        found = own(streams, batch)
+        found[1] = torch.nan  # the model is first, then layers 1 and 2 swapped
+        return found
+
+    monkeypatch.setattr(session.replay, "losses", losses)
     with pytest.raises(ArgumentError, match="loss with layers 1 and 2 swapped='NaN or infinite' is no number"):
         permutation(session)
