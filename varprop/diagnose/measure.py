@@ -23,6 +23,7 @@ from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
 from varprop.diagnose.options import OPTIONS
+from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.weights import weights
@@ -42,6 +43,7 @@ SCORES: dict[str, Score] = {
     "experts": experts,
     "jacobian": jacobian,
     "causal": causal,
+    "permutation": permutation,
     "initialisation": initialisation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
