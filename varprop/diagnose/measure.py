@@ -47,10 +47,11 @@ def measure(
 
     model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
     measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, "all" or
-    "standard" (`STANDARD`). definition: "paper" = as the paper defines them, its code's defects mended; "released" = as its code
-    computes them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold
-    beside the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left
-    there. options: of single scores. Every standard error is over sequences unless its score says otherwise.
+    "standard" (`STANDARD`). definition: "paper" = as the paper defines them, the defects of its code mended;
+    "released" = as its code computes them (`varprop.diagnose.released`), for those of the scores that it has.
+    memory_gib: what a score may hold beside the weights. parts: a folder where what is done is kept, so that a killed
+    measurement goes on; it is left there. options: of single scores (`varprop.diagnose.options`). Every standard error
+    is over sequences unless its score says otherwise.
     Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite.
     """
     batch = as_batch(sequences)
