@@ -15,8 +15,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from varprop import files, results
+from varprop import diagnose, files, plot, results
 from varprop.cli_arguments import assignments, path
+from varprop.diagnose.measure import chosen
+from varprop.diagnose.open import mask_token_of, open_model, quiet, require_length, vocab_size_of
+from varprop.diagnose.options import OPTIONS
+from varprop.diagnose.precision import spot_check
+from varprop.diagnose.table import table
+from varprop.diagnose.text import sequences
 from varprop.errors import ArgumentError, Stopped, VarpropError, require
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -24,8 +30,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
-    from varprop.diagnose.options import OPTIONS
-
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     settings = "\n".join(f"  {name}={default}: {text}" for name, (default, text) in OPTIONS.items())
     parser.epilog = f"Settings of --option and their defaults:\n{settings}"
@@ -34,7 +38,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     texts = "embedded, a .txt file, token ids in a .npy file, or a corpus in the model's tokens (default %(default)s)"
     parser.add_argument("--data", type=path, default="embedded", help=texts)
     parser.add_argument("--corpus-dir", type=path, default=None, help="folder of a corpus (default $VARPROP_CORPUS)")
-    parser.add_argument("--scores", default="standard", help="all, standard, or names as causal,moments (default standard)")
+    parser.add_argument(
+        "--scores", default="standard", help="all, standard, or names as causal,moments (default standard)"
+    )
     kinds = "the paper's, mended, or as its released code computes them (default %(default)s)"
     parser.add_argument("--definition", choices=("paper", "released"), default="paper", help=kinds)
     parser.add_argument("--n-sequences", type=int, default=16, help="(default %(default)s)")
@@ -58,17 +64,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, write the result and print its table. Returns the exit code."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is loaded
-    from varprop import diagnose, plot
-    from varprop.diagnose.open import mask_token_of, open_model, quiet, require_length, vocab_size_of
-    from varprop.diagnose.precision import spot_check
-    from varprop.diagnose.table import table
-    from varprop.diagnose.text import sequences
-
     out = files.writable(arguments.out)
     figure = None if arguments.figure is None else _figure_path(arguments.figure)
     options = assignments(arguments.option, "--option")
     names = _names(arguments.scores)
-    diagnose.chosen(names, arguments.definition)
+    chosen(names, arguments.definition)
     parts = Path(f"{out}.parts")
     with quiet(), _stopping(parts):
         model, tokens = open_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
@@ -112,7 +112,9 @@ def _names(text: str) -> str | list[str]:
 def _figure_path(text: str) -> Path:
     target = files.writable(text)
     kinds = (".png", ".pdf", ".svg")
-    require(target.suffix in kinds, ArgumentError, "figure", text, "of an unknown kind", "a name with " + ", ".join(kinds))
+    require(
+        target.suffix in kinds, ArgumentError, "figure", text, "of an unknown kind", "a name with " + ", ".join(kinds)
+    )
     return target
 
 
