@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from varprop import diagnose, files, plot, results
 from varprop.cli_arguments import assignments, path
 from varprop.diagnose.measure import chosen
 from varprop.diagnose.open import mask_token_of, open_model, quiet, require_length, vocab_size_of
-from varprop.diagnose.options import OPTIONS
+from varprop.diagnose.options import OPTIONS, require_options
 from varprop.diagnose.precision import spot_check
 from varprop.diagnose.table import table
 from varprop.diagnose.text import sequences
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = files.writable(arguments.out)
     figure = None if arguments.figure is None else _figure_path(arguments.figure)
     options = assignments(arguments.option, "--option")
+    require_options(options)
     names = _names(arguments.scores)
     chosen(names, arguments.definition)
     parts = Path(f"{out}.parts")
@@ -125,6 +127,9 @@ def _stopping(parts: Path) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt  # which no library takes for an error of its own
 
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        yield
+        return
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield

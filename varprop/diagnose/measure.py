@@ -15,7 +15,7 @@ from torch import nn
 from varprop import results
 from varprop.diagnose.causal import causal
 from varprop.diagnose.limits import Limits
-from varprop.diagnose.options import OPTIONS
+from varprop.diagnose.options import require_options
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.errors import ArgumentError, require
@@ -56,8 +56,7 @@ def measure(
     """
     batch = as_batch(sequences)
     names = chosen(scores, definition)
-    for name in options or {}:
-        require(name in OPTIONS, ArgumentError, "options", name, "unknown", "some of " + ", ".join(OPTIONS))
+    require_options(options or {})
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
     highest = int(batch.tokens.max())

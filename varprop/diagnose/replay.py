@@ -322,13 +322,18 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         streams = [call[0] for call in calls]
         if any(x.ndim != 3 or x.shape != y.shape or x.shape[:2] != (2, 3) for x, y in streams):
             return False
-        return all(torch.equal(a[1], b[0]) for a, b in itertools.pairwise(streams))
+        return all(_same(a[1], b[0]) for a, b in itertools.pairwise(streams))
 
     chains = [list(layers) for layers in lists if is_chain(list(layers))]
     name = type(model).__name__
     missing = "without a list of layers, each taking as its stream (B, T, D) what the one before it gave"
     require(bool(chains), ArgumentError, "architecture", name, missing, "a decoder or an encoder whose layers chain")
     return max(chains, key=len)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two streams are equal, NaN too: broken weights are found later, by layer."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
