@@ -277,6 +277,8 @@ class Replay:
             wrong = f"without layers that take more sequences than the pass they are of ({str(error).splitlines()[0]})"
             expected = "layers whose other arguments are the same for all sequences, or have one entry for each"
             require(False, ArgumentError, "architecture", self.architecture, wrong, expected)
+        if not bool(torch.isfinite(x).all()):
+            _ = captured.streams  # raises, and names the first such layer
         found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
         own = self._own_loss(batch)
         gap = float((found / own - 1).abs().max())
