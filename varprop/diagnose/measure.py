@@ -22,7 +22,7 @@ from varprop.diagnose.initialisation import initialisation
 from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
-from varprop.diagnose.options import OPTIONS
+from varprop.diagnose.options import require_options
 from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
@@ -78,8 +78,7 @@ def measure(
     """
     batch = as_batch(sequences)
     names = chosen(scores, definition)
-    for name in options or {}:
-        require(name in OPTIONS, ArgumentError, "options", name, "unknown", "some of " + ", ".join(OPTIONS))
+    require_options(options or {})
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
     highest = int(batch.tokens.max())

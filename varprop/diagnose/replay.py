@@ -304,6 +304,8 @@ class Replay:
             wrong = f"without layers that take more sequences than the pass they are of ({_first_line(error)})"
             expected = "layers whose other arguments are the same for all sequences, or have one entry for each"
             raise ArgumentError(f"architecture={self.architecture!r} is {wrong}; expected {expected}") from error
+        if not bool(torch.isfinite(x).all()):
+            _ = captured.streams  # raises, and names the first such layer
         own = self._own_loss(batch)
         gap = float((found / own - 1).abs().max())
         wrong = f"replayed with a loss of {found[-1].item():.6g} instead of {own.item():.6g}"
@@ -358,12 +360,17 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         streams = [call[0] for call in calls]
         if any(x.ndim != 3 or x.shape != y.shape or x.shape[:2] != (2, 3) for x, y in streams):
             return False
-        return all(torch.equal(a[1].nan_to_num(), b[0].nan_to_num()) for a, b in itertools.pairwise(streams))
+        return all(_same(a[1], b[0]) for a, b in itertools.pairwise(streams))
 
     chains = [list(layers) for layers in lists if is_chain(list(layers))]
     missing = "without a list of layers, each taking as its stream (B, T, D) what the one before it gave"
     require(bool(chains), ArgumentError, "architecture", name, missing, "a decoder or an encoder whose layers chain")
     return max(chains, key=len)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two streams are equal, NaN too: broken weights are found later, by layer."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
