@@ -18,12 +18,13 @@ from varprop.diagnose.limits import Limits
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
+from varprop.diagnose.usefulness import usefulness
 from varprop.errors import ArgumentError, require
 from varprop.nn import Transformer
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
-SCORES: dict[str, Score] = {"causal": causal}
+SCORES: dict[str, Score] = {"causal": causal, "usefulness": usefulness}
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
