@@ -36,6 +36,10 @@ class LessMemoryWarning(UserWarning):
     """Memory was short: less is computed at a time. The numbers are the same to rounding."""
 
 
+class LeftOutWarning(UserWarning):
+    """Part of what was asked for does not exist for this model and is left out; the message says what and why."""
+
+
 class DamagedShardWarning(UserWarning):
     """A file of a grid was truncated or changed; it was removed and is computed again."""
 

@@ -13,6 +13,7 @@ import xarray as xr
 from torch import nn
 
 from varprop import results
+from varprop.diagnose.ablation import ablation
 from varprop.diagnose.causal import causal
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.options import OPTIONS
@@ -24,7 +25,7 @@ from varprop.nn import Transformer
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
-SCORES: dict[str, Score] = {"causal": causal, "usefulness": usefulness}
+SCORES: dict[str, Score] = {"causal": causal, "usefulness": usefulness, "ablation": ablation}
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""

@@ -30,12 +30,13 @@ def usefulness(session: Session) -> Variables:
 
     Layer l is replaced as a whole, residual path included, by x + x W + b, the least-squares map (`fit`) on all
     tokens of the first `fit_share` of the sequences. usefulness_loss_ratio (layer): loss with it over loss without,
-    both summed over the other sequences. usefulness_loss_increase: the difference, in nats per token. usefulness: share of
-    layers whose ratio is above the option usefulness_loss_ratio, the paper's 1.1; usefulness_curve: the same for each
-    of `THRESHOLDS`, since one threshold resolves 1 / L. usefulness_mean_loss_ratio: mean over layers. With the option
-    in_sample the same with `_in_sample` behind the name, on the sequences of the fit: arXiv 2603.15389 fits and
-    evaluates on the same tokens. Held out, a map is charged for its d_model^2 numbers too: with n tokens its residual
-    is about 1 / (1 - d_model / n) times that of the best map, so keep n, usefulness_fit_tokens, many times d_model.
+    both summed over the other sequences. usefulness_loss_increase: the difference, in nats per token. usefulness:
+    share of layers whose ratio is above the option usefulness_loss_ratio, the paper's 1.1; usefulness_curve: the same
+    for each of `THRESHOLDS`, since one threshold resolves 1 / L. usefulness_mean_loss_ratio: mean over layers. With
+    the option in_sample the same with `_in_sample` behind the name, on the sequences of the fit: arXiv 2603.15389 fits
+    and evaluates on the same tokens. Held out, a map is charged for its d_model^2 numbers too: with n tokens its
+    residual is about 1 / (1 - d_model / n) times that of the best map, so keep n, usefulness_fit_tokens, many times
+    d_model.
     linear_r_squared (layer): share of the variance of the update that the map gives on the sequences of the fit;
     linear_update_rank: participation ratio of the covariance of the update that it gives.
     Standard errors: over the sequences of the evaluation, the same ones with and without; the maps are taken as given.
@@ -73,7 +74,7 @@ def fit(session: Session, sequences: slice) -> list[Affine]:
     """For each layer the affine map of its input that is closest to it on all tokens of some sequences.
 
     It minimises sum_t |y_t - x_t - x_t W - b|^2 for the streams x before and y after the layer
-    (`NormalEquations.solve`); float64. Kept with the session's parts.
+    (`NormalEquations.solve`); float32 or, for a model in float64, float64. Kept with the session's parts.
     """
     arrays, device = _fitted(session, sequences), session.replay.device
     matrices, shifts = (torch.from_numpy(arrays[name]).to(device) for name in ("matrix", "shift"))
@@ -94,7 +95,8 @@ def _solve(session: Session, sequences: slice) -> Arrays:
     for start in range(0, replay.n_layers, at_once):
         layers = range(start, min(replay.n_layers, start + at_once))
         fits += [sums.solve() for sums in _sums(session, sequences, layers)]
-    arrays = {name: torch.stack([getattr(found, name) for found in fits]).cpu().numpy() for name in ("matrix", "shift")}
+    wide = torch.promote_types(replay.dtype, torch.float32)
+    arrays = {name: torch.stack([getattr(f, name).to(wide) for f in fits]).cpu().numpy() for name in ("matrix", "shift")}
     return arrays | {name: np.array([getattr(f, name) for f in fits]) for name in ("r_squared", "rank", "condition")}
 
 
