@@ -130,8 +130,10 @@ def test_overlaps_of_branches_do_not_exist_at_the_embedding():
     array[1, 1, 2] = np.nan
     with pytest.raises(SchemaError, match="branch_overlap is nan at branch=mlp, source_layer=1, target_layer=2"):
         results.new(variables, source="training", **ABOUT)
-    with pytest.raises(SchemaError, match="block_overlap is nan at source_layer=0, target_layer=0"):
-        results.new({"block_overlap": (("source_layer", "target_layer"), array[1])}, source="training", **ABOUT)
+    blocks = np.ones((3, 3))  # of which the embedding is one, or is none
+    blocks[0, 1] = np.nan
+    with pytest.raises(SchemaError, match="block_overlap is nan at source_layer=0, target_layer=1"):
+        results.new({"block_overlap": (("source_layer", "target_layer"), blocks)}, source="training", **ABOUT)
 
 
 @pytest.mark.parametrize("name, last", [("weight_norm", "matrix"), ("expert_load", "expert")])

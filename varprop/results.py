@@ -183,7 +183,9 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
     for dim in {"source_layer", "target_layer"} & set(values.dims):  # pairs of branches or blocks: layer 0 is neither
-        absent = absent | _along(values, dim, values[dim] == 0)
+        embedding = _along(values, dim, values[dim] == 0)
+        if (missing | ~embedding).all():
+            absent = absent | embedding
     if "matrix" in values.dims or "expert" in values.dims:
         own = [dim for dim in values.dims if dim in DIMENSIONS and dim not in ("layer", "matrix")]
         absent = absent | missing.all(axis=tuple(values.dims.index(dim) for dim in own), keepdims=True)

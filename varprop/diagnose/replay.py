@@ -66,11 +66,29 @@ class Call:
 
 @dataclass(frozen=True)
 class Captured:
-    """One ordinary pass: the stream before each layer and after the last, (B, T, D) each, and every layer's call."""
+    """What comes before the layers, run once. start: the stream (B, T, D) before the first; calls: of every layer."""
 
+    replay: Replay
     batch: Batch
-    streams: list[Tensor]
+    start: Tensor
     calls: list[Call]
+
+    @functools.cached_property
+    def streams(self) -> list[Tensor]:
+        """The stream before each layer and after the last, (B, T, D) each: an ordinary pass, made when first asked for.
+
+        Raises `ArgumentError` naming the first layer whose stream is not finite.
+        """
+        with torch.no_grad():
+            found = [self.start]
+            for index in range(self.replay.n_layers):
+                found.append(self.replay.layer(index, found[-1][None], self)[0])
+            finite = torch.stack([torch.isfinite(stream).all() for stream in found]).tolist()
+        if not all(finite):
+            layer = finite.index(False)
+            where = "after the embedding" if layer == 0 else f"after layer {layer}"
+            require(False, ArgumentError, "activations", "NaN or infinite", f"first {where}", "finite activations")
+        return found
 
     @property
     def n_sequences(self) -> int:
@@ -105,7 +123,7 @@ class Replay:
         self.layers: Sequence[nn.Module] = _find_layers(model, self._forward, self.device)
         self._gives_tuple = self._tuples()
         probe = self.capture(Batch.causal(torch.arange(8, device=self.device).reshape(2, 4) % 7))
-        self.d_model, self.dtype = probe.streams[0].shape[-1], probe.streams[0].dtype
+        self.d_model, self.dtype = probe.start.shape[-1], probe.start.dtype
         with torch.inference_mode():
             out = self._forward(probe.batch.tokens)
         logits = getattr(out, "logits", out)
@@ -138,35 +156,19 @@ class Replay:
 
     @torch.no_grad()
     def capture(self, batch: Batch) -> Captured:
-        """The streams and calls of one pass, which ends after the last layer.
+        """The stream before the first layer and the calls of all, from a pass in which the layers do nothing."""
+        seen: list[tuple[Tensor, Call]] = []
 
-        Raises `ArgumentError` naming the first layer whose stream is not finite.
-        """
-        streams: list[Tensor] = []
-        calls: list[Call] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             stream, call = _split(args, kwargs)
-            streams.append(stream)
-            calls.append(_shared(call, len(batch.tokens)))
+            seen.append((stream, _shared(call, len(batch.tokens))))
+            if len(seen) == self.n_layers:
+                raise _Done
+            return stream
 
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            streams.append(_stream_of(output))
-            raise _Done
-
-        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.layers]
-        hooks.append(self.layers[-1].register_forward_hook(after))
-        try:
-            with contextlib.suppress(_Done):
-                self._forward(batch.tokens)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for layer, stream in enumerate(streams):
-            where = "after the embedding" if layer == 0 else f"after layer {layer}"
-            good = bool(torch.isfinite(stream).all())
-            require(good, ArgumentError, "activations", "NaN or infinite", f"first {where}", "finite activations")
-        return Captured(batch, streams, calls)
+        with self._bypassed(note), contextlib.suppress(_Done):
+            self._forward(batch.tokens)
+        return Captured(self, batch, seen[0][0], [call for _, call in seen])
 
     def layer(self, index: int, streams: Tensor, captured: Captured, edit: Edit | None = None) -> Tensor:
         """The streams (V, B, T, D) after layer `index` (0..L-1), each variant by itself.
@@ -190,9 +192,9 @@ class Replay:
 
     @functools.cached_property
     def call_bytes(self) -> int:
-        """About how many bytes a layer holds for each token: eight streams and two outputs of each matrix."""
+        """About how many bytes a layer holds for each token: eight streams and one output of each matrix."""
         widths = [sum(p.numel() for p in layer.parameters() if p.ndim == 2) // self.d_model for layer in self.layers]
-        return (8 * self.d_model + 2 * max(widths)) * torch.finfo(self.dtype).bits // 8
+        return (8 * self.d_model + max(widths)) * torch.finfo(self.dtype).bits // 8
 
     @torch.no_grad()
     def losses(self, streams: Tensor, batch: Batch) -> Tensor:
@@ -215,21 +217,25 @@ class Replay:
     @torch.no_grad()
     def logits(self, streams: Tensor) -> Tensor:
         """Logits (B, n, vocab_size) of streams (B, n, D) after the last layer; each token by itself, so n is free."""
-        with self._bypassed(streams):
+        left = iter(range(self.n_layers))
+
+        def inject(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return streams if next(left) == self.n_layers - 1 else _split(args, kwargs)[0]
+
+        with self._bypassed(inject):
             out = self._forward(torch.zeros(streams.shape[:2], dtype=torch.long, device=self.device))
         return getattr(out, "logits", out)
 
     @contextlib.contextmanager
-    def _bypassed(self, streams: Tensor) -> Iterator[None]:
-        """The layers do nothing, and the last one gives `streams`."""
-        last = len(self.layers) - 1
+    def _bypassed(self, instead: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        """No layer runs: each gives what `instead` makes of its arguments."""
 
-        def stub(index: int, *args: Any, **kwargs: Any) -> Any:
-            stream = streams if index == last else _split(args, kwargs)[0]
-            return (stream, None) if self._gives_tuple[index] else stream
+        def stub(gives_tuple: bool, *args: Any, **kwargs: Any) -> Any:
+            stream = instead(args, kwargs)
+            return (stream, None) if gives_tuple else stream
 
-        for index, layer in enumerate(self.layers):
-            layer.forward = functools.partial(stub, index)
+        for layer, gives_tuple in zip(self.layers, self._gives_tuple, strict=True):
+            layer.forward = functools.partial(stub, gives_tuple)
         try:
             yield
         finally:
@@ -263,7 +269,7 @@ class Replay:
         self.require_loss("replay")
         batch = batch.rows(slice(0, 2))
         captured = self.capture(batch)
-        x = captured.streams[0].expand(2, *captured.streams[0].shape)
+        x = captured.start.expand(2, *captured.start.shape)
         try:
             for index in range(self.n_layers):
                 x = self.layer(index, x, captured)

@@ -81,14 +81,27 @@ class Session:
         read and not computed.
         """
         start, stop, _ = (sequences or slice(None)).indices(self.n_sequences)
-        size = batch_size or self.batch_size()
+        most = min(batch_size or self.batch_size(), stop - start)
+        size = -(-(stop - start) // -(-(stop - start) // most))  # as many batches, of like size
         found: list[Arrays] = []
         for first in range(start, stop, size):
             rows = slice(first, min(stop, first + size))
-            found.append(self.once(f"{name}-{rows.start}-{rows.stop}", lambda rows=rows: compute(self.capture(rows))))
+            found.append(self.once(f"{name}-{rows.start}-{rows.stop}", lambda rows=rows: self._finite(compute, rows)))
             if self.progress is not None:
                 self.progress(name, rows.stop - start, stop - start)
         return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
+
+    def _finite(self, compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]], rows: slice) -> Arrays:
+        """What `compute` gives, finite; else `ArgumentError` naming the layer where the model ceases to be."""
+        captured = self.capture(rows)
+        arrays = {name: _array(values) for name, values in compute(captured).items()}
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                _ = captured.streams  # raises where the model itself is not finite
+                raise ArgumentError(
+                    f"{name}=NaN or infinite in sequences {rows.start} to {rows.stop}; expected numbers"
+                )
+        return arrays
 
     def capture(self, rows: slice) -> Captured:
         """The pass of some sequences, on the model's device."""
