@@ -15,6 +15,7 @@ from torch import nn
 from varprop import results
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.causal import causal
+from varprop.diagnose.experts import experts
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Replay
@@ -25,7 +26,7 @@ from varprop.nn import Transformer
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
-SCORES: dict[str, Score] = {"causal": causal, "usefulness": usefulness, "ablation": ablation}
+SCORES: dict[str, Score] = {"causal": causal, "usefulness": usefulness, "ablation": ablation, "experts": experts}
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
