@@ -36,8 +36,8 @@ class LessMemoryWarning(UserWarning):
     """Memory was short: less is computed at a time. The numbers are the same to rounding."""
 
 
-class LeftOutWarning(UserWarning):
-    """Part of what was asked for does not exist for this model and is left out; the message says what and why."""
+class BranchesWarning(UserWarning):
+    """Attention and feed-forward of a model cannot be told apart; their statistics are absent."""
 
 
 class DamagedShardWarning(UserWarning):

@@ -100,7 +100,10 @@ def make(family: str, dtype: torch.dtype = torch.float32, n_layers: int = N_LAYE
     for name, value in changes.items():
         setattr(config, name, value)
     kind = t.AutoModelForMaskedLM if family in MASKED else t.AutoModelForCausalLM
-    return enlarged(kind.from_config(config)).to(dtype).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind.from_config(config)
+    return enlarged(model).to(dtype).eval()
 
 
 def enlarged(model: nn.Module, factor: float = 4.0, seed: int = 0) -> nn.Module:

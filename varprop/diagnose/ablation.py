@@ -5,8 +5,6 @@ Shape suffixes: `B` sequences, `T` tokens, `D` d_model, `L` layers, `I` interven
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,9 +12,9 @@ from torch import Tensor
 from varprop.diagnose.bootstrap import stderr
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Arrays, Session, Variables
+from varprop.diagnose.sites import branches_apart
 from varprop.diagnose.usefulness import loss_ratio
 from varprop.diagnose.wavefront import Affine, Op, Program, ReplaceBranch, Run, Skip, walk
-from varprop.errors import ArgumentError, LeftOutWarning
 
 WHOLE = ("skip", "mean", "null")
 BRANCHES = ("zero_attn", "mean_attn", "zero_mlp", "mean_mlp")
@@ -31,14 +29,14 @@ def ablation(session: Session) -> Variables:
     adds nothing, and the rest of the layer is computed from the stream without it; mean_attn, mean_mlp: it adds its own
     mean. null: the layer itself is put in its place by the same route, which is what rounding alone does. What a branch
     adds is taken after its norm and multiplier, before a norm of the sum (Post-LN). Models whose branches cannot be
-    told apart have no interventions on them, and a `LeftOutWarning` says so. Standard errors: over sequences, the same
+    told apart have no interventions on them, and a `BranchesWarning` says so. Standard errors: over sequences, the same
     ones in both losses; the means are taken as given. Layers count from 1; entries of layer 0 are NaN. Raises
     `ArgumentError` for a model without logits.
     Checked by: tests/diagnose/test_ablation.py, the model with hooks on its own modules.
     """
     replay = session.replay
     replay.require_loss("ablation")
-    names = WHOLE + (BRANCHES if has_branches(session) else ())
+    names = WHOLE + (BRANCHES if branches_apart(session) else ())
     means = session.once("ablation-means", lambda: _means(session, branches=len(names) > len(WHOLE)))
     programs: list[Program] = [{layer: op} for layer in range(replay.n_layers) for op in _ops(names, means, layer, replay)]
     arrays = session.each_batch(
@@ -56,19 +54,6 @@ def ablation(session: Session) -> Variables:
         "ablation_loss_ratio": (dims, _from_1(ratios(*(values.mean(axis=0) for values in losses)))),
         "ablation_loss_ratio_stderr": (dims, _from_1(error)),
     }
-
-
-def has_branches(session: Session) -> bool:
-    """Whether what attention and feed-forward add can be told apart in every layer; a `LeftOutWarning` if not."""
-    captured = session.capture(slice(0, 1))
-    try:
-        with torch.no_grad():
-            for layer, stream in enumerate(captured.streams[:-1]):
-                session.replay.layer(layer, stream[None], captured, lambda _, added: added)
-    except ArgumentError as error:
-        warnings.warn(f"interventions on branches are left out: {error}", LeftOutWarning, stacklevel=3)
-        return False
-    return True
 
 
 def _ops(names: tuple[str, ...], means: Arrays, layer: int, replay: Replay) -> list[Op]:

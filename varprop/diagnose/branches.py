@@ -33,7 +33,7 @@ class Branches(TorchFunctionMode):
     """Inside it a layer is called once on `stream`, the very tensor that is given to the layer.
 
     edit: sees each branch and gives what is added instead. `found` has the names of the branches seen, `middle` is the
-    stream after attention's sum.
+    stream between attention and feed-forward: what feed-forward is added to, after a norm of the sum if one follows it.
     """
 
     def __init__(self, stream: Tensor, edit: Edit) -> None:
@@ -98,8 +98,8 @@ class Branches(TorchFunctionMode):
             name = "attn" if self._attended and "attn" not in self.found else "mlp"
             self.found.append(name)
             result = stream + self.edit(name, branch)
-            if name == "attn":
-                self.middle = result
+            if name == "mlp":
+                self.middle = stream if _among(stream, self._normed) else self._stream[0]
         self._attended = False
         self._stream, self._normed, self._sums = [result], [], []
         return result

@@ -16,21 +16,31 @@ from varprop import results
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.causal import causal
 from varprop.diagnose.experts import experts
+from varprop.diagnose.influence import influence
 from varprop.diagnose.limits import Limits
+from varprop.diagnose.moments import moments
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
 from varprop.errors import ArgumentError, require
+from varprop.measure import QUANTILES
 from varprop.nn import Transformer
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
-SCORES: dict[str, Score] = {"causal": causal, "usefulness": usefulness, "ablation": ablation, "experts": experts}
+SCORES: dict[str, Score] = {
+    "moments": moments,
+    "influence": influence,
+    "causal": causal,
+    "usefulness": usefulness,
+    "ablation": ablation,
+    "experts": experts,
+}
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
-STANDARD = ("causal",)
+STANDARD = ("moments", "influence", "causal")
 """Scores that are measured where none are named; the name "standard" stands for them."""
 
 
@@ -85,6 +95,7 @@ def measure(
         spec_json="" if spec is None else spec.to_json(),
         spec_id="" if spec is None else spec.spec_id,
         n_tokens=session.n_tokens,
+        coords={"quantile": list(QUANTILES)},
         seed_entropy=str(seed),
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,

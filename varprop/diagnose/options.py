@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 OPTIONS: dict[str, tuple[Any, str]] = {
+    "positions": (16, "first positions whose second moment is given by itself"),
     "n_probes": (16, "random directions of a Jacobian estimate; 0 = exact, one product for each neuron"),
     "jacobian_tokens": (1024, "tokens of the Jacobian: so many whole sequences"),
     "permutation_pairs": (48, "pairs of layers that are swapped, stratified by their distance; 0 = all"),

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from varprop.diagnose.branches import Branches, Edit, require_two
 from varprop.diagnose.limits import Limits
 from varprop.errors import ArgumentError, require
+from varprop.results import SITES
 
 IGNORED = -100
 """A target that no loss is taken of."""
@@ -180,15 +181,39 @@ class Replay:
         n_variants, *shape = streams.shape
         call = _repeated(captured.calls[index], shape[0], n_variants)
         flat = streams.reshape(n_variants * shape[0], *shape[1:])
-        named = {} if call.name is None else {call.name: flat}
-        given = (flat, *call.args) if call.name is None else call.args
-        if edit is None:
-            out = self.layers[index](*given, **named, **call.kwargs)
-        else:
-            with Branches(flat, edit) as branches:
-                out = self.layers[index](*given, **named, **call.kwargs)
-            require_two(branches.found, index + 1, self.architecture)
-        return _stream_of(out).reshape(streams.shape)
+        out = self._call(index, flat, call) if edit is None else self._edited(index, flat, call, edit)[0]
+        return out.reshape(streams.shape)
+
+    def _call(self, index: int, stream: Tensor, call: Call) -> Tensor:
+        named = {} if call.name is None else {call.name: stream}
+        given = (stream, *call.args) if call.name is None else call.args
+        return _stream_of(self.layers[index](*given, **named, **call.kwargs))
+
+    def _edited(self, index: int, stream: Tensor, call: Call, edit: Edit) -> tuple[Tensor, Tensor]:
+        """The streams after the layer and between its branches."""
+        with Branches(stream, edit) as branches:
+            out = self._call(index, stream, call)
+        require_two(branches.found, index + 1, self.architecture)
+        assert branches.middle is not None
+        return out, branches.middle
+
+    @torch.no_grad()
+    def sites(self, index: int, captured: Captured) -> dict[str, Tensor]:
+        """What stands at every one of `results.SITES` in layer `index` (0..L-1) of the pass, (B, T, D) each.
+
+        `attn_out`, `mlp_out`: what is added to the stream. `resid_mid`: what feed-forward is added to, in parallel
+        layers the stream plus attention. `ArgumentError` where the branches cannot be told apart.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, added: Tensor) -> Tensor:
+            found[f"{name}_out"] = added
+            return added
+
+        stream = captured.streams[index]
+        middle = self._edited(index, stream, captured.calls[index], keep)[1]
+        ends = {"resid_pre": stream, "resid_mid": middle, "resid_post": captured.streams[index + 1]}
+        return {site: {**found, **ends}[site] for site in SITES}
 
     @functools.cached_property
     def call_bytes(self) -> int:

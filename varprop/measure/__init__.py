@@ -23,6 +23,7 @@ from varprop.measure.moments import (
     token_correlation,
     variance,
 )
+from varprop.measure.outliers import largest_energy_share, max_to_median, outlier_share
 from varprop.measure.overlap import overlap_sums
 from varprop.measure.tokens import QUANTILES, TokenMoments, sink_positions, token_moments, token_quantiles
 from varprop.measure.weights import (
@@ -52,7 +53,10 @@ __all__ = [
     "fourth_moment",
     "gate_second_moment",
     "jacobian_deviation",
+    "largest_energy_share",
     "load_balance_loss",
+    "max_to_median",
+    "outlier_share",
     "overlap_sums",
     "probe_jacobian_deviation",
     "random_signs",
