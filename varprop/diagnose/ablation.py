@@ -38,10 +38,13 @@ def ablation(session: Session) -> Variables:
     replay.require_loss("ablation")
     names = WHOLE + (BRANCHES if branches_apart(session) else ())
     means = session.once("ablation-means", lambda: _means(session, branches=len(names) > len(WHOLE)))
-    programs: list[Program] = [{layer: op} for layer in range(replay.n_layers) for op in _ops(names, means, layer, replay)]
-    arrays = session.each_batch(
-        "ablation", lambda captured: {"loss": walk(replay, captured, programs).mT, "count": replay.count(captured.batch)}
-    )
+    layers = range(replay.n_layers)
+    programs: list[Program] = [{layer: op} for layer in layers for op in _ops(names, means, layer, replay)]
+
+    def of_batch(captured: Captured) -> dict[str, Tensor]:
+        return {"loss": walk(replay, captured, programs).mT, "count": replay.count(captured.batch)}
+
+    arrays = session.each_batch("ablation", of_batch)
 
     def ratios(loss: np.ndarray, count: np.ndarray) -> np.ndarray:
         found = loss_ratio(loss, count)

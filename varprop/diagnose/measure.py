@@ -15,6 +15,7 @@ from torch import nn
 from varprop import results
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.causal import causal
+from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
 from varprop.diagnose.limits import Limits
@@ -36,6 +37,7 @@ SCORES: dict[str, Score] = {
     "usefulness": usefulness,
     "ablation": ablation,
     "experts": experts,
+    "expert_ablation": expert_ablation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}

@@ -14,5 +14,6 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "fit_share": (0.5, "share of the sequences that a linear replacement is fitted on; the others evaluate it"),
     "in_sample": (False, "whether usefulness is also evaluated on the sequences of the fit, as the paper does"),
     "usefulness_loss_ratio": (1.1, "a layer is useful where replacing it multiplies the loss by more than this"),
+    "expert_tokens": (1024, "tokens that single experts are ablated on: so many whole sequences"),
     "most_removed": (0, "layers that are removed one after the other; 0 = half of them"),
 }

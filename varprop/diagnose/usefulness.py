@@ -96,8 +96,9 @@ def _solve(session: Session, sequences: slice) -> Arrays:
         layers = range(start, min(replay.n_layers, start + at_once))
         fits += [sums.solve() for sums in _sums(session, sequences, layers)]
     wide = torch.promote_types(replay.dtype, torch.float32)
-    arrays = {name: torch.stack([getattr(f, name).to(wide) for f in fits]).cpu().numpy() for name in ("matrix", "shift")}
-    return arrays | {name: np.array([getattr(f, name) for f in fits]) for name in ("r_squared", "rank", "condition")}
+    maps = {name: torch.stack([getattr(f, name) for f in fits]).to(wide) for name in ("matrix", "shift")}
+    numbers = {name: np.array([getattr(f, name) for f in fits]) for name in ("r_squared", "rank", "condition")}
+    return {name: values.cpu().numpy() for name, values in maps.items()} | numbers
 
 
 def _sums(session: Session, sequences: slice, layers: range) -> list[NormalEquations]:
