@@ -14,8 +14,10 @@ import xarray as xr
 from torch import nn
 
 from varprop import hf, results
+from varprop.diagnose.ablation import ablation
 from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
+from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
 from varprop.diagnose.initialisation import initialisation
@@ -26,6 +28,7 @@ from varprop.diagnose.options import require_options
 from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
+from varprop.diagnose.usefulness import usefulness
 from varprop.diagnose.weights import weights
 from varprop.errors import ArgumentError, SpecError, require
 from varprop.measure import QUANTILES
@@ -37,19 +40,22 @@ Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
 SCORES: dict[str, Score] = {
     "moments": moments,
-    "influence": influence,
     "weights": weights,
     "attention": attention,
     "experts": experts,
-    "jacobian": jacobian,
+    "influence": influence,
     "causal": causal,
+    "usefulness": usefulness,
+    "jacobian": jacobian,
     "permutation": permutation,
+    "ablation": ablation,
+    "expert_ablation": expert_ablation,
     "initialisation": initialisation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
-STANDARD = ("moments", "influence", "causal")
+STANDARD = ("moments", "weights", "attention", "influence", "causal", "usefulness", "jacobian", "permutation")
 """Scores that are measured where none are named; the name "standard" stands for them."""
 
 

@@ -18,7 +18,9 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "permutation_tokens": (1024, "tokens that a swap is first tried on: so many whole sequences"),
     "permutation_stderr": (0.0, "relative standard error of each pair that more sequences are added for; 0 = none are"),
     "fit_share": (0.5, "share of the sequences that a linear replacement is fitted on; the others evaluate it"),
+    "in_sample": (False, "whether usefulness is also evaluated on the sequences of the fit, as the paper does"),
     "usefulness_loss_ratio": (1.1, "a layer is useful where replacing it multiplies the loss by more than this"),
+    "expert_tokens": (1024, "tokens that single experts are ablated on: so many whole sequences"),
     "most_removed": (0, "layers that are removed one after the other; 0 = half of them"),
 }
 
