@@ -129,9 +129,9 @@ def _of_layer(replay: Replay, index: int, captured: Captured) -> Tensor:
     layer = replay.layers[index]
     if isinstance(layer, Block):
         return _of_block(layer, replay, index, captured)
-    look = _Look(replay, captured.n_tokens)
+    look, stream = _Look(replay, captured.n_tokens), captured.streams[index]
     with _looking(layer, look), contextlib.suppress(_Seen):
-        replay.layer(index, captured.streams[index][None], captured)
+        replay.layer(index, stream[None], captured)
     missing = "without attention by the function of its configuration (transformers' AttentionInterface)"
     require(
         look.sums is not None, ArgumentError, "architecture", replay.architecture, missing, "attention that uses it"
