@@ -34,7 +34,8 @@ class Branches(TorchFunctionMode):
     """Inside it a layer is called once on `stream`, the very tensor that is given to the layer.
 
     edit: sees each branch and gives what is added instead. `found` has the names of the branches seen, `middle` is the
-    stream after attention's sum.
+    stream after attention's sum; `added` and `inputs` are, by branch, what it adds and of which stream it is a
+    function.
     """
 
     def __init__(self, stream: Tensor, edit: Edit) -> None:
@@ -42,6 +43,8 @@ class Branches(TorchFunctionMode):
         self.edit = edit
         self.found: list[str] = []
         self.middle: Tensor | None = None
+        self.added: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
         self._shape = stream.shape
         self._stream = [stream]  # with whatever a norm or a number made of it
         self._normed: list[Tensor] = []  # norms of the stream: the stream itself where the norm follows the sum
@@ -95,16 +98,19 @@ class Branches(TorchFunctionMode):
 
     def _residual(self, stream: Tensor, branch: Tensor) -> Tensor:
         parts = next(((a, b) for total, a, b in self._sums if total is branch), None)
+        source = stream if _among(stream, self._normed) else self._stream[0]
         if self._attended and parts is not None:  # parallel: attention and feed-forward in one sum
             first, second = sorted(parts, key=self._age)
             attn, mlp = self.edit("attn", first), self.edit("mlp", second)
             self.found += ["attn", "mlp"]
+            self.added, self.inputs = {"attn": attn, "mlp": mlp}, {"attn": source, "mlp": source}
             self.middle = stream + attn
             result = self.middle + mlp
         else:
             name = "attn" if self._attended and "attn" not in self.found else "mlp"
             self.found.append(name)
-            result = stream + self.edit(name, branch)
+            self.added[name], self.inputs[name] = self.edit(name, branch), source
+            result = stream + self.added[name]
             if name == "attn":
                 self.middle = result
         self._attended = False
