@@ -84,8 +84,8 @@ class Branches(TorchFunctionMode):
             self._normed.append(result)
 
     def _sum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        terms = args[:2]
-        if len(terms) < 2 or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
+        terms = args[:2]  # keywords are factors and outputs: no plain sum
+        if len(terms) < 2 or kwargs or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
             return func(*args, **kwargs)
         first, second = terms
         for stream, branch in ((first, second), (second, first)):
