@@ -2,7 +2,8 @@
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
 where only the site `resid_post` exists: variables are NaN there at the other sites, and those of
-pairs of branches or blocks at either layer 0. A variable over `matrix` or `expert` is NaN at the layers that lack the
+pairs of branches or blocks at either layer 0. A checkpoint whose branches cannot be told apart is NaN at every layer
+between `resid_pre` and `resid_post`. A variable over `matrix` or `expert` is NaN at the layers that lack the
 matrix or the experts, then in every seed and at every step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
@@ -45,6 +46,7 @@ DIMENSIONS = (
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
     *("probe_step", "update_step", "evaluation_step", "evaluation"),
     *("threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
+    *("attention_threshold", "query_position", "weight_threshold", "relative_threshold", "mask_density"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
 STEPS = ("step", "probe_step", "update_step", "evaluation_step")
@@ -179,6 +181,10 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
         absent = _along(values, "layer", values.layer == 0) & _along(values, "site", values.site != "resid_post")
         if not (missing | ~absent).all():
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
+        if dataset.attrs["source"] == "checkpoint":  # whose branches may not be told apart
+            own = tuple(values.dims.index(dim) for dim in values.dims if dim != "site")
+            between = ~values.site.isin(["resid_pre", "resid_post"])
+            absent = absent | (_along(values, "site", between) & missing.all(axis=own, keepdims=True))
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
     for dim in {"source_layer", "target_layer"} & set(values.dims):  # pairs of branches or blocks: layer 0 is neither
