@@ -12,5 +12,6 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "permutation_stderr": (0.0, "relative standard error of each pair that more sequences are added for; 0 = none are"),
     "fit_share": (0.5, "share of the sequences that a linear replacement is fitted on; the others evaluate it"),
     "usefulness_loss_ratio": (1.1, "a layer is useful where replacing it multiplies the loss by more than this"),
+    "pruning_tokens": (1024, "tokens that the greedy order of removal is chosen on: so many whole sequences"),
     "most_removed": (0, "layers that are removed one after the other; 0 = half of them"),
 }

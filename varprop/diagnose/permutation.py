@@ -77,17 +77,13 @@ def permutation(session: Session) -> Variables:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Summed losses of sequences: swapped (S, P), NaN where the pair was not swapped on one; base and null (S)."""
+    """Summed losses of sequences: swapped (S, P), where a pair was `used` on the sequence; base and null (S)."""
 
     pairs: Pairs
     swapped: Array
+    used: NDArray[np.bool_]
     base: Array
     null: Array
-
-    @property
-    def used(self) -> NDArray[np.bool_]:
-        """Whether a pair was swapped on a sequence, (S, P)."""
-        return ~np.isnan(self.swapped)
 
     @property
     def n_used(self) -> NDArray[np.int64]:
@@ -97,8 +93,8 @@ class Sampled:
     @property
     def change(self) -> Array:
         """(l_ij - l) / l of each pair, (P)."""
-        base = np.where(self.used, self.base[:, None], 0.0)
-        return np.nansum(self.swapped - base, axis=0) / base.sum(axis=0)
+        base = (self.used * self.base[:, None]).sum(axis=0)
+        return (self.used * self.swapped).sum(axis=0) / base - 1
 
     @property
     def influence(self) -> Array:
@@ -108,8 +104,8 @@ class Sampled:
         linearised ratio of means. 0 with one sequence.
         """
         n, base = self.n_used, self.base[:, None]
-        mean = np.where(self.used, base, 0.0).sum(axis=0) / n
-        moved = np.where(self.used, self.swapped - base - self.change * base, 0.0)
+        mean = (self.used * base).sum(axis=0) / n
+        moved = self.used * (self.swapped - base - self.change * base)
         return moved / (n * mean) * np.sqrt(n / np.maximum(n - 1, 1))
 
     @property
@@ -206,7 +202,7 @@ def sample(session: Session) -> Sampled:
             slice(start, stop),
         )
         parts.append(arrays)
-        found = Sampled(pairs, *(np.concatenate([part[key] for part in parts]) for key in ("swapped", "base", "null")))
+        found = Sampled(pairs, **{name: np.concatenate([part[name] for part in parts]) for name in arrays})
         start, stop = stop, min(2 * stop, session.n_sequences)
         active = active[(found.stderr > tolerance * np.abs(found.change))[active]]
         if tolerance == 0 or start == stop or len(active) == 0:
@@ -216,16 +212,15 @@ def sample(session: Session) -> Sampled:
 def of_batch(
     session: Session, captured: Captured, pairs: Pairs, active: Sequence[int] | np.ndarray
 ) -> dict[str, Tensor]:
-    """Summed losses of each sequence: with each of the `active` pairs swapped (B, P), NaN at the others; of the model
-    and of the null change (B)."""
+    """The fields of `Sampled` of a batch, with the `active` pairs swapped and zeros for the others."""
     swaps: list[Program] = []
     for pair in active:
         i, j = int(pairs.first[pair]) - 1, int(pairs.second[pair]) - 1
         swaps.append({i: Run(j), j: Run(i)})
     losses = walk(session.replay, captured, [*swaps, {0: Run(0)}])
-    for pair, good in zip(active, losses.isfinite().all(dim=1).tolist(), strict=False):
-        name = f"loss with layers {pairs.first[pair]} and {pairs.second[pair]} swapped"
-        require(good, ArgumentError, name, "NaN or infinite", "no number", "a type of wider range, such as bfloat16")
-    swapped = losses.new_full((captured.n_sequences, len(pairs.first)), torch.nan)
-    swapped[:, torch.as_tensor(np.asarray(active), device=swapped.device)] = losses[: len(swaps)].T
-    return {"swapped": swapped, "base": losses[-1], "null": losses[-2]}
+    swapped = losses.new_zeros(captured.n_sequences, len(pairs.first))
+    which = torch.as_tensor(np.asarray(active), device=swapped.device)
+    swapped[:, which] = losses[: len(swaps)].T
+    used = torch.zeros_like(swapped, dtype=torch.bool)
+    used[:, which] = True
+    return {"swapped": swapped, "used": used, "base": losses[-1], "null": losses[-2]}
