@@ -21,7 +21,6 @@ from varprop.diagnose.pairs import Array, Pairs, draw_pairs
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
-from varprop.errors import ArgumentError, require
 
 PAIRS = ("source_layer", "target_layer")
 FEWEST_SEQUENCES = 4
@@ -183,14 +182,11 @@ def sample(session: Session) -> Sampled:
     With `permutation_stderr` > 0 the sequences are doubled, from 4 or more, for the pairs that are not known well
     enough yet, so that a pair is looked at a few times only and does not stop on a lucky error.
     """
-    tolerance = float(session.option("permutation_stderr"))
-    tokens = session.option("permutation_tokens")
-    require(tolerance >= 0, ArgumentError, "permutation_stderr", tolerance, "negative", "0, or a relative error")
-    require(tokens > 0, ArgumentError, "permutation_tokens", tokens, "not positive", "a number of tokens")
+    tolerance = session.option("permutation_stderr")
     seed = int(torch.randint(2**62, (), generator=session.rng("permutation")))
     rng = np.random.default_rng(seed)
     pairs = draw_pairs(session.replay.n_layers, session.option("permutation_pairs"), rng)
-    start, stop = 0, session.first_sequences(tokens).stop
+    start, stop = 0, session.first_sequences(session.option("permutation_tokens")).stop
     if tolerance > 0:
         stop = min(session.n_sequences, max(stop, FEWEST_SEQUENCES))
     active = np.arange(len(pairs.first))
