@@ -9,13 +9,18 @@ from typing import Any
 from varprop.errors import ArgumentError, require
 
 OPTIONS: dict[str, tuple[Any, str]] = {
+    "positions": (16, "first positions whose second moment is given by itself"),
     "n_probes": (16, "random directions of a Jacobian estimate; 0 = exact, one product for each neuron"),
     "jacobian_tokens": (1024, "tokens of the Jacobian: so many whole sequences"),
+    "jacobian_stderr": (0.0, "relative standard error over directions that more are added for; 0 = none are"),
+    "jacobian_spectral_steps": (8, "steps of Lanczos for the spectral norm of a Jacobian estimate; 0 = none"),
     "permutation_pairs": (48, "pairs of layers that are swapped, stratified by their distance; 0 = all"),
     "permutation_tokens": (1024, "tokens that a swap is first tried on: so many whole sequences"),
     "permutation_stderr": (0.0, "relative standard error of each pair that more sequences are added for; 0 = none are"),
     "fit_share": (0.5, "share of the sequences that a linear replacement is fitted on; the others evaluate it"),
+    "in_sample": (False, "whether usefulness is also evaluated on the sequences of the fit, as the paper does"),
     "usefulness_loss_ratio": (1.1, "a layer is useful where replacing it multiplies the loss by more than this"),
+    "expert_tokens": (1024, "tokens that single experts are ablated on: so many whole sequences"),
     "most_removed": (0, "layers that are removed one after the other; 0 = half of them"),
 }
 

@@ -19,10 +19,12 @@ from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.errors import ArgumentError, require
 from varprop.files import replacing
+from varprop.spec import ModelSpec
 
 Arrays = dict[str, np.ndarray]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
-"""What a score gives: name -> (dimensions, values), as `results.new` takes them."""
+"""What a score gives: name -> (dimensions, values), as `results.new` takes them. A variable over the one dimension that
+has its name is the labels of this dimension."""
 Progress = Callable[[str, int, int], None]
 """Called with the score, the sequences done and all of them."""
 
@@ -38,6 +40,8 @@ class Session:
     progress: Progress | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of single scores, where they are not the defaults of `varprop.diagnose.options`."""
+    spec: ModelSpec | None = None
+    """Of the model, where it has one."""
 
     @property
     def n_sequences(self) -> int:
@@ -62,10 +66,10 @@ class Session:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def batch_size(self) -> int:
-        """Sequences of one pass."""
+    def batch_size(self, kept: int = 1) -> int:
+        """Sequences of one pass. kept: tensors of the stream's shape that are kept of each layer."""
         bits = torch.finfo(self.replay.dtype).bits
-        per_sequence = (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
+        per_sequence = kept * (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
         return min(self.n_sequences, self.replay.limits.batch_sequences(per_sequence))
 
     def each_batch(
