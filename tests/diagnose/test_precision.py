@@ -27,7 +27,7 @@ def test_the_gaps_are_those_of_two_measurements_of_the_first_sequences(tmp_path:
         model, _ = open_model(tmp_path, device="cpu", dtype=dtype)  # type: ignore[arg-type]
         found[dtype] = measure(model, batch.rows(slice(0, 2)), scores=["causal"]).causal_score.item()
     gap = found["bfloat16"] / found["float32"] - 1
-    assert gaps["causal_score_precision_gap"][1] == pytest.approx(gap, rel=1e-9)
+    assert gaps.causal_score_precision_gap.item() == pytest.approx(gap, rel=1e-9)
     assert 0 < abs(gap) < 0.05
     assert set(gaps) == {f"causal_{name}_precision_gap" for name in ("score", "score_mean_row", "layer_score")}
 
@@ -38,5 +38,5 @@ def test_signs_zeros_and_what_is_left_out() -> None:
     first, second = (results.new({"x": (("layer",), values), **others}, **ABOUT) for values in (a, b))
     gaps = precision_gap(first, second)
     assert list(gaps) == ["x_precision_gap"]
-    np.testing.assert_array_equal(gaps["x_precision_gap"][1], [np.nan, 0.5, 0.0, 1.0])
-    results.new(gaps, **ABOUT)
+    np.testing.assert_array_equal(gaps.x_precision_gap, [np.nan, 0.5, 0.0, 1.0])
+    results.validate(first.assign(gaps.data_vars))
