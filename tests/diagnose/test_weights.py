@@ -13,13 +13,13 @@ from varprop.diagnose import Batch, Limits, Replay, Session, measure
 from varprop.diagnose.weights import ABSOLUTE, DENSITIES, DIMENSIONS, RELATIVE, matrices, weights
 from varprop.nn import Transformer
 
-PARTS = {  # in layer 1, or the last
-    "llama": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LABELS = {
+    "llama": [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
     "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
-    "mixtral": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    + ["mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "mixtral": [*ATTENTION, "mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
+"""Of the matrices of a layer."""
 
 
 def session(model: nn.Module, memory: float = 2.0**30) -> Session:
@@ -86,9 +86,9 @@ def test_our_own_masked_entries_are_zeros_and_labels_those_of_training() -> None
     assert (zeros < 0.8).all()
 
 
-@each_family(*PARTS)
+@each_family(*LABELS)
 def test_labels(family: str) -> None:
-    assert list(matrices(session(make(family)).replay.layers[0])) == PARTS[family]
+    assert list(matrices(session(make(family)).replay.layers[0])) == LABELS[family]
 
 
 def test_experts_in_parts_are_the_same() -> None:
