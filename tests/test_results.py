@@ -31,6 +31,14 @@ def test_new_labels_and_attributes():
     assert dataset.attrs["seed_entropy"] == "123"
 
 
+def test_variable_named_as_its_dimension_holds_the_labels(tmp_path):
+    variables = {"loss": (("intervention",), [1.0, 2.0]), "intervention": (("intervention",), ["skip", "mean"])}
+    dataset = results.new(variables, source="checkpoint", **ABOUT)
+    again = results.load(results.save(dataset, tmp_path / "result.nc"))
+    assert list(again.data_vars) == ["loss"]
+    assert again.loss.sel(intervention="mean").item() == 2.0
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
 def test_round_trip_is_bitwise(tmp_path, dtype):
     variables = {
@@ -122,8 +130,10 @@ def test_overlaps_of_branches_do_not_exist_at_the_embedding():
     array[1, 1, 2] = np.nan
     with pytest.raises(SchemaError, match="branch_overlap is nan at branch=mlp, source_layer=1, target_layer=2"):
         results.new(variables, source="training", **ABOUT)
-    with pytest.raises(SchemaError, match="block_overlap is nan at source_layer=0, target_layer=0"):
-        results.new({"block_overlap": (("source_layer", "target_layer"), array[1])}, source="training", **ABOUT)
+    blocks = np.ones((3, 3))  # of which the embedding is one, or is none
+    blocks[0, 1] = np.nan
+    with pytest.raises(SchemaError, match="block_overlap is nan at source_layer=0, target_layer=1"):
+        results.new({"block_overlap": (("source_layer", "target_layer"), blocks)}, source="training", **ABOUT)
 
 
 @pytest.mark.parametrize("name, last", [("weight_norm", "matrix"), ("expert_load", "expert")])

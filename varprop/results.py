@@ -2,7 +2,8 @@
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
 where only the site `resid_post` exists: variables are NaN there at the other sites, and those of
-pairs of branches or blocks at either layer 0. A variable over `matrix` or `expert` is NaN at the layers that lack the
+pairs of branches or blocks at either layer 0. A checkpoint whose branches cannot be told apart is NaN at every layer
+between `resid_pre` and `resid_post`. A variable over `matrix` or `expert` is NaN at the layers that lack the
 matrix or the experts, then in every seed and at every step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
@@ -44,8 +45,8 @@ DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
     *("probe_step", "update_step", "evaluation_step", "evaluation"),
-    *("threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
     *("attention_threshold", "query_position", "weight_threshold", "relative_threshold", "mask_density"),
+    *("loss_ratio_threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
 STEPS = ("step", "probe_step", "update_step", "evaluation_step")
@@ -93,14 +94,15 @@ def new(
 ) -> xr.Dataset:
     """A validated result Dataset.
 
-    variables: name -> (dimensions, array). `layer` and `site` get their coordinates by themselves; other dimensions
-    get theirs from `coords` or 0..n-1. attributes: further strings and numbers to keep with the result.
+    variables: name -> (dimensions, array); one with the name of its dimension holds the labels of it. `layer`, `site`
+    and `branch` get their labels by themselves; other dimensions get theirs from `coords` or 0..n-1. attributes:
+    further strings and numbers to keep with the result.
     Raises `SchemaError` where the result breaks the schema.
     """
     data = {name: (tuple(dims), np.asarray(values)) for name, (dims, values) in variables.items()}
     sizes = {dim: size for dims, values in data.values() for dim, size in zip(dims, values.shape, strict=True)}
     known: dict[str, Any] = {"site": list(SITES), "branch": list(BRANCHES), **(coords or {})}
-    labels = {dim: known[dim] if dim in known else np.arange(size) for dim, size in sizes.items()}
+    labels = {dim: known[dim] if dim in known else np.arange(size) for dim, size in sizes.items() if dim not in data}
     dataset = xr.Dataset(data, coords=labels)
     commit, dirty = _git_state()
     dataset.attrs = {
@@ -180,10 +182,16 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
         absent = _along(values, "layer", values.layer == 0) & _along(values, "site", values.site != "resid_post")
         if not (missing | ~absent).all():
             raise SchemaError(f"{where} has values at layer 0 outside resid_post; expected NaN there")
+        if dataset.attrs["source"] == "checkpoint":  # whose branches may not be told apart
+            own = tuple(values.dims.index(dim) for dim in values.dims if dim != "site")
+            between = ~values.site.isin(["resid_pre", "resid_post"])
+            absent = absent | (_along(values, "site", between) & missing.all(axis=own, keepdims=True))
     elif "layer" in values.dims:  # of a branch, a Jacobian, attention or gates: layer 0 has none
         absent = _along(values, "layer", values.layer == 0)
     for dim in {"source_layer", "target_layer"} & set(values.dims):  # pairs of branches or blocks: layer 0 is neither
-        absent = absent | _along(values, dim, values[dim] == 0)
+        embedding = _along(values, dim, values[dim] == 0)
+        if (missing | ~embedding).all():
+            absent = absent | embedding
     if "matrix" in values.dims or "expert" in values.dims:
         own = [dim for dim in values.dims if dim in DIMENSIONS and dim not in ("layer", "matrix")]
         absent = absent | missing.all(axis=tuple(values.dims.index(dim) for dim in own), keepdims=True)

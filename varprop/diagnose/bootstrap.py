@@ -36,14 +36,34 @@ def stderr(statistic: Callable[..., Array], *per_sequence: Array, seed: int = 0)
 
     >>> values = np.random.default_rng(0).normal(size=(400, 3))
     >>> (stderr(lambda mean: mean, values) * 20).round(1)
-    array([1. , 1. , 1.1])
+    array([1. , 0.9, 1. ])
     """
     n_sequences = len(per_sequence[0])
     weights = resample_weights(n_sequences, seed)
-    found = statistic(*(np.tensordot(weights, values, axes=1) for values in per_sequence))
+    # A few resamples at a time: their means may be many numbers each.
+    blocks = np.array_split(weights, len(weights) // 20)
+    found = np.concatenate([statistic(*(np.tensordot(w, values, axes=1) for values in per_sequence)) for w in blocks])
     if n_sequences == 1:
         return np.zeros_like(found[0])
     return found.std(axis=0, ddof=1) * (n_sequences / (n_sequences - 1)) ** 0.5
+
+
+def with_stderr(
+    name: str, dims: tuple[str, ...], statistic: Callable[..., Array], *per_sequence: Array, seed: int = 0
+) -> dict[str, tuple[tuple[str, ...], Array]]:
+    """`name` and `<name>_stderr` as variables along `dims`: the statistic of the means, and its `stderr`.
+
+    >>> found = with_stderr("mean", (), mean_itself, np.array([1.0, 3.0]))
+    >>> {key: float(value.round(1)) for key, (_, value) in found.items()}
+    {'mean': 2.0, 'mean_stderr': 1.0}
+    """
+    value = statistic(*(values.mean(axis=0)[None] for values in per_sequence))[0]
+    return {name: (dims, value), f"{name}_stderr": (dims, stderr(statistic, *per_sequence, seed=seed))}
+
+
+def mean_itself(mean: Array) -> Array:
+    """The statistic that a mean over sequences is of itself."""
+    return mean
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

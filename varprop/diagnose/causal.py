@@ -77,11 +77,10 @@ def _of_batch(session: Session, captured: Captured) -> dict[str, Tensor]:
     change = torch.zeros(shape, dtype=torch.float64, device=replay.device)
     largest, size = torch.zeros_like(change), torch.zeros_like(change[:, 0])
     null = torch.zeros_like(size)
-    for layer, (before, after) in enumerate(zip(captured.streams, captured.streams[1:], strict=False)):
-        size[:, layer] = _norms(after - before).double().sum(dim=-1)
 
     def observe(place: int, numbers: Sequence[int], before: Tensor, after: Tensor, contribution: Tensor) -> None:
         base = _norms(contribution)
+        size[:, place] = base.double().sum(dim=-1)
         gaps = _norms((after - before) - contribution)  # (V, B, T)
         sums = gaps.double().sum(dim=-1)
         ratios = torch.where(base > 0, gaps / base, 0.0).amax(dim=-1).double()

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from varprop.diagnose.branches import Branches, Edit, require_two
 from varprop.diagnose.limits import Limits
 from varprop.errors import ArgumentError, require
+from varprop.results import SITES
 
 IGNORED = -100
 """A target that no loss is taken of."""
@@ -66,11 +67,29 @@ class Call:
 
 @dataclass(frozen=True)
 class Captured:
-    """One ordinary pass: the stream before each layer and after the last, (B, T, D) each, and every layer's call."""
+    """What comes before the layers, run once. start: the stream (B, T, D) before the first; calls: of every layer."""
 
+    replay: Replay
     batch: Batch
-    streams: list[Tensor]
+    start: Tensor
     calls: list[Call]
+
+    @functools.cached_property
+    def streams(self) -> list[Tensor]:
+        """The stream before each layer and after the last, (B, T, D) each: an ordinary pass, made when first asked for.
+
+        Raises `ArgumentError` naming the first layer whose stream is not finite.
+        """
+        with torch.no_grad():
+            found = [self.start]
+            for index in range(self.replay.n_layers):
+                found.append(self.replay.layer(index, found[-1][None], self)[0])
+            finite = torch.stack([torch.isfinite(stream).all() for stream in found]).tolist()
+        if not all(finite):
+            layer = finite.index(False)
+            where = "after the embedding" if layer == 0 else f"after layer {layer}"
+            require(False, ArgumentError, "activations", "NaN or infinite", f"first {where}", "finite activations")
+        return found
 
     @property
     def n_sequences(self) -> int:
@@ -97,15 +116,15 @@ class Replay:
 
     def __init__(self, model: nn.Module, limits: Limits | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        config = getattr(model, "config", None)
-        if config is not None:
-            config.use_cache = False
+        for module in model.modules():  # a cache would be one more thing that a layer depends on
+            if hasattr(config := getattr(module, "config", None), "use_cache"):
+                config.use_cache = False
         embedding = next(iter(model.parameters()))
         self.device = embedding.device
         self.layers: Sequence[nn.Module] = _find_layers(model, self._forward, self.device)
-        self._gives_tuple = self._tuples()
+        self._n_outputs = self._count_outputs()
         probe = self.capture(Batch.causal(torch.arange(8, device=self.device).reshape(2, 4) % 7))
-        self.d_model, self.dtype = probe.streams[0].shape[-1], probe.streams[0].dtype
+        self.d_model, self.dtype = probe.start.shape[-1], probe.start.dtype
         with torch.inference_mode():
             out = self._forward(probe.batch.tokens)
         logits = getattr(out, "logits", out)
@@ -138,35 +157,19 @@ class Replay:
 
     @torch.no_grad()
     def capture(self, batch: Batch) -> Captured:
-        """The streams and calls of one pass, which ends after the last layer.
+        """The stream before the first layer and the calls of all, from a pass in which the layers do nothing."""
+        seen: list[tuple[Tensor, Call]] = []
 
-        Raises `ArgumentError` naming the first layer whose stream is not finite.
-        """
-        streams: list[Tensor] = []
-        calls: list[Call] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             stream, call = _split(args, kwargs)
-            streams.append(stream)
-            calls.append(_shared(call, len(batch.tokens)))
+            seen.append((stream, _shared(call, len(batch.tokens))))
+            if len(seen) == self.n_layers:
+                raise _Done
+            return stream
 
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            streams.append(_stream_of(output))
-            raise _Done
-
-        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.layers]
-        hooks.append(self.layers[-1].register_forward_hook(after))
-        try:
-            with contextlib.suppress(_Done):
-                self._forward(batch.tokens)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for layer, stream in enumerate(streams):
-            where = "after the embedding" if layer == 0 else f"after layer {layer}"
-            good = bool(torch.isfinite(stream).all())
-            require(good, ArgumentError, "activations", "NaN or infinite", f"first {where}", "finite activations")
-        return Captured(batch, streams, calls)
+        with self._bypassed(note), contextlib.suppress(_Done):
+            self._forward(batch.tokens)
+        return Captured(self, batch, seen[0][0], [call for _, call in seen])
 
     def layer(self, index: int, streams: Tensor, captured: Captured, edit: Edit | None = None) -> Tensor:
         """The streams (V, B, T, D) after layer `index` (0..L-1), each variant by itself.
@@ -175,24 +178,49 @@ class Replay:
         (V B, T, D), and gives what is added instead; `ArgumentError` where the branches cannot be told apart. Runs with
         or without gradients, as is set where it is called.
         """
+        if edit is not None:
+            return self.branches(index, streams, captured, edit)[0]
+        flat, call = self._prepared(index, streams, captured)
+        return self._called(index, flat, call).reshape(streams.shape)
+
+    def branches(self, index: int, streams: Tensor, captured: Captured, edit: Edit) -> tuple[Tensor, Branches]:
+        """As `layer`, and what its branches add to which stream: `added` and `inputs`, each (V B, T, D)."""
+        flat, call = self._prepared(index, streams, captured)
+        with Branches(flat, edit) as branches:
+            out = self._called(index, flat, call)
+        require_two(branches.found, index + 1, self.architecture)
+        return out.reshape(streams.shape), branches
+
+    def _prepared(self, index: int, streams: Tensor, captured: Captured) -> tuple[Tensor, Call]:
+        """The streams (V B, T, D) and the layer's other arguments for them."""
         n_variants, *shape = streams.shape
         call = _repeated(captured.calls[index], shape[0], n_variants)
-        flat = streams.reshape(n_variants * shape[0], *shape[1:])
-        named = {} if call.name is None else {call.name: flat}
-        given = (flat, *call.args) if call.name is None else call.args
-        if edit is None:
-            out = self.layers[index](*given, **named, **call.kwargs)
-        else:
-            with Branches(flat, edit) as branches:
-                out = self.layers[index](*given, **named, **call.kwargs)
-            require_two(branches.found, index + 1, self.architecture)
-        return _stream_of(out).reshape(streams.shape)
+        return streams.reshape(n_variants * shape[0], *shape[1:]), call
+
+    def _called(self, index: int, stream: Tensor, call: Call) -> Tensor:
+        named = {} if call.name is None else {call.name: stream}
+        given = (stream, *call.args) if call.name is None else call.args
+        return _stream_of(self.layers[index](*given, **named, **call.kwargs))
+
+    @torch.no_grad()
+    def sites(self, index: int, captured: Captured) -> dict[str, Tensor]:
+        """What stands at every one of `results.SITES` in layer `index` (0..L-1) of the pass, (B, T, D) each.
+
+        `attn_out`, `mlp_out`: what is added to the stream. `resid_mid`: what feed-forward is added to, in parallel
+        layers the stream plus attention. `ArgumentError` where the branches cannot be told apart.
+        """
+        stream = captured.streams[index]
+        branches = self.branches(index, stream[None], captured, lambda _, added: added)[1]
+        assert branches.middle is not None
+        found = {f"{name}_out": added for name, added in branches.added.items()}
+        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": captured.streams[index + 1]}
+        return {site: found[site] for site in SITES}
 
     @functools.cached_property
     def call_bytes(self) -> int:
-        """About how many bytes a layer holds for each token: eight streams and two outputs of each matrix."""
+        """About how many bytes a layer holds for each token: eight streams and one output of each matrix."""
         widths = [sum(p.numel() for p in layer.parameters() if p.ndim == 2) // self.d_model for layer in self.layers]
-        return (8 * self.d_model + 2 * max(widths)) * torch.finfo(self.dtype).bits // 8
+        return (8 * self.d_model + max(widths)) * torch.finfo(self.dtype).bits // 8
 
     @torch.no_grad()
     def losses(self, streams: Tensor, batch: Batch) -> Tensor:
@@ -208,38 +236,42 @@ class Replay:
         size = min(self.limits.head_tokens(self.vocab_size), n_tokens)
         for start in range(0, len(places), size):
             part = slice(start, start + size)
-            logits = self.logits(rows[places[part]][None])[0].float()
+            logits = _at_least_float32(self.logits(rows[places[part]][None])[0])
             total.index_add_(0, which[part], functional.cross_entropy(logits, targets[part], reduction="none").double())
         return total.reshape(n_variants, n_sequences)
 
     @torch.no_grad()
     def logits(self, streams: Tensor) -> Tensor:
         """Logits (B, n, vocab_size) of streams (B, n, D) after the last layer; each token by itself, so n is free."""
-        with self._bypassed(streams):
+        left = iter(range(self.n_layers))
+
+        def inject(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return streams if next(left) == self.n_layers - 1 else _split(args, kwargs)[0]
+
+        with self._bypassed(inject):
             out = self._forward(torch.zeros(streams.shape[:2], dtype=torch.long, device=self.device))
         return getattr(out, "logits", out)
 
     @contextlib.contextmanager
-    def _bypassed(self, streams: Tensor) -> Iterator[None]:
-        """The layers do nothing, and the last one gives `streams`."""
-        last = len(self.layers) - 1
+    def _bypassed(self, instead: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        """No layer runs: each gives what `instead` makes of its arguments."""
 
-        def stub(index: int, *args: Any, **kwargs: Any) -> Any:
-            stream = streams if index == last else _split(args, kwargs)[0]
-            return (stream, None) if self._gives_tuple[index] else stream
+        def stub(n_outputs: int, *args: Any, **kwargs: Any) -> Any:
+            stream = instead(args, kwargs)
+            return (stream, *[None] * (n_outputs - 1)) if n_outputs else stream
 
-        for index, layer in enumerate(self.layers):
-            layer.forward = functools.partial(stub, index)
+        for layer, n_outputs in zip(self.layers, self._n_outputs, strict=True):
+            layer.forward = functools.partial(stub, n_outputs)
         try:
             yield
         finally:
             for layer in self.layers:
                 del layer.forward
 
-    def _tuples(self) -> list[bool]:
-        """Of each layer, whether it gives a tuple whose first entry is the stream."""
-        found: list[bool] = []
-        watch = lambda _, __, output: found.append(isinstance(output, tuple))  # noqa: E731
+    def _count_outputs(self) -> list[int]:
+        """Of each layer, the length of the tuple whose first entry is the stream; 0 = it gives the stream alone."""
+        found: list[int] = []
+        watch = lambda _, __, output: found.append(len(output) if isinstance(output, tuple) else 0)  # noqa: E731
         hooks = [layer.register_forward_hook(watch) for layer in self.layers]
         try:
             with torch.no_grad():
@@ -263,15 +295,17 @@ class Replay:
         self.require_loss("replay")
         batch = batch.rows(slice(0, 2))
         captured = self.capture(batch)
-        x = captured.streams[0].expand(2, *captured.streams[0].shape)
+        x = captured.start.expand(2, *captured.start.shape)
         try:
             for index in range(self.n_layers):
                 x = self.layer(index, x, captured)
-        except RuntimeError as error:
-            wrong = f"without layers that take more sequences than the pass they are of ({str(error).splitlines()[0]})"
+            found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            wrong = f"without layers that take more sequences than the pass they are of ({_first_line(error)})"
             expected = "layers whose other arguments are the same for all sequences, or have one entry for each"
-            require(False, ArgumentError, "architecture", self.architecture, wrong, expected)
-        found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+            raise ArgumentError(f"architecture={self.architecture!r} is {wrong}; expected {expected}") from error
+        if not bool(torch.isfinite(x).all()):
+            _ = captured.streams  # raises, and names the first such layer
         own = self._own_loss(batch)
         gap = float((found / own - 1).abs().max())
         wrong = f"replayed with a loss of {found[-1].item():.6g} instead of {own.item():.6g}"
@@ -283,10 +317,16 @@ class Replay:
     def _own_loss(self, batch: Batch) -> Tensor:
         """Mean over the targets, from the model's own pass."""
         out = self._forward(batch.tokens)
-        logits = getattr(out, "logits", out).float()
-        return functional.cross_entropy(
-            logits.flatten(0, 1).double(), batch.targets.flatten(), ignore_index=IGNORED
-        ).double()
+        logits = _at_least_float32(getattr(out, "logits", out)).double()
+        return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: torch.device) -> Sequence[nn.Module]:
@@ -302,9 +342,13 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
 
     members = {id(member): member for members in lists for member in members}
     hooks = [member.register_forward_hook(watch, with_kwargs=True) for member in members.values()]
+    name = type(model).__name__
     try:
         with torch.no_grad():
             forward(torch.arange(6, device=device).reshape(2, 3) % 5)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        wrong = f"without a pass on token ids alone ({_first_line(error)})"
+        raise ArgumentError(f"architecture={name!r} is {wrong}; expected a decoder or an encoder") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -316,13 +360,17 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         streams = [call[0] for call in calls]
         if any(x.ndim != 3 or x.shape != y.shape or x.shape[:2] != (2, 3) for x, y in streams):
             return False
-        return all(torch.equal(a[1], b[0]) for a, b in itertools.pairwise(streams))
+        return all(_same(a[1], b[0]) for a, b in itertools.pairwise(streams))
 
     chains = [list(layers) for layers in lists if is_chain(list(layers))]
-    name = type(model).__name__
     missing = "without a list of layers, each taking as its stream (B, T, D) what the one before it gave"
     require(bool(chains), ArgumentError, "architecture", name, missing, "a decoder or an encoder whose layers chain")
     return max(chains, key=len)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two streams are equal, NaN too: broken weights are found later, by layer."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

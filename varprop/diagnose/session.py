@@ -19,6 +19,7 @@ from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.errors import ArgumentError, require
 from varprop.files import replacing
+from varprop.spec import ModelSpec
 
 Arrays = dict[str, np.ndarray]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
@@ -39,6 +40,8 @@ class Session:
     progress: Progress | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of single scores, where they are not the defaults of `varprop.diagnose.options`."""
+    spec: ModelSpec | None = None
+    """Of the model, where it has one."""
 
     @property
     def n_sequences(self) -> int:
@@ -63,10 +66,10 @@ class Session:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def batch_size(self) -> int:
-        """Sequences of one pass."""
+    def batch_size(self, kept: int = 1) -> int:
+        """Sequences of one pass. kept: tensors of the stream's shape that are kept of each layer."""
         bits = torch.finfo(self.replay.dtype).bits
-        per_sequence = (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
+        per_sequence = kept * (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
         return min(self.n_sequences, self.replay.limits.batch_sequences(per_sequence))
 
     def each_batch(
@@ -82,14 +85,27 @@ class Session:
         read and not computed.
         """
         start, stop, _ = (sequences or slice(None)).indices(self.n_sequences)
-        size = batch_size or self.batch_size()
+        most = min(batch_size or self.batch_size(), stop - start)
+        size = -(-(stop - start) // -(-(stop - start) // most))  # as many batches, of like size
         found: list[Arrays] = []
         for first in range(start, stop, size):
             rows = slice(first, min(stop, first + size))
-            found.append(self.once(f"{name}-{rows.start}-{rows.stop}", lambda rows=rows: compute(self.capture(rows))))
+            found.append(self.once(f"{name}-{rows.start}-{rows.stop}", lambda rows=rows: self._finite(compute, rows)))
             if self.progress is not None:
                 self.progress(name, rows.stop - start, stop - start)
         return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
+
+    def _finite(self, compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]], rows: slice) -> Arrays:
+        """What `compute` gives, finite; else `ArgumentError` naming the layer where the model ceases to be."""
+        captured = self.capture(rows)
+        arrays = {name: _array(values) for name, values in compute(captured).items()}
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                _ = captured.streams  # raises where the model itself is not finite
+                raise ArgumentError(
+                    f"{name}=NaN or infinite in sequences {rows.start} to {rows.stop}; expected numbers"
+                )
+        return arrays
 
     def capture(self, rows: slice) -> Captured:
         """The pass of some sequences, on the model's device."""

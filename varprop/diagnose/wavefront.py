@@ -109,7 +109,7 @@ def _walk(
 ) -> Tensor:
     found = torch.zeros(len(programs) + 1, captured.n_sequences, dtype=torch.float64, device=replay.device)
     order = sorted(range(len(programs)), key=lambda i: min(programs[i], default=replay.n_layers))
-    size = max(1, replay.limits.stack_variants(captured.streams[0].nbytes) - 1)
+    size = max(1, replay.limits.stack_variants(captured.start.nbytes) - 1)
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     for group in groups or [[]]:
         stack = _walk_group(replay, captured, [programs[i] for i in group], group, observe)
@@ -124,7 +124,7 @@ def _walk_group(
     """Streams after the last layer of the model and of programs that are sorted by their first change."""
     starts = [min(program, default=replay.n_layers) for program in programs]
     first = min(starts, default=replay.n_layers)
-    base = captured.streams[first]
+    base = captured.start if first == 0 else captured.streams[first]
     stack = base.new_empty(len(programs) + 1, *base.shape)
     stack[0] = base
     for place in range(first, replay.n_layers):
@@ -136,13 +136,14 @@ def _walk_group(
         normal = [i for i in range(live) if i not in set(special)]
         contribution: Tensor | None = None
         for chunk in _chunks(replay, captured, normal):
-            before = stack[chunk[0] : chunk[-1] + 1] if chunk[-1] - chunk[0] + 1 == len(chunk) else stack[chunk]
+            which = slice(chunk[0], chunk[-1] + 1) if chunk[-1] - chunk[0] + 1 == len(chunk) else chunk
+            before = stack[which]
             after = replay.layer(place, before, captured)
             if contribution is None:
                 contribution = after[0] - before[0]
             if observe is not None and len(normal) > 1:
                 observe(place, [BASE if i == 0 else numbers[i - 1] for i in chunk], before, after, contribution)
-            stack[chunk] = after
+            stack[which] = after
     return stack
 
 

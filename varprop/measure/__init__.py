@@ -29,6 +29,7 @@ from varprop.measure.moments import (
     token_correlation,
     variance,
 )
+from varprop.measure.outliers import largest_energy_share, max_to_median, outlier_share
 from varprop.measure.overlap import overlap_sums
 from varprop.measure.tokens import QUANTILES, TokenMoments, sink_positions, token_moments, token_quantiles
 from varprop.measure.weights import (
@@ -62,8 +63,11 @@ __all__ = [
     "fourth_moment",
     "gate_second_moment",
     "jacobian_deviation",
+    "largest_energy_share",
     "load_balance_loss",
     "magnitude_mask_retained_variance",
+    "max_to_median",
+    "outlier_share",
     "overlap_sums",
     "probe_jacobian_deviation",
     "query_statistics",

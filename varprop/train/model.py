@@ -95,6 +95,8 @@ class TrainingModel(nn.Module):
         self._plain = Functions(run_layers, _embed, Transformer.normalise, chunk_loss, stream_statistics)
         self._compiled = self._plain
         if config.compile:
+            # What was compiled for another network: torch counts it against this one, and fails after eight.
+            torch._dynamo.reset()
             self._compiled = Functions(*(torch.compile(f, dynamic=False, fullgraph=True) for f in self._plain))
         self._masks = AttentionMasks(spec)
         self._units = _units(spec, config.compile_layers if config.parallel == "ddp" else 1)
