@@ -26,6 +26,7 @@ _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__r
 _NORMS = {functional.layer_norm, functional.rms_norm, torch.layer_norm, torch.rms_norm}
 _SOFTMAX = {functional.softmax, torch.softmax, torch.Tensor.softmax}
 _SAME = {functional.dropout, torch.dropout}
+_CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as}
 _SDPA = functional.scaled_dot_product_attention
 
 
@@ -43,9 +44,7 @@ class Branches(TorchFunctionMode):
         self.middle: Tensor | None = None
         self._shape = stream.shape
         self._stream = [stream]  # with whatever a norm or a number made of it
-        self._normed: list[
-            Tensor
-        ] = []  # norms of the stream, which are the stream itself where the norm follows the sum
+        self._normed: list[Tensor] = []  # norms of the stream: the stream itself where the norm follows the sum
         self._attended = False
         self._sums: list[tuple[Tensor, Tensor, Tensor]] = []  # sums of two branches: result and terms
         self._made: list[Tensor] = []  # tensors of the stream's shape, in the order they were made
@@ -59,19 +58,27 @@ class Branches(TorchFunctionMode):
             self._attended = True
         if torch.is_tensor(result) and result.shape == self._shape:
             self._made.append(result)
-            first = next((a for a in args if torch.is_tensor(a)), None)
-            is_number = any(isinstance(a, (int, float)) for a in args[:2])
-            if (
-                first is not None
-                and (func in _SAME or (func in _PRODUCTS and is_number))
-                and _among(first, self._stream)
-            ):
-                self._stream.append(result)
-            if func in _SAME:
-                self._sums += [(result, a, b) for total, a, b in self._sums if total is first]
-            if func in _NORMS and first is not None and _among(first, self._stream):
-                self._normed.append(result)
+            self._follow(func, args, result)
         return result
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], result: Tensor) -> None:
+        """Take `result` for the stream or its norm where it is no more than that times a number, a gain or a cast."""
+        first = next((a for a in args if torch.is_tensor(a)), None)
+        if first is None:
+            return
+        factors = [a for a in args[:2] if a is not first]
+        is_same = func in _SAME | _CASTS or (func in _PRODUCTS and any(isinstance(a, (int, float)) for a in factors))
+        is_gain = func in _PRODUCTS | _SUMS and any(
+            torch.is_tensor(a) and a.numel() == self._shape[-1] for a in factors
+        )
+        if is_same and _among(first, self._stream):
+            self._stream.append(result)
+        if (is_same or is_gain) and _among(first, self._normed):
+            self._normed.append(result)
+        if func in _SAME:
+            self._sums += [(result, a, b) for total, a, b in self._sums if total is first]
+        if func in _NORMS and _among(first, self._stream):
+            self._normed.append(result)
 
     def _sum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         terms = args[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,21 +13,23 @@ import torch
 import xarray as xr
 from torch import nn
 
-from varprop import results
+from varprop import hf, results
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.causal import causal
 from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
+from varprop.diagnose.initialisation import initialisation
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, SpecError, require
 from varprop.measure import QUANTILES
 from varprop.nn import Transformer
+from varprop.spec import InitSpec, ModelSpec
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
@@ -38,6 +41,7 @@ SCORES: dict[str, Score] = {
     "ablation": ablation,
     "experts": experts,
     "expert_ablation": expert_ablation,
+    "initialisation": initialisation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
@@ -83,14 +87,14 @@ def measure(
     if parts is not None:
         identity = attributes | {"sequences": digest(batch), "weights": fingerprint(model), "seed": seed}
         folder = prepare_parts(Path(parts), identity | {"options": dict(options or {}), "dtype": str(replay.dtype)})
-    session = Session(replay, batch, seed, folder, progress, options or {})
+    spec = spec_of(model)
+    session = Session(replay, batch, seed, folder, progress, options or {}, spec)
     if replay.has_loss:
         attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
     variables: Variables = {}
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
         variables |= table[name](session)
-    spec = model.spec if isinstance(model, Transformer) else None
     return results.new(
         variables,
         source="checkpoint",
@@ -140,6 +144,19 @@ def about(model: nn.Module) -> dict[str, Any]:
         "model_type": str(getattr(config, "model_type", "varprop")),
         "n_parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def spec_of(model: nn.Module) -> ModelSpec | None:
+    """The spec of a model, Hugging Face's with its own `initializer_range`; None where it cannot be one of ours."""
+    if isinstance(model, Transformer):
+        return model.spec
+    description: Any = getattr(model, "config", None)
+    config = {} if description is None else description.to_dict()
+    try:
+        init = InitSpec(rule="fixed", std=float(config.get("initializer_range") or 0.02))
+        return dataclasses.replace(hf.spec_of(config), init=init)
+    except SpecError:
+        return None
 
 
 def digest(batch: Batch) -> str:

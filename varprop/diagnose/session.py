@@ -19,6 +19,7 @@ from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.errors import ArgumentError, require
 from varprop.files import replacing
+from varprop.spec import ModelSpec
 
 Arrays = dict[str, np.ndarray]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
@@ -38,6 +39,8 @@ class Session:
     progress: Progress | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of single scores, where they are not the defaults of `varprop.diagnose.options`."""
+    spec: ModelSpec | None = None
+    """Of the model, where it has one."""
 
     @property
     def n_sequences(self) -> int:
