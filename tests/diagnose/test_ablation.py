@@ -19,6 +19,8 @@ from varprop.errors import ArgumentError, BranchesWarning
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS = 4, 10
+ROUNDING = 1e-7
+"""Of a float64 model: transformers computes norms and routers in float32."""
 ADDED = {
     "llama": ("self_attn", "mlp"),
     "qwen2": ("self_attn", "mlp"),
@@ -101,9 +103,9 @@ def test_is_its_definition(family: str) -> None:
         expected = plain(model, session.replay.layers, session.batch.tokens, ADDED[family])
     found = variables["ablation_loss_ratio"][1]
     assert np.isnan(found[0]).all()
-    np.testing.assert_allclose(found[1:], expected, rtol=1e-10)
+    np.testing.assert_allclose(found[1:], expected, rtol=ROUNDING)
     null = WHOLE.index("null")
-    assert (np.abs(np.delete(found[1:], null, axis=1) - 1) > 1e-8).all()
+    assert (np.abs(np.delete(found[1:], null, axis=1) - 1) > ROUNDING).all()
 
 
 def test_small_memory_gives_the_same() -> None:

@@ -57,7 +57,7 @@ def check(model: nn.Module, tolerance: float) -> None:
 
 @zoo.each_family(*zoo.MIXTURES)
 def test_is_the_loss_without_the_experts_output_matrix(family: str) -> None:
-    check(zoo.make(family, torch.float64), 1e-7)  # some routers compute in float32
+    check(zoo.make(family, torch.float64), 1e-7)  # routers compute in float32
 
 
 @zoo.each_family("olmoe", "gpt_oss")
