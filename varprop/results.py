@@ -45,7 +45,8 @@ DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
     *("probe_step", "update_step", "evaluation_step", "evaluation"),
-    *("threshold", "loss_ratio_threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
+    *("attention_threshold", "query_position", "weight_threshold", "relative_threshold", "mask_density"),
+    *("loss_ratio_threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
 STEPS = ("step", "probe_step", "update_step", "evaluation_step")

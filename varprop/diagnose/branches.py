@@ -34,7 +34,8 @@ class Branches(TorchFunctionMode):
     """Inside it a layer is called once on `stream`, the very tensor that is given to the layer.
 
     edit: sees each branch and gives what is added instead. `found` has the names of the branches seen, `middle` is the
-    stream between attention and feed-forward: what feed-forward is added to, after a norm of the sum if one follows it.
+    stream between the branches; `added` and `inputs` are, by branch, what it adds and of which stream it is a
+    function.
     """
 
     def __init__(self, stream: Tensor, edit: Edit) -> None:
@@ -42,6 +43,8 @@ class Branches(TorchFunctionMode):
         self.edit = edit
         self.found: list[str] = []
         self.middle: Tensor | None = None
+        self.added: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
         self._shape = stream.shape
         self._stream = [stream]  # with whatever a norm or a number made of it
         self._normed: list[Tensor] = []  # norms of the stream: the stream itself where the norm follows the sum
@@ -81,8 +84,8 @@ class Branches(TorchFunctionMode):
             self._normed.append(result)
 
     def _sum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        terms = args[:2]
-        if len(terms) < 2 or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
+        terms = args[:2]  # keywords are factors and outputs: no plain sum
+        if len(terms) < 2 or kwargs or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
             return func(*args, **kwargs)
         first, second = terms
         for stream, branch in ((first, second), (second, first)):
@@ -95,18 +98,20 @@ class Branches(TorchFunctionMode):
 
     def _residual(self, stream: Tensor, branch: Tensor) -> Tensor:
         parts = next(((a, b) for total, a, b in self._sums if total is branch), None)
+        source = stream if _among(stream, self._normed) else self._stream[0]
         if self._attended and parts is not None:  # parallel: attention and feed-forward in one sum
             first, second = sorted(parts, key=self._age)
             attn, mlp = self.edit("attn", first), self.edit("mlp", second)
             self.found += ["attn", "mlp"]
+            self.added, self.inputs = {"attn": attn, "mlp": mlp}, {"attn": source, "mlp": source}
             self.middle = stream + attn
             result = self.middle + mlp
         else:
             name = "attn" if self._attended and "attn" not in self.found else "mlp"
             self.found.append(name)
-            result = stream + self.edit(name, branch)
-            if name == "mlp":
-                self.middle = stream if _among(stream, self._normed) else self._stream[0]
+            self.added[name], self.inputs[name] = self.edit(name, branch), source
+            result = stream + self.added[name]
+            self.middle = result if name == "attn" else source
         self._attended = False
         self._stream, self._normed, self._sums = [result], [], []
         return result

@@ -50,6 +50,8 @@ def influence(session: Session) -> Variables:
     """
     seed, branches = session.seed, branches_apart(session)
     arrays = session.each_batch("influence", lambda captured: _of_batch(session, captured, branches))
+    for name in (*OF_LAYERS, *OF_ONE_BRANCH, "relative_updates"):
+        arrays[name][:, 0] = np.nan
     dims = dict.fromkeys(("stream_norm", *OF_LAYERS), LAYERS)
     dims |= dict.fromkeys(OF_ONE_BRANCH, OF_BRANCHES) if branches else {}
     dims |= dict.fromkeys(("angular_distance", "angular_distance_last"), PAIRS)
@@ -73,10 +75,13 @@ def influence(session: Session) -> Variables:
 
 @torch.no_grad()
 def _of_batch(session: Session, captured: Captured, branches: bool) -> dict[str, Tensor]:
-    """Means over the tokens of each sequence, (B, L + 1, ...), and of every token `relative_updates`, (B, L + 1, T)."""
+    """Means over the tokens of each sequence, (B, L + 1, ...), and of every token `relative_updates`, (B, L + 1, T).
+
+    Zeros at layer 0 where it has none.
+    """
     replay = session.replay
     n_sequences, n_layers = captured.n_sequences, replay.n_layers
-    nothing = torch.full((), torch.nan, dtype=torch.float64, device=replay.device)
+    nothing = torch.zeros((), dtype=torch.float64, device=replay.device)
     found = {name: nothing.repeat(n_sequences, n_layers + 1) for name in ("stream_norm", *OF_LAYERS)}
     found |= {name: nothing.repeat(n_sequences, n_layers + 1, len(BRANCHES)) for name in OF_ONE_BRANCH}
     found["relative_updates"] = nothing.repeat(n_sequences, n_layers + 1, captured.n_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +16,24 @@ from torch import nn
 
 from varprop import hf, results
 from varprop.diagnose.ablation import ablation
+from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
 from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
 from varprop.diagnose.initialisation import initialisation
+from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
-from varprop.diagnose.options import OPTIONS
+from varprop.diagnose.options import require_options
+from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
-from varprop.errors import ArgumentError, SpecError, require
+from varprop.diagnose.weights import weights
+from varprop.errors import ArgumentError, AssumptionError, LeftOutWarning, SpecError, UnsuitedError, require
 from varprop.measure import QUANTILES
+from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn import Transformer
 from varprop.spec import InitSpec, ModelSpec
 
@@ -35,26 +41,32 @@ Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
 SCORES: dict[str, Score] = {
     "moments": moments,
+    "weights": weights,
+    "attention": attention,
+    "experts": experts,
     "influence": influence,
     "causal": causal,
     "usefulness": usefulness,
+    "jacobian": jacobian,
+    "permutation": permutation,
     "ablation": ablation,
-    "experts": experts,
     "expert_ablation": expert_ablation,
     "initialisation": initialisation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
-STANDARD = ("moments", "influence", "causal")
+STANDARD = ("moments", "weights", "attention", "influence", "causal", "usefulness", "jacobian", "permutation")
 """Scores that are measured where none are named; the name "standard" stands for them."""
+GROUPS = ("all", "standard")
+"""Names that stand for several scores."""
 
 
 def measure(
     model: nn.Module,
     sequences: Batch | torch.Tensor | np.ndarray,
     *,
-    scores: Sequence[str] | str = STANDARD,
+    scores: Sequence[str] | str = "standard",
     definition: Definition = "paper",
     seed: int = 0,
     memory_gib: float | None = None,
@@ -65,18 +77,18 @@ def measure(
     """The named scores of `model` on `sequences`, a result with source "checkpoint".
 
     model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
-    measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, "all" or
-    "standard" (`STANDARD`). definition: "paper" = as the paper defines them, the defects of its code mended;
-    "released" = as its code computes them (`varprop.diagnose.released`), for those of the scores that it has.
-    memory_gib: what a score may hold beside the weights. parts: a folder where what is done is kept, so that a killed
-    measurement goes on; it is left there. options: of single scores (`varprop.diagnose.options`). Every standard error
-    is over sequences unless its score says otherwise.
+    measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, or "all" or
+    "standard" (`STANDARD`), of which those that the model lacks something for are left out with a warning.
+    definition: "paper" = as the paper defines them, the defects of its code mended; "released" = as its code computes
+    them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
+    the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
+    options: of single scores (`varprop.diagnose.options`). Every standard error is over sequences unless its score
+    says otherwise.
     Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite.
     """
     batch = as_batch(sequences)
     names = chosen(scores, definition)
-    for name in options or {}:
-        require(name in OPTIONS, ArgumentError, "options", name, "unknown", "some of " + ", ".join(OPTIONS))
+    require_options(options or {})
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
     highest = int(batch.tokens.max())
@@ -94,14 +106,20 @@ def measure(
     variables: Variables = {}
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
-        variables |= table[name](session)
+        try:
+            variables |= table[name](session)
+        except (UnsuitedError, AssumptionError) as error:
+            if not isinstance(scores, str) or scores not in GROUPS:
+                raise
+            warnings.warn(f"{name} is left out: {error}", LeftOutWarning, stacklevel=2)
+    coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     return results.new(
         variables,
         source="checkpoint",
         spec_json="" if spec is None else spec.to_json(),
         spec_id="" if spec is None else spec.spec_id,
         n_tokens=session.n_tokens,
-        coords={"quantile": list(QUANTILES)},
+        coords={"quantile": list(QUANTILES), "definition": list(DEFINITIONS)} | coordinates,
         seed_entropy=str(seed),
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,

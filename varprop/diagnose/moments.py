@@ -63,8 +63,9 @@ def moments(session: Session) -> Variables:
     Checked by: tests/diagnose/test_moments.py, float64 numpy definitions and `varprop.train.probe`.
     """
     seed, branches = session.seed, branches_apart(session)
-    size = max(1, session.batch_size() // 3)  # the contributions that overlaps are of: two streams a layer
+    size = session.batch_size(kept=3)  # the stream, and for the overlaps what both branches add
     arrays = session.each_batch("moments", lambda captured: _of_batch(session, captured, branches), batch_size=size)
+    _mark_absent(arrays, branches)
     by_token = np.moveaxis(arrays["by_token"], 0, -2)  # (moments, L + 1, sites, S, T)
     values = dict(zip(TokenMoments._fields, by_token, strict=True))
     per_sequence = {name: np.moveaxis(values[name].mean(axis=-1), -1, 0) for name in ("second_moment", "variance")}
@@ -91,11 +92,14 @@ def moments(session: Session) -> Variables:
 
 @torch.no_grad()
 def _of_batch(session: Session, captured: Captured, branches: bool) -> dict[str, Tensor]:
-    """Of every token (B, moments, L + 1, sites, T), of every sequence (B, L + 1, ...), (B, K, K), (B)."""
+    """Of every token (B, moments, L + 1, sites, T), of every sequence (B, L + 1, ...), (B, K, K), (B).
+
+    Zeros where there is no such site.
+    """
     replay = session.replay
     n_sequences, n_tokens, n_layers = captured.n_sequences, captured.n_tokens, replay.n_layers
-    nothing = torch.full((), torch.nan, dtype=torch.float64, device=replay.device)
     places = n_sequences, n_layers + 1
+    nothing = torch.zeros((), dtype=torch.float64, device=replay.device)
     by_token = nothing.repeat(n_sequences, len(TokenMoments._fields), n_layers + 1, len(SITES), n_tokens)
     found = {name: nothing.repeat(*places, len(SITES)) for name in OF_SEQUENCES}
     found["branch_correlation"] = nothing.repeat(*places, len(BRANCHES))
@@ -125,6 +129,17 @@ def _of_batch(session: Session, captured: Captured, branches: bool) -> dict[str,
         found["loss"] = replay.losses(captured.streams[-1][None], captured.batch)[0]
         found["n_targets"] = replay.count(captured.batch)
     return {"by_token": by_token, **found}
+
+
+def _mark_absent(arrays: Arrays, branches: bool) -> None:
+    """Set NaN where there is no such site, or none that can be told."""
+    absent = np.zeros((arrays["by_token"].shape[2], len(SITES)), dtype=bool)
+    absent[0, :POST] = True
+    absent[:, PRE + 1 : POST] |= not branches
+    arrays["by_token"][:, :, absent] = np.nan
+    for name in OF_SEQUENCES:
+        arrays[name][:, absent] = np.nan
+    arrays["branch_correlation"][:, 0] = np.nan
 
 
 def _of_sequences(x: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from varprop.diagnose.branches import Branches, Edit, require_two
 from varprop.diagnose.limits import Limits
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, UnsuitedError, require
 from varprop.results import SITES
 
 IGNORED = -100
@@ -147,9 +147,9 @@ class Replay:
         return self.vocab_size > 0
 
     def require_loss(self, what: str) -> None:
-        """`ArgumentError` for a model without logits; `what` is the score that needs them."""
+        """`UnsuitedError` for a model without logits; `what` is the score that needs them."""
         expected = "a model with a language-model head"
-        require(self.has_loss, ArgumentError, "architecture", self.architecture, f"without logits ({what})", expected)
+        require(self.has_loss, UnsuitedError, "architecture", self.architecture, f"without logits ({what})", expected)
 
     def _forward(self, tokens: Tensor) -> Any:
         name = "input_ids" if "input_ids" in inspect.signature(self.model.forward).parameters else None
@@ -178,24 +178,29 @@ class Replay:
         (V B, T, D), and gives what is added instead; `ArgumentError` where the branches cannot be told apart. Runs with
         or without gradients, as is set where it is called.
         """
+        if edit is not None:
+            return self.branches(index, streams, captured, edit)[0]
+        flat, call = self._prepared(index, streams, captured)
+        return self._called(index, flat, call).reshape(streams.shape)
+
+    def branches(self, index: int, streams: Tensor, captured: Captured, edit: Edit) -> tuple[Tensor, Branches]:
+        """As `layer`, and what its branches add to which stream: `added` and `inputs`, each (V B, T, D)."""
+        flat, call = self._prepared(index, streams, captured)
+        with Branches(flat, edit) as branches:
+            out = self._called(index, flat, call)
+        require_two(branches.found, index + 1, self.architecture)
+        return out.reshape(streams.shape), branches
+
+    def _prepared(self, index: int, streams: Tensor, captured: Captured) -> tuple[Tensor, Call]:
+        """The streams (V B, T, D) and the layer's other arguments for them."""
         n_variants, *shape = streams.shape
         call = _repeated(captured.calls[index], shape[0], n_variants)
-        flat = streams.reshape(n_variants * shape[0], *shape[1:])
-        out = self._call(index, flat, call) if edit is None else self._edited(index, flat, call, edit)[0]
-        return out.reshape(streams.shape)
+        return streams.reshape(n_variants * shape[0], *shape[1:]), call
 
-    def _call(self, index: int, stream: Tensor, call: Call) -> Tensor:
+    def _called(self, index: int, stream: Tensor, call: Call) -> Tensor:
         named = {} if call.name is None else {call.name: stream}
         given = (stream, *call.args) if call.name is None else call.args
         return _stream_of(self.layers[index](*given, **named, **call.kwargs))
-
-    def _edited(self, index: int, stream: Tensor, call: Call, edit: Edit) -> tuple[Tensor, Tensor]:
-        """The streams after the layer and between its branches."""
-        with Branches(stream, edit) as branches:
-            out = self._call(index, stream, call)
-        require_two(branches.found, index + 1, self.architecture)
-        assert branches.middle is not None
-        return out, branches.middle
 
     @torch.no_grad()
     def sites(self, index: int, captured: Captured) -> dict[str, Tensor]:
@@ -204,16 +209,12 @@ class Replay:
         `attn_out`, `mlp_out`: what is added to the stream. `resid_mid`: what feed-forward is added to, in parallel
         layers the stream plus attention. `ArgumentError` where the branches cannot be told apart.
         """
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str, added: Tensor) -> Tensor:
-            found[f"{name}_out"] = added
-            return added
-
         stream = captured.streams[index]
-        middle = self._edited(index, stream, captured.calls[index], keep)[1]
-        ends = {"resid_pre": stream, "resid_mid": middle, "resid_post": captured.streams[index + 1]}
-        return {site: {**found, **ends}[site] for site in SITES}
+        branches = self.branches(index, stream[None], captured, lambda _, added: added)[1]
+        assert branches.middle is not None
+        found = {f"{name}_out": added for name, added in branches.added.items()}
+        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": captured.streams[index + 1]}
+        return {site: found[site] for site in SITES}
 
     @functools.cached_property
     def call_bytes(self) -> int:
@@ -303,6 +304,8 @@ class Replay:
             wrong = f"without layers that take more sequences than the pass they are of ({_first_line(error)})"
             expected = "layers whose other arguments are the same for all sequences, or have one entry for each"
             raise ArgumentError(f"architecture={self.architecture!r} is {wrong}; expected {expected}") from error
+        if not bool(torch.isfinite(x).all()):
+            _ = captured.streams  # raises, and names the first such layer
         own = self._own_loss(batch)
         gap = float((found / own - 1).abs().max())
         wrong = f"replayed with a loss of {found[-1].item():.6g} instead of {own.item():.6g}"
@@ -357,12 +360,17 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         streams = [call[0] for call in calls]
         if any(x.ndim != 3 or x.shape != y.shape or x.shape[:2] != (2, 3) for x, y in streams):
             return False
-        return all(torch.equal(a[1].nan_to_num(), b[0].nan_to_num()) for a, b in itertools.pairwise(streams))
+        return all(_same(a[1], b[0]) for a, b in itertools.pairwise(streams))
 
     chains = [list(layers) for layers in lists if is_chain(list(layers))]
     missing = "without a list of layers, each taking as its stream (B, T, D) what the one before it gave"
     require(bool(chains), ArgumentError, "architecture", name, missing, "a decoder or an encoder whose layers chain")
     return max(chains, key=len)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two streams are equal, NaN too: broken weights are found later, by layer."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

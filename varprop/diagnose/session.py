@@ -23,7 +23,8 @@ from varprop.spec import ModelSpec
 
 Arrays = dict[str, np.ndarray]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
-"""What a score gives: name -> (dimensions, values), as `results.new` takes them."""
+"""What a score gives: name -> (dimensions, values), as `results.new` takes them. A variable over the one dimension that
+has its name is the labels of this dimension."""
 Progress = Callable[[str, int, int], None]
 """Called with the score, the sequences done and all of them."""
 
@@ -65,10 +66,10 @@ class Session:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def batch_size(self) -> int:
-        """Sequences of one pass."""
+    def batch_size(self, kept: int = 1) -> int:
+        """Sequences of one pass. kept: tensors of the stream's shape that are kept of each layer."""
         bits = torch.finfo(self.replay.dtype).bits
-        per_sequence = (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
+        per_sequence = kept * (self.replay.n_layers + 1) * self.n_tokens * self.replay.d_model * bits // 8
         return min(self.n_sequences, self.replay.limits.batch_sequences(per_sequence))
 
     def each_batch(
@@ -95,15 +96,11 @@ class Session:
         return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
 
     def _finite(self, compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]], rows: slice) -> Arrays:
-        """What `compute` gives, finite; else `ArgumentError` naming the layer where the model ceases to be."""
+        """What `compute` gives; `ArgumentError` naming the layer where the model ceases to be finite."""
         captured = self.capture(rows)
         arrays = {name: _array(values) for name, values in compute(captured).items()}
-        for name, array in arrays.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                _ = captured.streams  # raises where the model itself is not finite
-                raise ArgumentError(
-                    f"{name}=NaN or infinite in sequences {rows.start} to {rows.stop}; expected numbers"
-                )
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in arrays.values()):
+            _ = captured.streams  # raises where it is the model that is not finite
         return arrays
 
     def capture(self, rows: slice) -> Captured:
