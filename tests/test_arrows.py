@@ -19,7 +19,7 @@ LINES = (
     ("report", "testing", "formula"),
     ("demo",),
     ("cli_arguments",),
-    ("cli_data", "cli_grid", "cli_hf", "cli_runs", "cli_sweep", "cli_train"),
+    ("cli_data", "cli_diagnose", "cli_grid", "cli_hf", "cli_runs", "cli_sweep", "cli_train"),
     ("cli",),
     ("__main__",),
 )

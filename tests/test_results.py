@@ -31,6 +31,14 @@ def test_new_labels_and_attributes():
     assert dataset.attrs["seed_entropy"] == "123"
 
 
+def test_variable_named_as_its_dimension_holds_the_labels(tmp_path):
+    variables = {"loss": (("intervention",), [1.0, 2.0]), "intervention": (("intervention",), ["skip", "mean"])}
+    dataset = results.new(variables, source="checkpoint", **ABOUT)
+    again = results.load(results.save(dataset, tmp_path / "result.nc"))
+    assert list(again.data_vars) == ["loss"]
+    assert again.loss.sel(intervention="mean").item() == 2.0
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
 def test_round_trip_is_bitwise(tmp_path, dtype):
     variables = {

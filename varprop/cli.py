@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from varprop import (
     cli_data,
+    cli_diagnose,
     cli_grid,
     cli_hf,
     cli_runs,
@@ -306,6 +307,7 @@ def parser() -> argparse.ArgumentParser:
     cli_train.add(command("train", cli_train.run, "Train a model and record every layer.", "training.nc"))
     cli_sweep.add(command("sweep", cli_sweep.run, "Train a whole sweep: what a kill ended goes on.", None))
     cli_hf.add(command)
+    cli_diagnose.add(command("diagnose", cli_diagnose.run, "Layer scores of any checkpoint.", "diagnosis.nc"))
     cli_runs.add(command("runs", cli_runs.run, "The paper's training runs, their reduced twins, and their cost.", None))
 
     comparison = command("compare", _compare, "Verdict on a prediction per layer and site.", "comparison.nc")

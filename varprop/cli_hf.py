@@ -128,7 +128,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         tokenizer, special_tokens = _tokenizer(arguments.model, "the loss of a plain token file alone")
         hf.require_fit(tokenizer, model.spec.vocab_size)
         for text in held_out.values():
-            evaluate.require_same_tokenizer(tokenizer, text)
+            corpus.require_same_tokenizer(tokenizer, text)
     parts = []
     if "loss" in tasks:
         for name in texts:

@@ -40,6 +40,10 @@ class BranchesWarning(UserWarning):
     """Attention and feed-forward of a model cannot be told apart; their statistics are absent."""
 
 
+class ExpertsWarning(UserWarning):
+    """A model has no experts that can be ablated one by one; their ablation is absent."""
+
+
 class DamagedShardWarning(UserWarning):
     """A file of a grid was truncated or changed; it was removed and is computed again."""
 

@@ -45,7 +45,8 @@ DIMENSIONS = (
     *("network", "seed", "layer", "site", "branch", "source_layer", "target_layer", "step", "head", "expert"),
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
     *("probe_step", "update_step", "evaluation_step", "evaluation"),
-    *("threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
+    *("attention_threshold", "query_position", "weight_threshold", "relative_threshold", "mask_density"),
+    *("loss_ratio_threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
 STEPS = ("step", "probe_step", "update_step", "evaluation_step")
@@ -93,14 +94,15 @@ def new(
 ) -> xr.Dataset:
     """A validated result Dataset.
 
-    variables: name -> (dimensions, array). `layer` and `site` get their coordinates by themselves; other dimensions
-    get theirs from `coords` or 0..n-1. attributes: further strings and numbers to keep with the result.
+    variables: name -> (dimensions, array); one with the name of its dimension holds the labels of it. `layer`, `site`
+    and `branch` get their labels by themselves; other dimensions get theirs from `coords` or 0..n-1. attributes:
+    further strings and numbers to keep with the result.
     Raises `SchemaError` where the result breaks the schema.
     """
     data = {name: (tuple(dims), np.asarray(values)) for name, (dims, values) in variables.items()}
     sizes = {dim: size for dims, values in data.values() for dim, size in zip(dims, values.shape, strict=True)}
     known: dict[str, Any] = {"site": list(SITES), "branch": list(BRANCHES), **(coords or {})}
-    labels = {dim: known[dim] if dim in known else np.arange(size) for dim, size in sizes.items()}
+    labels = {dim: known[dim] if dim in known else np.arange(size) for dim, size in sizes.items() if dim not in data}
     dataset = xr.Dataset(data, coords=labels)
     commit, dirty = _git_state()
     dataset.attrs = {

@@ -6,16 +6,18 @@ every layer does something and no two are alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-t = transformers
+from varprop.nn import Transformer
+
+from ..reference.specs import SPECS
+
+t = pytest.importorskip("transformers")
 t.logging.set_verbosity_error()
 t.logging.disable_progress_bar()
 
@@ -82,11 +84,9 @@ PARALLEL = ("gpt_neox", "phi", "falcon", "cohere", "gptj")
 """Attention and feed-forward read the same stream."""
 POST_LN = ("bert",)
 """The norm follows the sum, so that a layer's output is not the stream plus what its branches add."""
-NAMED = tuple(
-    name for name in CONFIGS if name not in ("granite_moe", "modernbert", "falcon_sequential", "bloom", "opt")
-)
-"""The families that the package says it measures."""
-FAMILIES = tuple(CONFIGS)
+REFUSED = ("bloom",)
+"""Its layers take a bias whose first axis is sequences times heads, so that variants cannot be stacked."""
+FAMILIES = tuple(name for name in CONFIGS if name not in REFUSED)
 FEW = ("llama", "gpt2", "gpt_neox", "gemma3", "olmoe", "deepseek_v3", "bert")
 """One of each kind."""
 
@@ -103,6 +103,8 @@ def make(family: str, dtype: torch.dtype = torch.float32, n_layers: int = N_LAYE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind.from_config(config)
+    if dtype == torch.float64 and family in MIXTURES and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no float64
     return enlarged(model).to(dtype).eval()
 
 
@@ -120,6 +122,11 @@ def enlarged(model: nn.Module, factor: float = 4.0, seed: int = 0) -> nn.Module:
     return model
 
 
+def make_own(name: str = "base", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """One of our own models, by the name of its spec in tests/reference/specs.py."""
+    return enlarged(Transformer(SPECS[name], dtype=dtype), 1.5).eval()
+
+
 def tokens(n_sequences: int = 3, n_tokens: int = 10, seed: int = 0) -> Tensor:
     """Random token ids (S, T), none of them special."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,12 +138,68 @@ def each_family(*names: str) -> Any:
     return pytest.mark.parametrize("family", names or FAMILIES)
 
 
-@contextmanager
-def modified(modules: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """While inside, the output of each module is what its function gives for (module, args, output)."""
-    hooks = [module.register_forward_hook(function) for module, function in modules.items()]
+BRANCHES = {
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt2": ("attn", "mlp"),
+    "gpt_neox": ("attention", "mlp"),
+    "gpt_neox_sequential": ("attention", "mlp"),
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gemma3": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "mixtral": ("self_attn", "mlp"),
+    "granite_moe": ("self_attn", "block_sparse_moe"),
+    "bert": ("attention.output.dense", "output.dense"),
+    "esm": ("attention.output.dense", "output.dense"),
+    "modernbert": ("attn", "mlp"),
+    "falcon": ("self_attention", "mlp"),
+    "falcon_sequential": ("self_attention", "mlp"),
+    "gptj": ("attn", "mlp"),
+}
+"""Modules of a layer whose outputs its attention and feed-forward add, where they are not `self_attn` and `mlp`."""
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The list of the model's layers, found by its name."""
+    names = ("layers", "h", "layer")
+    return next(m for n, m in model.named_modules() if n.split(".")[-1] in names and isinstance(m, nn.ModuleList))
+
+
+def branch_modules(family: str, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The modules whose outputs attention and the feed-forward part add to the stream."""
+    attn, mlp = BRANCHES.get(family, ("self_attn", "mlp"))
+    return layer.get_submodule(attn), layer.get_submodule(mlp)
+
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""(input, output) of a module -> what it gives instead."""
+
+
+@torch.no_grad()
+def logits(model: nn.Module, rows: Tensor, changes: Mapping[nn.Module, Change] | None = None) -> Tensor:
+    """Logits of one ordinary pass in which some modules give something else."""
+
+    def hook(change: Change) -> Callable[..., Any]:
+        def replaced(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            stream = args[0] if args else kwargs["hidden_states"]
+            if isinstance(output, tuple):
+                return (change(stream, output[0]), *output[1:])
+            return change(stream, output)
+
+        return replaced
+
+    hooks = [m.register_forward_hook(hook(change), with_kwargs=True) for m, change in (changes or {}).items()]
     try:
-        yield
+        return model(input_ids=rows, use_cache=False).logits if hasattr(model, "config") else model(rows)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
+
+
+def loss_per_sequence(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the targets of each sequence in nats, (B), written as a loop."""
+    log_p = logits.double().log_softmax(dim=-1)
+    return torch.stack(
+        [
+            sum((-p[t, y[t]] for t in range(len(y)) if y[t] >= 0), p.new_zeros(()))
+            for p, y in zip(log_p, targets, strict=True)
+        ]
+    )

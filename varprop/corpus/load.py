@@ -62,6 +62,25 @@ def load_corpus(name_or_path: str | Path = "embedded", corpus_dir: str | Path | 
     raise ArgumentError(f"corpus={name!r} is unknown; expected {expected}")
 
 
+def embedded_text(part: str = "validation") -> str:
+    """The text of a part of the embedded corpus, for other tokenizers than its own: `train` or `validation`.
+
+    >>> embedded_text().strip()[:27].split()
+    ['Persuasion', 'by', 'Jane', 'Austen']
+    """
+    return DOCUMENT_END.join(_documents(ASSETS)[part])
+
+
+def require_same_tokenizer(tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """`ArgumentError` unless the corpus is known to have the same vocabulary, or its tokenizer is not known.
+
+    The ids of a text mean nothing to a model of another tokenizer.
+    """
+    same = corpus.tokenizer is None or load_tokenizer(corpus.tokenizer).get_vocab() == tokenizer.get_vocab()
+    wrong, expected = "of another tokenizer than the model", "a text of the model's tokenizer"
+    require(same, ArgumentError, "text", corpus.name, wrong, expected)
+
+
 # Sources --------------------------------------------------------------------------------------------------------------
 
 
@@ -80,12 +99,20 @@ def _embedded_tokens(folder: Path, part: str) -> bytes:
 def _tokenise(folder: Path) -> dict[str, bytes]:
     """Token bytes of the two parts of the embedded text, documents in file order, each followed by token 0."""
     tokenizer = _tokenizer()
-    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    parts: dict[str, bytes] = {}
+    for part, documents in _documents(folder).items():
+        # One at a time: a batch starts threads, which warn when a user forks.
+        ids = [[*tokenizer.encode(document).ids, _document_end()] for document in documents]
+        parts[part] = np.concatenate([np.array(of_one, dtype="<u2") for of_one in ids]).tobytes()
+    return parts
+
+
+def _documents(folder: Path) -> dict[str, list[str]]:
+    """The documents of the two parts of the embedded text, in file order."""
+    parts: dict[str, list[str]] = {"train": [], "validation": []}
     for document in _unpack(folder / "embedded.txt.xz").decode().split(DOCUMENT_END):
-        part = "validation" if document.lstrip().startswith(HELD_OUT_NOVEL) else "train"
-        ids = tokenizer.encode(document).ids  # one at a time: a batch starts threads, which warn when a user forks
-        parts[part].append(np.array([*ids, _document_end()], dtype="<u2"))
-    return {part: np.concatenate(documents).tobytes() for part, documents in parts.items()}
+        parts["validation" if document.lstrip().startswith(HELD_OUT_NOVEL) else "train"].append(document)
+    return parts
 
 
 def _from_directory(name: str, corpus_dir: str | Path | None) -> Corpus:

@@ -36,7 +36,7 @@ def stderr(statistic: Callable[..., Array], *per_sequence: Array, seed: int = 0)
 
     >>> values = np.random.default_rng(0).normal(size=(400, 3))
     >>> (stderr(lambda mean: mean, values) * 20).round(1)
-    array([1. , 1. , 1.1])
+    array([1. , 0.9, 1. ])
     """
     n_sequences = len(per_sequence[0])
     weights = resample_weights(n_sequences, seed)

@@ -25,9 +25,8 @@ _SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd_
 _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _NORMS = {functional.layer_norm, functional.rms_norm, torch.layer_norm, torch.rms_norm}
 _SOFTMAX = {functional.softmax, torch.softmax, torch.Tensor.softmax}
-_OF_NORMS = _NORMS | _PRODUCTS | _SUMS | {torch.Tensor.to, torch.Tensor.float}
-"""What a norm with its gain, its bias and its types is made of."""
 _SAME = {functional.dropout, torch.dropout}
+_CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as}
 _SDPA = functional.scaled_dot_product_attention
 
 
@@ -35,7 +34,8 @@ class Branches(TorchFunctionMode):
     """Inside it a layer is called once on `stream`, the very tensor that is given to the layer.
 
     edit: sees each branch and gives what is added instead. `found` has the names of the branches seen, `middle` is the
-    stream between attention and feed-forward: what feed-forward is added to, after a norm of the sum if one follows it.
+    stream after attention's sum; `added` and `inputs` are, by branch, what it adds and of which stream it is a
+    function.
     """
 
     def __init__(self, stream: Tensor, edit: Edit) -> None:
@@ -43,11 +43,11 @@ class Branches(TorchFunctionMode):
         self.edit = edit
         self.found: list[str] = []
         self.middle: Tensor | None = None
+        self.added: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
         self._shape = stream.shape
         self._stream = [stream]  # with whatever a norm or a number made of it
-        self._normed: list[
-            Tensor
-        ] = []  # norms of the stream, which are the stream itself where the norm follows the sum
+        self._normed: list[Tensor] = []  # norms of the stream: the stream itself where the norm follows the sum
         self._attended = False
         self._sums: list[tuple[Tensor, Tensor, Tensor]] = []  # sums of two branches: result and terms
         self._made: list[Tensor] = []  # tensors of the stream's shape, in the order they were made
@@ -61,24 +61,27 @@ class Branches(TorchFunctionMode):
             self._attended = True
         if torch.is_tensor(result) and result.shape == self._shape:
             self._made.append(result)
-            first = next((a for a in args if torch.is_tensor(a)), None)
-            is_number = any(isinstance(a, (int, float)) for a in args[:2])
-            if (
-                first is not None
-                and (func in _SAME or (func in _PRODUCTS and is_number))
-                and _among(first, self._stream)
-            ):
-                self._stream.append(result)
-            if func in _SAME:
-                self._sums += [(result, a, b) for total, a, b in self._sums if total is first]
-            full = [a for a in args[:2] if torch.is_tensor(a) and a.shape == self._shape]
-            if (
-                func in _OF_NORMS
-                and len(full) == 1
-                and (_among(full[0], self._stream) or _among(full[0], self._normed))
-            ):
-                self._normed.append(result)
+            self._follow(func, args, result)
         return result
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], result: Tensor) -> None:
+        """Take `result` for the stream or its norm where it is no more than that times a number, a gain or a cast."""
+        first = next((a for a in args if torch.is_tensor(a)), None)
+        if first is None:
+            return
+        factors = [a for a in args[:2] if a is not first]
+        is_same = func in _SAME | _CASTS or (func in _PRODUCTS and any(isinstance(a, (int, float)) for a in factors))
+        is_gain = func in _PRODUCTS | _SUMS and any(
+            torch.is_tensor(a) and a.numel() == self._shape[-1] for a in factors
+        )
+        if is_same and _among(first, self._stream):
+            self._stream.append(result)
+        if (is_same or is_gain) and _among(first, self._normed):
+            self._normed.append(result)
+        if func in _SAME:
+            self._sums += [(result, a, b) for total, a, b in self._sums if total is first]
+        if func in _NORMS and _among(first, self._stream):
+            self._normed.append(result)
 
     def _sum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         terms = args[:2]
@@ -95,18 +98,21 @@ class Branches(TorchFunctionMode):
 
     def _residual(self, stream: Tensor, branch: Tensor) -> Tensor:
         parts = next(((a, b) for total, a, b in self._sums if total is branch), None)
+        source = stream if _among(stream, self._normed) else self._stream[0]
         if self._attended and parts is not None:  # parallel: attention and feed-forward in one sum
             first, second = sorted(parts, key=self._age)
             attn, mlp = self.edit("attn", first), self.edit("mlp", second)
             self.found += ["attn", "mlp"]
+            self.added, self.inputs = {"attn": attn, "mlp": mlp}, {"attn": source, "mlp": source}
             self.middle = stream + attn
             result = self.middle + mlp
         else:
             name = "attn" if self._attended and "attn" not in self.found else "mlp"
             self.found.append(name)
-            result = stream + self.edit(name, branch)
-            if name == "mlp":
-                self.middle = stream if _among(stream, self._normed) else self._stream[0]
+            self.added[name], self.inputs[name] = self.edit(name, branch), source
+            result = stream + self.added[name]
+            if name == "attn":
+                self.middle = result
         self._attended = False
         self._stream, self._normed, self._sums = [result], [], []
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,25 +13,49 @@ import torch
 import xarray as xr
 from torch import nn
 
-from varprop import results
+from varprop import hf, results
+from varprop.diagnose.ablation import ablation
+from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
+from varprop.diagnose.expert_ablation import expert_ablation
+from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
+from varprop.diagnose.initialisation import initialisation
+from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
-from varprop.diagnose.options import OPTIONS
+from varprop.diagnose.options import require_options
+from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
-from varprop.errors import ArgumentError, require
+from varprop.diagnose.usefulness import usefulness
+from varprop.diagnose.weights import weights
+from varprop.errors import ArgumentError, SpecError, require
 from varprop.measure import QUANTILES
+from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn import Transformer
+from varprop.spec import InitSpec, ModelSpec
 
 Definition = Literal["paper", "released"]
 Score = Callable[[Session], Variables]
-SCORES: dict[str, Score] = {"moments": moments, "influence": influence, "causal": causal}
+SCORES: dict[str, Score] = {
+    "moments": moments,
+    "weights": weights,
+    "attention": attention,
+    "experts": experts,
+    "influence": influence,
+    "causal": causal,
+    "usefulness": usefulness,
+    "jacobian": jacobian,
+    "permutation": permutation,
+    "ablation": ablation,
+    "expert_ablation": expert_ablation,
+    "initialisation": initialisation,
+}
 """The scores by name, in the order they are measured; their docstrings define the variables."""
 RELEASED: dict[str, Score] = {}
 """What the released code computes instead, for the scores that it has."""
-STANDARD = ("moments", "influence", "causal")
+STANDARD = ("moments", "weights", "attention", "influence", "causal", "usefulness", "jacobian", "permutation")
 """Scores that are measured where none are named; the name "standard" stands for them."""
 
 
@@ -59,8 +84,7 @@ def measure(
     """
     batch = as_batch(sequences)
     names = chosen(scores, definition)
-    for name in options or {}:
-        require(name in OPTIONS, ArgumentError, "options", name, "unknown", "some of " + ", ".join(OPTIONS))
+    require_options(options or {})
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
     highest = int(batch.tokens.max())
@@ -71,21 +95,22 @@ def measure(
     if parts is not None:
         identity = attributes | {"sequences": digest(batch), "weights": fingerprint(model), "seed": seed}
         folder = prepare_parts(Path(parts), identity | {"options": dict(options or {}), "dtype": str(replay.dtype)})
-    session = Session(replay, batch, seed, folder, progress, options or {})
+    spec = spec_of(model)
+    session = Session(replay, batch, seed, folder, progress, options or {}, spec)
     if replay.has_loss:
         attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
     variables: Variables = {}
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
         variables |= table[name](session)
-    spec = model.spec if isinstance(model, Transformer) else None
+    coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     return results.new(
         variables,
         source="checkpoint",
         spec_json="" if spec is None else spec.to_json(),
         spec_id="" if spec is None else spec.spec_id,
         n_tokens=session.n_tokens,
-        coords={"quantile": list(QUANTILES)},
+        coords={"quantile": list(QUANTILES), "definition": list(DEFINITIONS)} | coordinates,
         seed_entropy=str(seed),
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,
@@ -128,6 +153,19 @@ def about(model: nn.Module) -> dict[str, Any]:
         "model_type": str(getattr(config, "model_type", "varprop")),
         "n_parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def spec_of(model: nn.Module) -> ModelSpec | None:
+    """The spec of a model, Hugging Face's with its own `initializer_range`; None where it cannot be one of ours."""
+    if isinstance(model, Transformer):
+        return model.spec
+    description: Any = getattr(model, "config", None)
+    config = {} if description is None else description.to_dict()
+    try:
+        init = InitSpec(rule="fixed", std=float(config.get("initializer_range") or 0.02))
+        return dataclasses.replace(hf.spec_of(config), init=init)
+    except SpecError:
+        return None
 
 
 def digest(batch: Batch) -> str:

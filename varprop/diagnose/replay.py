@@ -116,13 +116,13 @@ class Replay:
 
     def __init__(self, model: nn.Module, limits: Limits | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        config = getattr(model, "config", None)
-        if config is not None:
-            config.use_cache = False
+        for module in model.modules():  # a cache would be one more thing that a layer depends on
+            if hasattr(config := getattr(module, "config", None), "use_cache"):
+                config.use_cache = False
         embedding = next(iter(model.parameters()))
         self.device = embedding.device
         self.layers: Sequence[nn.Module] = _find_layers(model, self._forward, self.device)
-        self._gives_tuple = self._tuples()
+        self._n_outputs = self._count_outputs()
         probe = self.capture(Batch.causal(torch.arange(8, device=self.device).reshape(2, 4) % 7))
         self.d_model, self.dtype = probe.start.shape[-1], probe.start.dtype
         with torch.inference_mode():
@@ -178,24 +178,29 @@ class Replay:
         (V B, T, D), and gives what is added instead; `ArgumentError` where the branches cannot be told apart. Runs with
         or without gradients, as is set where it is called.
         """
+        if edit is not None:
+            return self.branches(index, streams, captured, edit)[0]
+        flat, call = self._prepared(index, streams, captured)
+        return self._called(index, flat, call).reshape(streams.shape)
+
+    def branches(self, index: int, streams: Tensor, captured: Captured, edit: Edit) -> tuple[Tensor, Branches]:
+        """As `layer`, and what its branches add to which stream: `added` and `inputs`, each (V B, T, D)."""
+        flat, call = self._prepared(index, streams, captured)
+        with Branches(flat, edit) as branches:
+            out = self._called(index, flat, call)
+        require_two(branches.found, index + 1, self.architecture)
+        return out.reshape(streams.shape), branches
+
+    def _prepared(self, index: int, streams: Tensor, captured: Captured) -> tuple[Tensor, Call]:
+        """The streams (V B, T, D) and the layer's other arguments for them."""
         n_variants, *shape = streams.shape
         call = _repeated(captured.calls[index], shape[0], n_variants)
-        flat = streams.reshape(n_variants * shape[0], *shape[1:])
-        out = self._call(index, flat, call) if edit is None else self._edited(index, flat, call, edit)[0]
-        return out.reshape(streams.shape)
+        return streams.reshape(n_variants * shape[0], *shape[1:]), call
 
-    def _call(self, index: int, stream: Tensor, call: Call) -> Tensor:
+    def _called(self, index: int, stream: Tensor, call: Call) -> Tensor:
         named = {} if call.name is None else {call.name: stream}
         given = (stream, *call.args) if call.name is None else call.args
         return _stream_of(self.layers[index](*given, **named, **call.kwargs))
-
-    def _edited(self, index: int, stream: Tensor, call: Call, edit: Edit) -> tuple[Tensor, Tensor]:
-        """The streams after the layer and between its branches."""
-        with Branches(stream, edit) as branches:
-            out = self._call(index, stream, call)
-        require_two(branches.found, index + 1, self.architecture)
-        assert branches.middle is not None
-        return out, branches.middle
 
     @torch.no_grad()
     def sites(self, index: int, captured: Captured) -> dict[str, Tensor]:
@@ -204,16 +209,12 @@ class Replay:
         `attn_out`, `mlp_out`: what is added to the stream. `resid_mid`: what feed-forward is added to, in parallel
         layers the stream plus attention. `ArgumentError` where the branches cannot be told apart.
         """
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str, added: Tensor) -> Tensor:
-            found[f"{name}_out"] = added
-            return added
-
         stream = captured.streams[index]
-        middle = self._edited(index, stream, captured.calls[index], keep)[1]
-        ends = {"resid_pre": stream, "resid_mid": middle, "resid_post": captured.streams[index + 1]}
-        return {site: {**found, **ends}[site] for site in SITES}
+        branches = self.branches(index, stream[None], captured, lambda _, added: added)[1]
+        assert branches.middle is not None
+        found = {f"{name}_out": added for name, added in branches.added.items()}
+        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": captured.streams[index + 1]}
+        return {site: found[site] for site in SITES}
 
     @functools.cached_property
     def call_bytes(self) -> int:
@@ -235,7 +236,7 @@ class Replay:
         size = min(self.limits.head_tokens(self.vocab_size), n_tokens)
         for start in range(0, len(places), size):
             part = slice(start, start + size)
-            logits = self.logits(rows[places[part]][None])[0].float()
+            logits = _at_least_float32(self.logits(rows[places[part]][None])[0])
             total.index_add_(0, which[part], functional.cross_entropy(logits, targets[part], reduction="none").double())
         return total.reshape(n_variants, n_sequences)
 
@@ -255,22 +256,22 @@ class Replay:
     def _bypassed(self, instead: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
         """No layer runs: each gives what `instead` makes of its arguments."""
 
-        def stub(gives_tuple: bool, *args: Any, **kwargs: Any) -> Any:
+        def stub(n_outputs: int, *args: Any, **kwargs: Any) -> Any:
             stream = instead(args, kwargs)
-            return (stream, None) if gives_tuple else stream
+            return (stream, *[None] * (n_outputs - 1)) if n_outputs else stream
 
-        for layer, gives_tuple in zip(self.layers, self._gives_tuple, strict=True):
-            layer.forward = functools.partial(stub, gives_tuple)
+        for layer, n_outputs in zip(self.layers, self._n_outputs, strict=True):
+            layer.forward = functools.partial(stub, n_outputs)
         try:
             yield
         finally:
             for layer in self.layers:
                 del layer.forward
 
-    def _tuples(self) -> list[bool]:
-        """Of each layer, whether it gives a tuple whose first entry is the stream."""
-        found: list[bool] = []
-        watch = lambda _, __, output: found.append(isinstance(output, tuple))  # noqa: E731
+    def _count_outputs(self) -> list[int]:
+        """Of each layer, the length of the tuple whose first entry is the stream; 0 = it gives the stream alone."""
+        found: list[int] = []
+        watch = lambda _, __, output: found.append(len(output) if isinstance(output, tuple) else 0)  # noqa: E731
         hooks = [layer.register_forward_hook(watch) for layer in self.layers]
         try:
             with torch.no_grad():
@@ -298,11 +299,13 @@ class Replay:
         try:
             for index in range(self.n_layers):
                 x = self.layer(index, x, captured)
-        except RuntimeError as error:
-            wrong = f"without layers that take more sequences than the pass they are of ({str(error).splitlines()[0]})"
+            found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            wrong = f"without layers that take more sequences than the pass they are of ({_first_line(error)})"
             expected = "layers whose other arguments are the same for all sequences, or have one entry for each"
-            require(False, ArgumentError, "architecture", self.architecture, wrong, expected)
-        found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+            raise ArgumentError(f"architecture={self.architecture!r} is {wrong}; expected {expected}") from error
+        if not bool(torch.isfinite(x).all()):
+            _ = captured.streams  # raises, and names the first such layer
         own = self._own_loss(batch)
         gap = float((found / own - 1).abs().max())
         wrong = f"replayed with a loss of {found[-1].item():.6g} instead of {own.item():.6g}"
@@ -314,10 +317,16 @@ class Replay:
     def _own_loss(self, batch: Batch) -> Tensor:
         """Mean over the targets, from the model's own pass."""
         out = self._forward(batch.tokens)
-        logits = getattr(out, "logits", out).float()
-        return functional.cross_entropy(
-            logits.flatten(0, 1).double(), batch.targets.flatten(), ignore_index=IGNORED
-        ).double()
+        logits = _at_least_float32(getattr(out, "logits", out)).double()
+        return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: torch.device) -> Sequence[nn.Module]:
@@ -333,9 +342,13 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
 
     members = {id(member): member for members in lists for member in members}
     hooks = [member.register_forward_hook(watch, with_kwargs=True) for member in members.values()]
+    name = type(model).__name__
     try:
         with torch.no_grad():
             forward(torch.arange(6, device=device).reshape(2, 3) % 5)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        wrong = f"without a pass on token ids alone ({_first_line(error)})"
+        raise ArgumentError(f"architecture={name!r} is {wrong}; expected a decoder or an encoder") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -347,13 +360,17 @@ def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: tor
         streams = [call[0] for call in calls]
         if any(x.ndim != 3 or x.shape != y.shape or x.shape[:2] != (2, 3) for x, y in streams):
             return False
-        return all(torch.equal(a[1], b[0]) for a, b in itertools.pairwise(streams))
+        return all(_same(a[1], b[0]) for a, b in itertools.pairwise(streams))
 
     chains = [list(layers) for layers in lists if is_chain(list(layers))]
-    name = type(model).__name__
     missing = "without a list of layers, each taking as its stream (B, T, D) what the one before it gave"
     require(bool(chains), ArgumentError, "architecture", name, missing, "a decoder or an encoder whose layers chain")
     return max(chains, key=len)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two streams are equal, NaN too: broken weights are found later, by layer."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

@@ -19,10 +19,12 @@ from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.errors import ArgumentError, require
 from varprop.files import replacing
+from varprop.spec import ModelSpec
 
 Arrays = dict[str, np.ndarray]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
-"""What a score gives: name -> (dimensions, values), as `results.new` takes them."""
+"""What a score gives: name -> (dimensions, values), as `results.new` takes them. A variable over the one dimension that
+has its name is the labels of this dimension."""
 Progress = Callable[[str, int, int], None]
 """Called with the score, the sequences done and all of them."""
 
@@ -38,6 +40,8 @@ class Session:
     progress: Progress | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of single scores, where they are not the defaults of `varprop.diagnose.options`."""
+    spec: ModelSpec | None = None
+    """Of the model, where it has one."""
 
     @property
     def n_sequences(self) -> int:

@@ -1,6 +1,6 @@
 """Quick evaluation of a language model: held-out loss, BLiMP, cloze questions; BLiMP as a task of lm_eval."""
 
-from varprop.evaluate.book_cloze import cloze, require_same_tokenizer
+from varprop.evaluate.book_cloze import cloze
 from varprop.evaluate.common import join, table
 from varprop.evaluate.harness_task import write_lm_eval_task
 from varprop.evaluate.minimal_pairs import Pair, blimp, load_pairs, score_pairs
@@ -14,7 +14,6 @@ __all__ = [
     "join",
     "load_pairs",
     "packed_loss",
-    "require_same_tokenizer",
     "score",
     "score_pairs",
     "table",

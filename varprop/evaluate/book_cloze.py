@@ -9,8 +9,6 @@ import numpy as np
 import xarray as xr
 from tokenizers import Tokenizer
 
-from varprop.corpus import Corpus
-from varprop.corpus.encode import load_tokenizer
 from varprop.errors import ArgumentError, require
 from varprop.evaluate.common import dataset, share
 from varprop.evaluate.score import score
@@ -128,13 +126,3 @@ def _last_words(
                 found.append((start, end))
             latest[word] = start
     return found
-
-
-def require_same_tokenizer(tokenizer: Tokenizer, corpus: Corpus) -> None:
-    """`ArgumentError` unless the corpus is known to have the same vocabulary, or its tokenizer is not known.
-
-    The ids of a text mean nothing to a model of another tokenizer.
-    """
-    same = corpus.tokenizer is None or load_tokenizer(corpus.tokenizer).get_vocab() == tokenizer.get_vocab()
-    wrong, expected = "of another tokenizer than the model", "a text of the model's tokenizer, or the task blimp alone"
-    require(same, ArgumentError, "text", corpus.name, wrong, expected)

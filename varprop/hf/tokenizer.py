@@ -21,11 +21,13 @@ FILE, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that begin a text, end it, and fill up a batch: bos, eos and pad; None where there is none."""
+    """Ids of the tokens that begin a text, end it, fill up a batch, and stand for a word that is asked for: bos, eos,
+    pad and mask; None where there is none."""
 
     begin: int | None = None
     end: int | None = None
     padding: int | None = None
+    mask: int | None = None
 
     @property
     def first(self) -> int | None:
@@ -61,8 +63,8 @@ def tokenizer_of(folder: str | Path) -> tuple[Tokenizer, SpecialTokens] | None:
     names: dict[str, Any] = {}
     for path in (folder / MAP, folder / CONFIG):
         names |= _read(path) if path.is_file() else {}
-    begin, end, padding = (_id(tokenizer, names.get(f"{key}_token")) for key in ("bos", "eos", "pad"))
-    return tokenizer, SpecialTokens(begin, end, end if padding is None else padding)
+    begin, end, padding, mask = (_id(tokenizer, names.get(f"{key}_token")) for key in ("bos", "eos", "pad", "mask"))
+    return tokenizer, SpecialTokens(begin, end, end if padding is None else padding, mask)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:

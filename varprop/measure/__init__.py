@@ -1,6 +1,12 @@
 """What is read off tensors, once for all readers."""
 
-from varprop.measure.attention import AttentionStatistics, attention_statistics
+from varprop.measure.attention import (
+    ATTENTION_THRESHOLDS,
+    QUERY_STATISTICS,
+    AttentionStatistics,
+    attention_statistics,
+    query_statistics,
+)
 from varprop.measure.jacobian import jacobian_deviation, probe_jacobian_deviation, random_signs
 from varprop.measure.mixing import (
     attention_concentration,
@@ -29,14 +35,18 @@ from varprop.measure.tokens import QUANTILES, TokenMoments, sink_positions, toke
 from varprop.measure.weights import (
     effective_density_participation,
     effective_density_threshold_tenth_rms,
+    magnitude_mask_retained_variance,
     rms,
+    share_above,
     spectral_norm,
     stable_rank,
 )
 
 __all__ = [
+    "ATTENTION_THRESHOLDS",
     "BRANCH_STREAM",
     "QUANTILES",
+    "QUERY_STATISTICS",
     "AttentionStatistics",
     "PowerSums",
     "TokenMoments",
@@ -55,15 +65,18 @@ __all__ = [
     "jacobian_deviation",
     "largest_energy_share",
     "load_balance_loss",
+    "magnitude_mask_retained_variance",
     "max_to_median",
     "outlier_share",
     "overlap_sums",
     "probe_jacobian_deviation",
+    "query_statistics",
     "random_signs",
     "rms",
     "router_entropy",
     "router_z_loss",
     "second_moment",
+    "share_above",
     "sink_positions",
     "spectral_norm",
     "stable_rank",

@@ -8,7 +8,7 @@ logit, a key mask after the softmax) on the explicit softmax; who observes the p
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -193,3 +193,48 @@ def attention_probabilities(
         return logits.softmax(dim=-1)
     extra = sink[..., None, None].to(logits.dtype).expand(*logits.shape[:-1], 1)
     return torch.cat((logits, extra), dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def sequence_probabilities(
+    y: Tensor,
+    weights: Weights,
+    spec: ModelSpec,
+    layer: int,
+    masks: Mapping[int, Tensor] | None,
+    generator: torch.Generator | Uniform | None,
+) -> Iterator[Callable[[slice], Tensor]]:
+    """For each sequence a function that gives the probabilities of some of its queries, (N, queries, T).
+
+    They are what multiplies the values in `attention`, without ever holding those of all queries. y: what the branch
+    reads, (S, T, D). masks: as of `Shared`, boolean (S, 1, T, T). generator: draws the key mask, where the spec has
+    one, as `attention` does from one in the same state.
+    """
+    part = spec._attention()
+    q, k, _ = _queries_keys_values(y, weights, spec, Shared())
+    k = k.repeat_interleave(spec.kv_group_size, dim=-3)
+    kept = [None] * len(y) if part.key_mask_density == 1 else draw_kept_keys(q, part.key_mask_density, generator)
+    seen = (
+        [allowed_keys(spec, layer, y.shape[-2], y.device)] * len(y) if masks is None else masks[spec.window(layer) or 0]
+    )
+    for parts in zip(q, k, seen, kept, strict=True):
+        yield functools.partial(_of_queries, *parts, weights.get("attention.sink"), spec)
+
+
+def _of_queries(
+    q: Tensor,
+    k: Tensor,
+    allowed: Tensor | None,
+    kept: Tensor | None,
+    sink: Tensor | None,
+    spec: ModelSpec,
+    queries: slice,
+) -> Tensor:
+    """Probabilities of some queries of one sequence from all its queries and keys, (N, T, H)."""
+    part = spec._attention()
+    after_softmax = kept is not None and part.key_mask_place == "after_softmax"
+    if kept is not None and not after_softmax:
+        allowed = kept if allowed is None else kept & allowed
+    rows = None if allowed is None else allowed[..., queries, :]
+    scale = part.logit_scale or spec.head_dim**-0.5
+    found = attention_probabilities(q[:, queries], k, rows, scale, part.logit_softcap, sink)
+    return found * kept[:, queries] if kept is not None and after_softmax else found

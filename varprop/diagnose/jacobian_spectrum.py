@@ -1,0 +1,116 @@
+"""The spectral norm of a layer's mean Jacobian, from products with it and with its transpose.
+
+Shape suffixes: `B` sequences, `T` tokens, `D` d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from varprop.diagnose.replay import Captured, Replay
+from varprop.diagnose.session import Session, Variables
+from varprop.measure import random_signs
+
+Product = Callable[[Tensor], Tensor]
+SPECTRAL_TOKENS = 1024
+"""Tokens whose graph is held at a time."""
+
+
+def mean_jacobian(replay: Replay, captured: Captured, layer: int) -> tuple[Product, Product]:
+    """Products with J = sum_bts J_bts / (B T), and with its transpose, of vectors (D) float64; exact to rounding.
+
+    u^T J is linear in u, so that its derivative by u, along v, is J v: two backward passes, no forward-mode derivative,
+    which many kernels lack, and no difference of two outputs, which sees tokens change their expert. Attention is
+    computed by its plain formula, whose derivative has a derivative; it holds T x T weights for each head.
+    Checked by: tests/diagnose/test_jacobian.py, torch.autograd.functional.jacobian.
+    """
+    x = captured.streams[layer].clone().requires_grad_()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        y = replay.layer(layer, x[None], captured)[0]
+        zero = torch.zeros_like(y, requires_grad=True)
+        pulled = torch.autograd.grad(y, x, zero, create_graph=True)[0]
+
+    def product(end: Tensor, source: Tensor, vector: Tensor) -> Tensor:
+        found = torch.autograd.grad(end, source, vector.to(end.dtype).expand_as(end), retain_graph=True)[0]
+        return found.flatten(0, -2).mean(dim=0, dtype=torch.float64)
+
+    return lambda v: product(pulled, zero, v), lambda u: product(y, x, u)
+
+
+def largest_singular_value(forward: Product, transposed: Product, start: Tensor, n_steps: int) -> tuple[Tensor, Tensor]:
+    """Largest singular value after `n_steps` of Lanczos bidiagonalisation, and its residual; scalars.
+
+    forward, transposed: products with the matrix and its transpose. start: vector (n). The value is at most the largest
+    singular value; some singular value is within the residual of it. Two products a step, every vector made
+    orthogonal to all before it.
+    Source: Golub and Kahan (1965). Checked by: tests/diagnose/test_jacobian.py, numpy.
+
+    >>> matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+    >>> start = torch.ones(3, dtype=torch.float64)
+    >>> value, residual = largest_singular_value(lambda v: matrix @ v, lambda u: matrix.T @ u, start, 3)
+    >>> round(float(value), 12), float(residual) < 1e-12
+    (3.0, True)
+    """
+    n_steps = min(n_steps, len(start))
+    tiny = torch.finfo(start.dtype).tiny
+    left, right = start.new_zeros(len(start), n_steps), start.new_zeros(len(start), n_steps + 1)
+    bidiagonal = start.new_zeros(n_steps, n_steps + 1)
+    right[:, 0] = start / start.norm()
+    for step in range(n_steps):
+        u = _orthogonal(forward(right[:, step]), left[:, :step])
+        bidiagonal[step, step] = u.norm()
+        left[:, step] = u / u.norm().clamp_min(tiny)
+        v = _orthogonal(transposed(left[:, step]), right[:, : step + 1])
+        bidiagonal[step, step + 1] = v.norm()
+        right[:, step + 1] = v / v.norm().clamp_min(tiny)
+    vectors, values, _ = torch.linalg.svd(bidiagonal[:, :-1])
+    return values[0], bidiagonal[-1, -1] * vectors[-1, 0].abs()
+
+
+def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    """The part of it that is orthogonal to the columns of the basis; twice, so that it is so to rounding."""
+    for _ in range(2):
+        vector = vector - basis @ (basis.T @ vector)
+    return vector
+
+
+def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> Variables:
+    """jacobian_spectral_norm (layer): the largest singular value of the Jacobian J of token_mean, and its residual.
+
+    matrices: J - I of every layer where they are known exactly, on all sequences; the residual is 0 then. None: after
+    `jacobian_spectral_steps` steps of `largest_singular_value`, from a random start, on the first sequences of
+    about 1,024 tokens: at most the largest, and some singular value is within jacobian_spectral_norm_residual of it.
+    No variables for 0 steps.
+    """
+    device, steps = session.replay.device, session.option("jacobian_spectral_steps")
+    if matrices is not None:
+        eye = torch.eye(session.replay.d_model, dtype=torch.float64, device=device)
+        norms = [torch.linalg.matrix_norm(torch.as_tensor(m).to(eye) + eye, 2) for m in matrices]
+        found = {"value": torch.stack(norms).cpu().numpy(), "residual": np.zeros(len(matrices))}
+    elif steps:
+        found = session.once("jacobian-spectrum", lambda: _estimated(session, steps))
+    else:
+        return {}
+    return {
+        name: (("layer",), np.insert(found[key], 0, np.nan))
+        for name, key in (("jacobian_spectral_norm", "value"), ("jacobian_spectral_norm_residual", "residual"))
+    }
+
+
+def _estimated(session: Session, n_steps: int) -> dict[str, Tensor]:
+    n_tokens = min(SPECTRAL_TOKENS, session.option("jacobian_tokens"))
+    captured = session.capture(session.first_sequences(n_tokens))
+    start = random_signs((session.replay.d_model,), session.rng("jacobian spectrum")).double().to(session.replay.device)
+    values, residuals = [], []
+    for layer in range(session.replay.n_layers):
+        products = mean_jacobian(session.replay, captured, layer)
+        value, residual = largest_singular_value(*products, start, n_steps)
+        values.append(value)
+        residuals.append(residual)
+        del products  # the graph
+    return {"value": torch.stack(values), "residual": torch.stack(residuals)}

@@ -1,0 +1,231 @@
+"""Permutation scores: how much the loss changes when two layers change places.
+
+A swap puts module j in place i and module i in place j, each called with its own other arguments, so that a layer takes
+its attention window and its rotary base with it. The released code swaps parameters instead; what is no parameter (a
+window, a scale by depth) then stays in its place. The two are the same where all layers are built alike.
+
+Letters: `P` swapped pairs, `B` sequences of a batch, `S` all sequences, `L` layers, `G` groups of pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from varprop.diagnose.pairs import Array, Pairs, draw_pairs
+from varprop.diagnose.replay import Captured
+from varprop.diagnose.session import Session, Variables
+from varprop.diagnose.wavefront import Program, Run, walk
+from varprop.errors import ArgumentError, require
+
+PAIRS = ("source_layer", "target_layer")
+FEWEST_SEQUENCES = 4
+"""That a standard error is first taken from, where it decides whether more are added."""
+DECAY = 0.9
+"""Of the weight of a layer, for each layer before it, in the paper's weighted mean."""
+
+
+def permutation(session: Session) -> Variables:
+    """The permutation scores of pairs of layers, their means, and a total that is fair to depth.
+
+    l_ij is the loss of the model with layers i and j swapped, summed over the targets of some sequences, and l that of
+    the model on the same sequences. permutation_score (i, j) = |l_ij - l| / l, symmetric (arXiv 2603.15389: a high
+    score is a pair that may *not* be swapped); permutation_log_change = log(l_ij / l), signed. permutation_measured:
+    whether the pair was swapped; the others are 0. permutation_sequences: on how many sequences. permutation_null:
+    the score of layer 1 in place of layer 1 by the same route, what rounding alone does.
+
+    permutation_mean: mean over all pairs, the paper's. permutation_weighted: mean over layers i = 1..L of 0.9^(i-1)
+    times permutation_layer_score, the mean of the pairs that hold i (the released code's list has the factor
+    0.9^(i-1) in it). permutation_by_lag (lag): mean of the pairs of distance j - i, 0 at distance 0.
+    permutation_layer_pairs and permutation_lag_pairs: of how many swapped pairs these are means; a mean of none is 0.
+
+    permutation_total = sum over pairs i < j of P_ij, over L: what it costs, to first order, to swap every layer once
+    with a partner drawn from all layers, itself included. The mean is this times 2 / (L - 1), so it falls as 1 / L in
+    two cases in which nothing that the network does has changed with its depth, while the total stays:
+    (a) only pairs with layer 1 (or with a fixed number of layers) matter: L - 1 of the L (L - 1) / 2 pairs, each of
+    score p, give the mean 2 p / L and the total p (1 - 1 / L);
+    (b) the same function of depth is cut into finer steps: each layer is replaced by k copies that add 1 / k of what it
+    added. A swap changes the loss by g_i (f_j - f_i)(x_i) + g_j (f_i - f_j)(x_j) to first order, 1 / k of what it was;
+    of k^2 times as many pairs; the sum over L' = k L layers is that of L layers times k, and the total the same.
+    Where every layer differs from every other by the same p at any depth the mean is p and the total grows as L: like a
+    count of layers that are used, of which the mean is the share. permutation_first_share: share of the sum that the
+    pairs with layer 1 have; 2 / L if they are like the others.
+
+    Which pairs: option `permutation_pairs`, all or drawn (`varprop.diagnose.pairs`). Standard errors are over
+    sequences, and over pairs for what is a sum over drawn ones. That of a score is the signed change's (linearised),
+    so it does not shrink where the score touches 0; there the score, an absolute value, is larger in the mean than
+    without noise. Which sequences: the first `permutation_tokens`; with `permutation_stderr` > 0 the pairs whose
+    standard error is more than this part of their score get as many again, until all are used. permutation_runs:
+    sequences run with a swap; permutation_runs_saved: share of the runs that are saved beside giving every pair as
+    many as the neediest one.
+
+    Empty for a model of one layer. Raises `ArgumentError` for a model without logits, a loss that is not finite.
+    Source: reference formulas above; total derived here. Checked by: tests/diagnose/test_permutation.py, forward passes
+    of models whose modules are exchanged.
+    """
+    session.replay.require_loss("permutation")
+    if session.replay.n_layers == 1:
+        return {}
+    found = sample(session)
+    return found.matrices() | found.groups() | found.scalars()
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Summed losses of sequences: swapped (S, P), NaN where the pair was not swapped on one; base and null (S)."""
+
+    pairs: Pairs
+    swapped: Array
+    base: Array
+    null: Array
+
+    @property
+    def used(self) -> NDArray[np.bool_]:
+        """Whether a pair was swapped on a sequence, (S, P)."""
+        return ~np.isnan(self.swapped)
+
+    @property
+    def n_used(self) -> NDArray[np.int64]:
+        """Sequences of each pair, (P)."""
+        return self.used.sum(axis=0)
+
+    @property
+    def change(self) -> Array:
+        """(l_ij - l) / l of each pair, (P)."""
+        base = np.where(self.used, self.base[:, None], 0.0)
+        return np.nansum(self.swapped - base, axis=0) / base.sum(axis=0)
+
+    @property
+    def influence(self) -> Array:
+        """How far each sequence moves `change`, (S, P), scaled so that the sum of squares over S is its variance.
+
+        psi_sp = (d_sp - R_p l_s) / (n_p mean l) sqrt(n_p / (n_p - 1)) with d the loss's change, R its ratio: the
+        linearised ratio of means. 0 with one sequence.
+        """
+        n, base = self.n_used, self.base[:, None]
+        mean = np.where(self.used, base, 0.0).sum(axis=0) / n
+        moved = np.where(self.used, self.swapped - base - self.change * base, 0.0)
+        return moved / (n * mean) * np.sqrt(n / np.maximum(n - 1, 1))
+
+    @property
+    def stderr(self) -> Array:
+        """Of `change`, (P)."""
+        return np.sqrt((self.influence**2).sum(axis=0))
+
+    def matrices(self) -> Variables:
+        """Of the swapped pairs."""
+        log_error = self.stderr / (1 + self.change)
+        return {
+            "permutation_score": (PAIRS, self._matrix(np.abs(self.change))),
+            "permutation_score_stderr": (PAIRS, self._matrix(self.stderr)),
+            "permutation_log_change": (PAIRS, self._matrix(np.log1p(self.change))),
+            "permutation_log_change_stderr": (PAIRS, self._matrix(log_error)),
+            "permutation_measured": (PAIRS, self._matrix(np.ones(len(self.n_used), dtype=bool))),
+            "permutation_sequences": (PAIRS, self._matrix(self.n_used)),
+        }
+
+    def groups(self) -> Variables:
+        """Means over the pairs of a layer, and over those of a distance."""
+        n_layers = self.pairs.n_layers
+        layers, lags = np.arange(1, n_layers + 1), np.arange(n_layers)
+        of_layer = np.stack([self.pairs.holds(layer) for layer in layers])
+        of_lag = self.pairs.lag == lags[:, None]
+        scores, influence = np.abs(self.change), self.influence * np.sign(self.change)
+        by_layer = self.pairs.group_means(of_layer, np.full(n_layers, n_layers - 1.0), scores, influence)
+        by_lag = self.pairs.group_means(of_lag, (n_layers - lags).astype(float), scores, influence)
+        return {
+            "permutation_layer_score": (("layer",), np.insert(by_layer[0], 0, np.nan)),
+            "permutation_layer_score_stderr": (("layer",), np.insert(by_layer[1], 0, np.nan)),
+            "permutation_layer_pairs": (("layer",), np.insert(of_layer.sum(axis=1), 0, 0)),
+            "permutation_by_lag": (("lag",), by_lag[0]),
+            "permutation_by_lag_stderr": (("lag",), by_lag[1]),
+            "permutation_lag_pairs": (("lag",), of_lag.sum(axis=1)),
+        }
+
+    def scalars(self) -> Variables:
+        """Over all pairs of the model."""
+        pairs, n_layers = self.pairs, self.pairs.n_layers
+        scores, influence = np.abs(self.change), self.influence * np.sign(self.change)
+        one = np.ones(len(scores))
+        decayed = (DECAY ** (pairs.first - 1) + DECAY ** (pairs.second - 1)) / (n_layers * (n_layers - 1))
+        total, _ = pairs.estimate(one, scores, influence)
+        scale = 1 / total if total > 0 else 0.0
+        share, _ = pairs.estimate(scale * pairs.holds(1), scores, influence)
+        _, share_error = pairs.estimate(scale * (pairs.holds(1) - share), scores, influence)
+        variables: Variables = {
+            "permutation_first_share": ((), share),
+            "permutation_first_share_stderr": ((), share_error),
+        }
+        coefficients = {"mean": one / pairs.n_all, "weighted": decayed, "total": one / n_layers}
+        for name, coefficient in coefficients.items():
+            value, error = pairs.estimate(coefficient, scores, influence)
+            variables |= {f"permutation_{name}": ((), value), f"permutation_{name}_stderr": ((), error)}
+        return variables | {
+            "permutation_null": ((), abs(self.null.sum() / self.base.sum() - 1)),
+            "permutation_runs": ((), int(self.n_used.sum())),
+            "permutation_runs_saved": ((), 1 - self.n_used.mean() / self.n_used.max()),
+        }
+
+    def _matrix(self, values: np.ndarray) -> np.ndarray:
+        """One number of each pair as a symmetric matrix over layers 0..L: NaN at layer 0, 0 where there is none."""
+        n_layers = self.pairs.n_layers
+        matrix = np.zeros((n_layers + 1, n_layers + 1), dtype=values.dtype)
+        matrix[self.pairs.first, self.pairs.second] = matrix[self.pairs.second, self.pairs.first] = values
+        if values.dtype.kind == "f":
+            matrix[0], matrix[:, 0] = np.nan, np.nan
+        return matrix
+
+
+def sample(session: Session) -> Sampled:
+    """The losses of the swapped pairs, on as many sequences as the options ask for.
+
+    With `permutation_stderr` > 0 the sequences are doubled, from 4 or more, for the pairs that are not known well
+    enough yet, so that a pair is looked at a few times only and does not stop on a lucky error.
+    """
+    tolerance = float(session.option("permutation_stderr"))
+    tokens = session.option("permutation_tokens")
+    require(tolerance >= 0, ArgumentError, "permutation_stderr", tolerance, "negative", "0, or a relative error")
+    require(tokens > 0, ArgumentError, "permutation_tokens", tokens, "not positive", "a number of tokens")
+    seed = int(torch.randint(2**62, (), generator=session.rng("permutation")))
+    rng = np.random.default_rng(seed)
+    pairs = draw_pairs(session.replay.n_layers, session.option("permutation_pairs"), rng)
+    start, stop = 0, session.first_sequences(tokens).stop
+    if tolerance > 0:
+        stop = min(session.n_sequences, max(stop, FEWEST_SEQUENCES))
+    active = np.arange(len(pairs.first))
+    parts: list[dict[str, np.ndarray]] = []
+    while True:
+        arrays = session.each_batch(
+            "permutation",
+            lambda captured, active=active: of_batch(session, captured, pairs, active),
+            slice(start, stop),
+        )
+        parts.append(arrays)
+        found = Sampled(pairs, *(np.concatenate([part[key] for part in parts]) for key in ("swapped", "base", "null")))
+        start, stop = stop, min(2 * stop, session.n_sequences)
+        active = active[(found.stderr > tolerance * np.abs(found.change))[active]]
+        if tolerance == 0 or start == stop or len(active) == 0:
+            return found
+
+
+def of_batch(
+    session: Session, captured: Captured, pairs: Pairs, active: Sequence[int] | np.ndarray
+) -> dict[str, Tensor]:
+    """Summed losses of each sequence: with each of the `active` pairs swapped (B, P), NaN at the others; of the model
+    and of the null change (B)."""
+    swaps: list[Program] = []
+    for pair in active:
+        i, j = int(pairs.first[pair]) - 1, int(pairs.second[pair]) - 1
+        swaps.append({i: Run(j), j: Run(i)})
+    losses = walk(session.replay, captured, [*swaps, {0: Run(0)}])
+    for pair, good in zip(active, losses.isfinite().all(dim=1).tolist(), strict=False):
+        name = f"loss with layers {pairs.first[pair]} and {pairs.second[pair]} swapped"
+        require(good, ArgumentError, name, "NaN or infinite", "no number", "a type of wider range, such as bfloat16")
+    swapped = losses.new_full((captured.n_sequences, len(pairs.first)), torch.nan)
+    swapped[:, torch.as_tensor(np.asarray(active), device=swapped.device)] = losses[: len(swaps)].T
+    return {"swapped": swapped, "base": losses[-1], "null": losses[-2]}

@@ -1,0 +1,193 @@
+"""The layer scores of checkpoints on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from varprop.errors import ArgumentError
+from varprop.plot.style import COLOURS, draw_line, draw_points, finish, log_if_wide, new_figure
+
+Z = 1.96
+"""Standard errors of a 95 % interval."""
+LAYER = "layer"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: its title, the variables of which any makes it, how it is drawn, whether it is a map."""
+
+    title: str
+    variables: tuple[str, ...]
+    draw: Callable[[Axes, xr.Dataset], None]
+    is_map: bool = False
+
+    def exists(self, dataset: xr.Dataset) -> bool:
+        """Whether the dataset has something for it."""
+        return any(name in dataset for name in self.variables)
+
+
+def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
+    """One page of panels of results of `diagnose.measure`; panels that no result has variables for are left out.
+
+    Variance of the stream by layer (mean, median over tokens, sinks apart), block influence, usefulness (loss ratio
+    with a linear map in place of the layer), causal matrix, permutation scores, distance of the Jacobian from the
+    identity by definition, keys that attention uses, loss with the k least useful layers removed. Bars are 95 %
+    intervals, 1.96 standard errors of the result. Several results stand side by side, a column each, rows of lines
+    with one scale. Checked by: tests/plot/test_diagnosis.py. Raises `ArgumentError` where nothing can be drawn.
+    """
+    panels = [panel for panel in PANELS if any(panel.exists(dataset) for dataset in datasets.values())]
+    if not panels:
+        raise ArgumentError(f"datasets={list(datasets)} hold no score of layers; expected results of diagnose.measure")
+    n = len(datasets)
+    figure, cells = new_figure(len(panels) * n, columns=n if n > 1 else min(3, len(panels)))
+    for row, panel in enumerate(panels):
+        drawn = []
+        for axes, (name, dataset) in zip(cells[row * n : (row + 1) * n], datasets.items(), strict=True):
+            if not panel.exists(dataset):
+                axes.set_axis_off()
+                continue
+            panel.draw(axes, dataset)
+            axes.set_title(f"{name}: {panel.title}" if n > 1 else panel.title, fontsize=9)
+            drawn.append(axes)
+        if not panel.is_map:
+            _share_scale(drawn)
+    if n == 1:
+        figure.suptitle(next(iter(datasets)), fontsize=10)
+    return figure
+
+
+def _share_scale(row: list[Axes]) -> None:
+    """One vertical scale for all panels of a row."""
+    log_if_wide(row)
+    low, high = zip(*(axes.get_ylim() for axes in row), strict=True)
+    for axes in row:
+        axes.set_ylim(min(low), max(high))
+
+
+def _errors(dataset: xr.Dataset, name: str) -> xr.DataArray:
+    """Standard errors of a variable, 0 where it has none."""
+    error = dataset.get(f"{name}_stderr")
+    return xr.zeros_like(dataset[name], dtype=np.float64) if error is None else error
+
+
+def _profile(axes: Axes, values: xr.DataArray, errors: xr.DataArray, colour: str, name: str) -> None:
+    """Values by layer with 95 % bars, where they exist."""
+    array, bars = values.to_numpy(), Z * errors.to_numpy()
+    exists = np.isfinite(array)
+    x, mean, bar = values[LAYER].to_numpy()[exists], array[exists], bars[exists]
+    draw_points(axes, (x, mean, mean - bar, mean + bar), colour, name)
+    axes.plot(x, mean, color=colour, lw=0.8)
+
+
+def _layers(axes: Axes, label: str, legend: bool = True) -> None:
+    finish(axes, "layer (0 = embedding)", label, legend)
+
+
+def _variance(axes: Axes, dataset: xr.Dataset) -> None:
+    stream = dataset.sel(site="resid_post")
+    lines = {"mean": "variance", "mean without sinks": "variance_without_sinks", "mean of sinks": "sink_variance"}
+    curves = {label: stream[name] for label, name in lines.items() if name in stream}
+    if "variance_quantile" in stream and 0.5 in stream["quantile"]:
+        curves["median of tokens"] = stream["variance_quantile"].sel(quantile=0.5)
+    for colour, (label, values) in zip(COLOURS, curves.items(), strict=False):
+        y = values.to_numpy()
+        draw_line(axes, (values[LAYER].to_numpy(), y, y, y), colour, label)
+    _layers(axes, "variance (per neuron)")
+
+
+def _one_profile(name: str, label: str) -> Callable[[Axes, xr.Dataset], None]:
+    def draw(axes: Axes, dataset: xr.Dataset) -> None:
+        _profile(axes, dataset[name], _errors(dataset, name), COLOURS[0], name)
+        _layers(axes, label, legend=False)
+
+    return draw
+
+
+def _usefulness(axes: Axes, dataset: xr.Dataset) -> None:
+    names = {"held out": "usefulness_loss_ratio", "in sample": "usefulness_loss_ratio_in_sample"}
+    for colour, (label, name) in zip(COLOURS, names.items(), strict=False):
+        if name in dataset:
+            _profile(axes, dataset[name], _errors(dataset, name), colour, label)
+    axes.axhline(1, color="0.5", lw=0.8)
+    _layers(axes, "loss ratio")
+
+
+def _jacobian(axes: Axes, dataset: xr.Dataset) -> None:
+    values, errors = dataset["jacobian_deviation"], _errors(dataset, "jacobian_deviation")
+    for colour, label in zip(COLOURS, values["definition"].values.tolist(), strict=False):
+        _profile(axes, values.sel(definition=label), errors.sel(definition=label), colour, str(label).replace("_", " "))
+    _layers(axes, "‖J − I‖² / d")
+
+
+def _pruning(axes: Axes, dataset: xr.Dataset) -> None:
+    values, errors = dataset["pruning_loss"], _errors(dataset, "pruning_loss")
+    for colour, score in zip(COLOURS, values["removed_by"].values.tolist(), strict=False):
+        for style, removal in zip(("-", "--", ":"), values["removal"].values.tolist(), strict=False):
+            chosen = {"removed_by": score, "removal": removal}
+            x, mean = values["n_removed"].to_numpy(), values.sel(chosen).to_numpy()
+            bars, name = Z * errors.sel(chosen).to_numpy(), f"{score}, {removal}".replace("_", " ")
+            axes.errorbar(x, mean, bars, color=colour, ls=style, lw=1.2, capsize=2, label=name)
+    finish(axes, "layers removed", "loss (nats per token)")
+
+
+def _map(name: str, label: str, measured: str = "") -> Callable[[Axes, xr.Dataset], None]:
+    """A map over pairs of layers; measured: the variable that says which pairs hold a number."""
+
+    def draw(axes: Axes, dataset: xr.Dataset) -> None:
+        pairs = ("target_layer", "source_layer")
+        values = dataset[name].sel({dim: dataset[dim] > 0 for dim in pairs}).transpose(*pairs)
+        shown = values.to_numpy().astype(np.float64)
+        if measured in dataset:
+            there = dataset[measured].sel({dim: dataset[dim] > 0 for dim in pairs}).transpose(*pairs).to_numpy()
+            shown = np.where(there.astype(bool), shown, np.nan)
+        elif name == "causal_effect":  # a layer has an effect on later ones alone
+            shown = np.where(np.tri(len(shown), k=-1, dtype=bool), shown, np.nan)
+        _draw_map(axes, shown, values["source_layer"].to_numpy(), label)
+
+    return draw
+
+
+def _draw_map(axes: Axes, shown: NDArray[np.float64], layers: NDArray[np.int64], label: str) -> None:
+    found = shown[np.isfinite(shown)]
+    norm = Normalize(0, float(found.max()) if found.size and found.max() > 0 else 1)
+    ends = (layers[0] - 0.5, layers[-1] + 0.5)
+    image = np.ma.masked_invalid(shown)
+    axes.imshow(image, norm=norm, cmap="cividis", origin="lower", extent=(*ends, *ends), aspect="equal")
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes, label=label, pad=0.02)
+    for axis, text in ((axes.xaxis, "source layer"), (axes.yaxis, "target layer")):
+        axis.set_label_text(text)
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+PANELS = (
+    Panel("variance of the stream", ("variance",), _variance),
+    Panel("block influence", ("block_influence",), _one_profile("block_influence", "1 − cosine")),
+    Panel(
+        "a linear map in place of the layer",
+        ("usefulness_loss_ratio", "usefulness_loss_ratio_in_sample"),
+        _usefulness,
+    ),
+    Panel("causal matrix", ("causal_effect",), _map("causal_effect", "relative change"), is_map=True),
+    Panel(
+        "swapped layers",
+        ("permutation_score",),
+        _map("permutation_score", "relative change of the loss", "permutation_measured"),
+        is_map=True,
+    ),
+    Panel("Jacobian", ("jacobian_deviation",), _jacobian),
+    Panel("attention", ("attention_effective_keys",), _one_profile("attention_effective_keys", "effective keys")),
+    Panel("the least useful layers removed", ("pruning_loss",), _pruning),
+)
+"""In the order that they are drawn."""
