@@ -63,9 +63,8 @@ def test_loss_without_layers_is_that_of_the_model_without_them(family: str) -> N
 def test_linear_replacement_is_that_of_the_model_with_replaced_layers() -> None:
     model, tokens = zoo.make("llama", n_layers=4), zoo.tokens(3, 8)
     generator = torch.Generator().manual_seed(0)
-    maps = [
-        Affine(0.2 * torch.randn(32, 32, generator=generator), torch.randn(32, generator=generator)) for _ in "1234"
-    ]
+    matrices, shifts = torch.randn(4, 32, 32, generator=generator) / 5, torch.randn(4, 32, generator=generator)
+    maps = [Affine(matrix, shift) for matrix, shift in zip(matrices, shifts, strict=True)]
     ranking = np.array([0, 1, 4, 2, 3])
     found = by_name(pruning(session_of(model, tokens), {"score": ranking}, maps, evaluate=slice(1, None)))
     assert found["removal"].tolist() == ["skip", "linear"]
