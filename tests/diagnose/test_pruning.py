@@ -27,7 +27,7 @@ def session_of(model: nn.Module, tokens: Tensor, **options: Any) -> Session:
     return Session(Replay(model), Batch.causal(tokens), options=options)
 
 
-def without(model: nn.Module, layers: Sequence[int]) -> nn.Module:
+def without(model: Any, layers: Sequence[int]) -> nn.Module:
     """A copy of the model that lacks some layers (0..L-1)."""
     model = copy.deepcopy(model)
     first = Replay(model).layers[0]
@@ -73,7 +73,7 @@ def test_linear_replacement_is_that_of_the_model_with_replaced_layers() -> None:
         return lambda module, args, output: args[0] + args[0] @ matrices[layer] + shifts[layer]
 
     for n_removed, gone in ((1, [0]), (2, [0, 2])):
-        changed = copy.deepcopy(model)
+        changed: Any = copy.deepcopy(model)
         for layer in gone:
             changed.model.layers[layer].register_forward_hook(replaced(layer))
         expected = losses_of(changed, tokens[1:]).sum() / tokens[1:, 1:].numel()
