@@ -28,6 +28,7 @@ from varprop.diagnose.moments import moments
 from varprop.diagnose.options import require_options
 from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
+from varprop.diagnose.screening import screening
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
 from varprop.diagnose.weights import weights
@@ -49,6 +50,7 @@ SCORES: dict[str, Score] = {
     "usefulness": usefulness,
     "jacobian": jacobian,
     "permutation": permutation,
+    "screening": screening,
     "ablation": ablation,
     "expert_ablation": expert_ablation,
     "initialisation": initialisation,

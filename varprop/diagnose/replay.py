@@ -240,9 +240,9 @@ class Replay:
             total.index_add_(0, which[part], functional.cross_entropy(logits, targets[part], reduction="none").double())
         return total.reshape(n_variants, n_sequences)
 
-    @torch.no_grad()
     def logits(self, streams: Tensor) -> Tensor:
-        """Logits (B, n, vocab_size) of streams (B, n, D) after the last layer; each token by itself, so n is free."""
+        """Logits (B, n, vocab_size) of streams (B, n, D) after the last layer; each token by itself, so n is free. Runs
+        with or without gradients, as is set where it is called."""
         left = iter(range(self.n_layers))
 
         def inject(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
