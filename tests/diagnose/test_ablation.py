@@ -15,7 +15,7 @@ from tests.diagnose import zoo
 from varprop import presets
 from varprop.diagnose import Batch, Limits, Replay, Session, measure
 from varprop.diagnose.ablation import BRANCHES, WHOLE, ablation
-from varprop.errors import ArgumentError, BranchesWarning
+from varprop.errors import BranchesWarning, UnsuitedError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS = 4, 10
@@ -155,5 +155,5 @@ def test_layers_without_two_branches_are_taken_as_a_whole() -> None:
 
 def test_model_without_logits_is_refused() -> None:
     headless = Session(Replay(zoo.make("llama").get_submodule("model")), Batch.causal(zoo.tokens(2, 8)))
-    with pytest.raises(ArgumentError, match="without logits"):
+    with pytest.raises(UnsuitedError, match="without logits"):
         ablation(headless)

@@ -14,7 +14,7 @@ from tests.diagnose import zoo
 from varprop import presets
 from varprop.diagnose import Batch, Limits, Replay, Session, measure
 from varprop.diagnose.usefulness import THRESHOLDS, fit, split, usefulness
-from varprop.errors import ArgumentError
+from varprop.errors import ArgumentError, UnsuitedError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS = 8, 12  # 48 tokens are fitted by 32 x 32 + 32 numbers for each layer
@@ -165,10 +165,10 @@ def test_split_leaves_sequences_on_both_sides(share: float, expected: int) -> No
 def test_bad_input() -> None:
     model = zoo.make("llama", torch.float64)
     one = Session(Replay(model), Batch.causal(zoo.tokens(1, 12)))
-    with pytest.raises(ArgumentError, match="sequences=1 is too few for usefulness; expected at least 2"):
+    with pytest.raises(UnsuitedError, match="sequences=1 is too few for usefulness; expected at least 2"):
         usefulness(one)
     with pytest.raises(ArgumentError, match=r"fit_share=1\.0 is outside its range"):
         usefulness(session_of(model, fit_share=1.0))
     headless = session_of(zoo.make("llama").get_submodule("model"))
-    with pytest.raises(ArgumentError, match="without logits"):
+    with pytest.raises(UnsuitedError, match="without logits"):
         usefulness(headless)

@@ -16,7 +16,7 @@ from varprop.diagnose.normal_equations import NormalEquations
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.wavefront import Affine, Program, walk
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, UnsuitedError, require
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Of the mean over sequences of summed losses (..., P + 1), the model last, and of counts of targets."""
@@ -40,7 +40,8 @@ def usefulness(session: Session) -> Variables:
     linear_r_squared (layer): share of the variance of the update that the map gives on the sequences of the fit;
     linear_update_rank: participation ratio of the covariance of the update that it gives.
     Standard errors: over the sequences of the evaluation, the same ones with and without; the maps are taken as given.
-    Layers count from 1; entries of layer 0 are NaN. Raises `ArgumentError` for a model without logits, one sequence.
+    Layers count from 1; entries of layer 0 are NaN. Raises `UnsuitedError` for a model without logits and for one
+    sequence, `ArgumentError` for a share outside (0, 1).
     Source: reference formulas above. Checked by: tests/diagnose/test_usefulness.py, lstsq and the model with that layer
     really replaced.
     """
@@ -65,7 +66,7 @@ def split(session: Session) -> tuple[slice, slice]:
     share, n_sequences = session.option("fit_share"), session.n_sequences
     require(0 < share < 1, ArgumentError, "fit_share", share, "outside its range", "a number between 0 and 1")
     expected = "at least 2: some to fit a map on, others to evaluate it on"
-    require(n_sequences >= 2, ArgumentError, "sequences", n_sequences, "too few for usefulness", expected)
+    require(n_sequences >= 2, UnsuitedError, "sequences", n_sequences, "too few for usefulness", expected)
     n_fit = min(max(1, round(share * n_sequences)), n_sequences - 1)
     return slice(0, n_fit), slice(n_fit, n_sequences)
 
