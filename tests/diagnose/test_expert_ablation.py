@@ -103,3 +103,13 @@ def test_dense_model_is_refused() -> None:
     model, tokens = zoo.make("llama"), zoo.tokens(2, 8)
     with pytest.raises(UnsuitedError, match="'LlamaForCausalLM' is without experts stacked in one module"):
         measure(model, tokens, scores="expert_ablation")
+
+
+@pytest.mark.gpu
+@zoo.each_family("olmoe", "gpt_oss")
+def test_accelerator_gives_what_the_processor_gives(family: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        session = Session(Replay(zoo.make(family).to(device)), Batch.causal(zoo.tokens(3, 10)))
+        found.append(np.asarray(expert_ablation(session)["expert_ablation_loss_ratio"][1]))
+    np.testing.assert_allclose(*found, rtol=1e-3)
