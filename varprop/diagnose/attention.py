@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from varprop.diagnose.bootstrap import ratio, stderr
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
-from varprop.errors import ArgumentError, UnsuitedError, require
+from varprop.errors import ArgumentError, require
 from varprop.measure import ATTENTION_THRESHOLDS, QUERY_STATISTICS, query_statistics
 from varprop.nn.attention import allowed_keys, sequence_probabilities
 from varprop.nn.block import KEY_MASK_STREAM, Block
@@ -129,12 +129,12 @@ def _of_layer(replay: Replay, index: int, captured: Captured) -> Tensor:
     layer = replay.layers[index]
     if isinstance(layer, Block):
         return _of_block(layer, replay, index, captured)
-    look, stream = _Look(replay, captured.n_tokens), captured.streams[index]
+    look, stream = _Look(replay), captured.streams[index][None]
     with _looking(layer, look), contextlib.suppress(_Seen):
-        replay.layer(index, stream[None], captured)
+        replay.layer(index, stream, captured)
     missing = "without attention by the function of its configuration (transformers' AttentionInterface)"
     require(
-        look.sums is not None, UnsuitedError, "architecture", replay.architecture, missing, "attention that uses it"
+        look.sums is not None, ArgumentError, "architecture", replay.architecture, missing, "attention that uses it"
     )
     assert look.sums is not None
     return look.sums
@@ -164,7 +164,7 @@ def _of_block(block: Block, replay: Replay, index: int, captured: Captured) -> T
     """As `_of_layer`, of one of our own layers, sequence by sequence."""
     spec, weights = block.spec, block.weights()
     if spec.attention is None:
-        raise UnsuitedError("attention=None is missing in this model; expected attention, or other scores")
+        raise ArgumentError("attention=None is missing in this model; expected attention, or other scores")
     stream, n_tokens = captured.streams[index], captured.n_tokens
     y = branch_input(stream, weights, spec, block.layer, "attention")
     allowed = allowed_keys(spec, block.layer, n_tokens, stream.device)
@@ -187,8 +187,8 @@ class _Seen(Exception):  # noqa: N818
 class _Look:
     """The attention function that a layer is given: sums statistics and ends the layer's pass."""
 
-    def __init__(self, replay: Replay, n_tokens: int) -> None:
-        self._replay, self._n_tokens = replay, n_tokens
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
         self.causal = False
         """Whether a layer without a mask that says it is causal is so: with sdpa, not with eager."""
         self.sums: Tensor | None = None
@@ -211,7 +211,7 @@ class _Look:
         n_tokens = query.shape[2]
         good = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 4)
         kind = type(attention_mask).__name__
-        require(good, UnsuitedError, "attention_mask", kind, "not (B, heads, T, T)", "attention by sdpa or eager")
+        require(good, ArgumentError, "attention_mask", kind, "not (B, heads, T, T)", "attention by sdpa or eager")
         wide = torch.promote_types(query.dtype, torch.float32)
         query = query.to(wide) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         key = key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
