@@ -14,6 +14,7 @@ import xarray as xr
 from torch import nn
 
 from varprop import hf, results
+from varprop.diagnose import released
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
@@ -53,7 +54,15 @@ SCORES: dict[str, Score] = {
     "initialisation": initialisation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
-RELEASED: dict[str, Score] = {}
+RELEASED: dict[str, Score] = {
+    "experts": released.experts,
+    "similarity": released.similarity,
+    "causal": released.causal,
+    "usefulness": released.usefulness,
+    "jacobian": released.jacobian,
+    "permutation": released.permutation,
+    "defects": released.defects,
+}
 """What the released code computes instead, for the scores that it has."""
 STANDARD = ("moments", "weights", "attention", "influence", "causal", "usefulness", "jacobian", "permutation")
 """Scores that are measured where none are named; the name "standard" stands for them."""
