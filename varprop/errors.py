@@ -44,6 +44,10 @@ class ExpertsWarning(UserWarning):
     """A model has no experts that can be ablated one by one; their ablation is absent."""
 
 
+class LeftOutWarning(UserWarning):
+    """A score that a model lacks something for is absent; the message says what."""
+
+
 class DamagedShardWarning(UserWarning):
     """A file of a grid was truncated or changed; it was removed and is computed again."""
 
@@ -54,6 +58,10 @@ class SchemaError(VarpropError):
 
 class ArgumentError(VarpropError):
     """An argument of a function or command is outside its domain."""
+
+
+class UnsuitedError(ArgumentError):
+    """A model lacks what a score needs, such as a head; among all scores, this one is left out."""
 
 
 def require(condition: bool, error: type[VarpropError], name: str, value: Any, wrong: str, expected: str) -> None:

@@ -315,16 +315,15 @@ def test_estimates_are_near_the_exact_values(family: str) -> None:
 
 def test_probes_are_added_until_the_error_is_as_asked() -> None:
     model, tokens = Toy(d_model=40), toy_tokens(2, 5)
-    found = values(session(model, tokens, n_probes=4, jacobian_stderr=0.12))
+    found = values(session(model, tokens, n_probes=4, jacobian_stderr=0.05))
     used = found["jacobian_n_probes"][1:]
     relative = (found["jacobian_deviation_stderr"] / found["jacobian_deviation"])[1:, 2]
-    assert ((relative <= 0.12) | (used == 40)).all()
+    assert ((relative <= 0.05) | (used == 40)).all()
     assert used.max() > 4
     layer = int(used.argmax())
     once = values(session(model, tokens, n_probes=int(used[layer])))
     for name in ("jacobian_norm", "jacobian_diagonal_std", "jacobian_deviation_split_half"):
         np.testing.assert_allclose(found[name][layer + 1], once[name][layer + 1], rtol=1e-12)
-    assert relative[layer] < once["jacobian_deviation"][layer + 1, 2]
 
 
 def test_values_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -431,6 +430,7 @@ def test_the_result_names_definitions_and_branches() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu() -> None:
     tokens = zoo.tokens(2, 32)
     expected = values(session(zoo.make("olmoe"), tokens, n_probes=8))

@@ -185,7 +185,7 @@ def test_batches_and_chunks_do_not_change_the_numbers() -> None:
 
 def test_massive_activations_are_kept_apart() -> None:
     """One token id with an embedding 100 times as large."""
-    model = zoo.make("llama", torch.float64)
+    model: Any = zoo.make("llama", torch.float64)
     tokens = TOKENS.clone()
     tokens[tokens == 31] = 32
     tokens[0, 4] = tokens[2, 7] = 31

@@ -18,6 +18,8 @@ from varprop.errors import ArgumentError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS = 8, 12  # 48 tokens are fitted by 32 x 32 + 32 numbers for each layer
+ROUNDING = 1e-7
+"""Of a float64 model: transformers computes norms and routers in float32."""
 SPEC = presets.tiny().with_fields(d_model=32, n_layers=3, n_heads=2, head_dim=16, d_ff=48, vocab_size=96)
 
 
@@ -69,14 +71,6 @@ def plain_losses(model: nn.Module, layers: Any, tokens: Tensor, n_fit: int) -> t
     return np.array([*losses, base]), np.array(r_squared)
 
 
-def make(family: str) -> nn.Module:
-    """In float64, for which the grouped products of experts have no kernel."""
-    model = zoo.make(family, torch.float64)
-    if family in zoo.MIXTURES:
-        model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
-    return model
-
-
 def check(model: nn.Module, tolerance: float) -> None:
     session = session_of(model, in_sample=True)
     found = {name: np.asarray(values) for name, (_, values) in usefulness(session).items()}
@@ -88,15 +82,17 @@ def check(model: nn.Module, tolerance: float) -> None:
         ratio = total[:-1] / total[-1]
         increase = (total[:-1] - total[-1]) / (part.shape[1] * (N_TOKENS - 1))
         np.testing.assert_allclose(found[f"usefulness_loss_ratio{ending}"][1:], ratio, rtol=tolerance)
-        np.testing.assert_allclose(found[f"usefulness_loss_increase{ending}"][1:], increase, rtol=tolerance, atol=1e-5)
+        np.testing.assert_allclose(
+            found[f"usefulness_loss_increase{ending}"][1:], increase, rtol=tolerance, atol=tolerance
+        )
         np.testing.assert_allclose(found[f"usefulness_mean_loss_ratio{ending}"], ratio.mean(), rtol=tolerance)
         assert found[f"usefulness{ending}"] == (ratio > 1.1).mean()
         assert found[f"usefulness_curve{ending}"].tolist() == [(ratio > t).mean() for t in THRESHOLDS]
 
 
-@zoo.each_family(*zoo.NAMED)
+@zoo.each_family()
 def test_is_its_definition_in_every_family(family: str) -> None:
-    check(make(family), 1e-7)
+    check(zoo.make(family, torch.float64), ROUNDING)
 
 
 def test_is_its_definition_on_our_own_model_in_float32() -> None:
@@ -104,14 +100,14 @@ def test_is_its_definition_on_our_own_model_in_float32() -> None:
 
 
 def test_is_its_definition_where_one_token_is_a_thousand_times_larger() -> None:
-    model = make("llama")
+    model = zoo.make("llama", torch.float64)
     with torch.no_grad():
         model.get_parameter("model.embed_tokens.weight")[int(zoo.tokens(N_SEQUENCES, N_TOKENS, 1)[0, 0])] *= 1000
     check(model, 1e-6)
 
 
 def test_small_memory_gives_the_same() -> None:
-    model = make("llama")
+    model = zoo.make("llama", torch.float64)
     expected = usefulness(session_of(model))
     session = session_of(model)
     session.replay.limits = Limits(1.5 * 32 * 16 * 32**2 / 16)  # sums of one layer at a time, batches of one sequence
@@ -121,7 +117,7 @@ def test_small_memory_gives_the_same() -> None:
 
 
 def test_finished_parts_are_read_again(tmp_path) -> None:
-    model = make("llama")
+    model = zoo.make("llama", torch.float64)
     first = usefulness(session_of(model, parts=tmp_path))
     with torch.no_grad():
         next(iter(Replay(model).layers[0].parameters())).zero_()
@@ -132,7 +128,7 @@ def test_finished_parts_are_read_again(tmp_path) -> None:
 
 def test_standard_error_is_that_of_a_paired_ratio() -> None:
     """Delta method: of a ratio of means a / b it is the standard deviation of a_i - (a/b) b_i over sqrt(S) mean b."""
-    model, tokens = make("llama"), zoo.tokens(120, 6, 5)
+    model, tokens = zoo.make("llama", torch.float64), zoo.tokens(120, 6, 5)
     session = Session(Replay(model), Batch.causal(tokens), options={"fit_share": 1 / 6})
     found = usefulness(session)
     with torch.no_grad():
@@ -155,19 +151,19 @@ def test_result_has_the_thresholds_as_labels() -> None:
 
 
 def test_maps_are_kept_apart_by_the_sequences_they_are_fitted_on(tmp_path) -> None:
-    session = session_of(make("llama"), parts=tmp_path)
+    session = session_of(zoo.make("llama", torch.float64), parts=tmp_path)
     one, other = (fit(session, part)[0].shift for part in (slice(0, 4), slice(4, 8)))
     assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("share, expected", [(0.5, 4), (0.01, 1), (0.99, 7), (0.7, 6)])
 def test_split_leaves_sequences_on_both_sides(share: float, expected: int) -> None:
-    session = session_of(make("llama"), fit_share=share)
+    session = session_of(zoo.make("llama", torch.float64), fit_share=share)
     assert split(session) == (slice(0, expected), slice(expected, 8))
 
 
 def test_bad_input() -> None:
-    model = make("llama")
+    model = zoo.make("llama", torch.float64)
     one = Session(Replay(model), Batch.causal(zoo.tokens(1, 12)))
     with pytest.raises(ArgumentError, match="sequences=1 is too few for usefulness; expected at least 2"):
         usefulness(one)

@@ -129,9 +129,9 @@ def _of_layer(replay: Replay, index: int, captured: Captured) -> Tensor:
     layer = replay.layers[index]
     if isinstance(layer, Block):
         return _of_block(layer, replay, index, captured)
-    look = _Look(replay, captured.n_tokens)
+    look, stream = _Look(replay), captured.streams[index][None]
     with _looking(layer, look), contextlib.suppress(_Seen):
-        replay.layer(index, captured.streams[index][None], captured)
+        replay.layer(index, stream, captured)
     missing = "without attention by the function of its configuration (transformers' AttentionInterface)"
     require(
         look.sums is not None, ArgumentError, "architecture", replay.architecture, missing, "attention that uses it"
@@ -187,8 +187,8 @@ class _Seen(Exception):  # noqa: N818
 class _Look:
     """The attention function that a layer is given: sums statistics and ends the layer's pass."""
 
-    def __init__(self, replay: Replay, n_tokens: int) -> None:
-        self._replay, self._n_tokens = replay, n_tokens
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
         self.causal = False
         """Whether a layer without a mask that says it is causal is so: with sdpa, not with eager."""
         self.sums: Tensor | None = None

@@ -34,8 +34,8 @@ class Branches(TorchFunctionMode):
     """Inside it a layer is called once on `stream`, the very tensor that is given to the layer.
 
     edit: sees each branch and gives what is added instead. `found` has the names of the branches seen, `middle` is the
-    stream after attention's sum; `added` and `inputs` are, by branch, what it adds and of which stream it is a
-    function.
+    stream between them: what feed-forward is added to, after a norm of attention's sum if one follows it. `added` and
+    `inputs` are, by branch, what it adds and of which stream it is a function.
     """
 
     def __init__(self, stream: Tensor, edit: Edit) -> None:
@@ -84,8 +84,8 @@ class Branches(TorchFunctionMode):
             self._normed.append(result)
 
     def _sum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        terms = args[:2]  # keywords are factors and outputs: no plain sum
-        if len(terms) < 2 or kwargs or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
+        terms = args[:2]
+        if len(terms) < 2 or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
             return func(*args, **kwargs)
         first, second = terms
         for stream, branch in ((first, second), (second, first)):
@@ -111,8 +111,8 @@ class Branches(TorchFunctionMode):
             self.found.append(name)
             self.added[name], self.inputs[name] = self.edit(name, branch), source
             result = stream + self.added[name]
-            if name == "attn":
-                self.middle = result
+            if name == "mlp":
+                self.middle = source
         self._attended = False
         self._stream, self._normed, self._sums = [result], [], []
         return result

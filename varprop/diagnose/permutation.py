@@ -21,7 +21,6 @@ from varprop.diagnose.pairs import Array, Pairs, draw_pairs
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
-from varprop.errors import ArgumentError, require
 
 PAIRS = ("source_layer", "target_layer")
 FEWEST_SEQUENCES = 4
@@ -77,17 +76,13 @@ def permutation(session: Session) -> Variables:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Summed losses of sequences: swapped (S, P), NaN where the pair was not swapped on one; base and null (S)."""
+    """Summed losses of sequences: swapped (S, P), where a pair was `used` on the sequence; base and null (S)."""
 
     pairs: Pairs
     swapped: Array
+    used: NDArray[np.bool_]
     base: Array
     null: Array
-
-    @property
-    def used(self) -> NDArray[np.bool_]:
-        """Whether a pair was swapped on a sequence, (S, P)."""
-        return ~np.isnan(self.swapped)
 
     @property
     def n_used(self) -> NDArray[np.int64]:
@@ -97,8 +92,8 @@ class Sampled:
     @property
     def change(self) -> Array:
         """(l_ij - l) / l of each pair, (P)."""
-        base = np.where(self.used, self.base[:, None], 0.0)
-        return np.nansum(self.swapped - base, axis=0) / base.sum(axis=0)
+        base = (self.used * self.base[:, None]).sum(axis=0)
+        return (self.used * self.swapped).sum(axis=0) / base - 1
 
     @property
     def influence(self) -> Array:
@@ -108,8 +103,8 @@ class Sampled:
         linearised ratio of means. 0 with one sequence.
         """
         n, base = self.n_used, self.base[:, None]
-        mean = np.where(self.used, base, 0.0).sum(axis=0) / n
-        moved = np.where(self.used, self.swapped - base - self.change * base, 0.0)
+        mean = (self.used * base).sum(axis=0) / n
+        moved = self.used * (self.swapped - base - self.change * base)
         return moved / (n * mean) * np.sqrt(n / np.maximum(n - 1, 1))
 
     @property
@@ -187,14 +182,11 @@ def sample(session: Session) -> Sampled:
     With `permutation_stderr` > 0 the sequences are doubled, from 4 or more, for the pairs that are not known well
     enough yet, so that a pair is looked at a few times only and does not stop on a lucky error.
     """
-    tolerance = float(session.option("permutation_stderr"))
-    tokens = session.option("permutation_tokens")
-    require(tolerance >= 0, ArgumentError, "permutation_stderr", tolerance, "negative", "0, or a relative error")
-    require(tokens > 0, ArgumentError, "permutation_tokens", tokens, "not positive", "a number of tokens")
+    tolerance = session.option("permutation_stderr")
     seed = int(torch.randint(2**62, (), generator=session.rng("permutation")))
     rng = np.random.default_rng(seed)
     pairs = draw_pairs(session.replay.n_layers, session.option("permutation_pairs"), rng)
-    start, stop = 0, session.first_sequences(tokens).stop
+    start, stop = 0, session.first_sequences(session.option("permutation_tokens")).stop
     if tolerance > 0:
         stop = min(session.n_sequences, max(stop, FEWEST_SEQUENCES))
     active = np.arange(len(pairs.first))
@@ -206,7 +198,7 @@ def sample(session: Session) -> Sampled:
             slice(start, stop),
         )
         parts.append(arrays)
-        found = Sampled(pairs, *(np.concatenate([part[key] for part in parts]) for key in ("swapped", "base", "null")))
+        found = Sampled(pairs, **{name: np.concatenate([part[name] for part in parts]) for name in arrays})
         start, stop = stop, min(2 * stop, session.n_sequences)
         active = active[(found.stderr > tolerance * np.abs(found.change))[active]]
         if tolerance == 0 or start == stop or len(active) == 0:
@@ -216,16 +208,15 @@ def sample(session: Session) -> Sampled:
 def of_batch(
     session: Session, captured: Captured, pairs: Pairs, active: Sequence[int] | np.ndarray
 ) -> dict[str, Tensor]:
-    """Summed losses of each sequence: with each of the `active` pairs swapped (B, P), NaN at the others; of the model
-    and of the null change (B)."""
+    """The fields of `Sampled` of a batch, with the `active` pairs swapped and zeros for the others."""
     swaps: list[Program] = []
     for pair in active:
         i, j = int(pairs.first[pair]) - 1, int(pairs.second[pair]) - 1
         swaps.append({i: Run(j), j: Run(i)})
     losses = walk(session.replay, captured, [*swaps, {0: Run(0)}])
-    for pair, good in zip(active, losses.isfinite().all(dim=1).tolist(), strict=False):
-        name = f"loss with layers {pairs.first[pair]} and {pairs.second[pair]} swapped"
-        require(good, ArgumentError, name, "NaN or infinite", "no number", "a type of wider range, such as bfloat16")
-    swapped = losses.new_full((captured.n_sequences, len(pairs.first)), torch.nan)
-    swapped[:, torch.as_tensor(np.asarray(active), device=swapped.device)] = losses[: len(swaps)].T
-    return {"swapped": swapped, "base": losses[-1], "null": losses[-2]}
+    swapped = losses.new_zeros(captured.n_sequences, len(pairs.first))
+    which = torch.as_tensor(np.asarray(active), device=swapped.device)
+    swapped[:, which] = losses[: len(swaps)].T
+    used = torch.zeros_like(swapped, dtype=torch.bool)
+    used[:, which] = True
+    return {"swapped": swapped, "used": used, "base": losses[-1], "null": losses[-2]}

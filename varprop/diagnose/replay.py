@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from varprop.diagnose.branches import Branches, Edit, require_two
 from varprop.diagnose.limits import Limits
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, UnsuitedError, require
 from varprop.nn import Transformer
 from varprop.results import SITES
 
@@ -149,9 +149,9 @@ class Replay:
         return self.vocab_size > 0
 
     def require_loss(self, what: str) -> None:
-        """`ArgumentError` for a model without logits; `what` is the score that needs them."""
+        """`UnsuitedError` for a model without logits; `what` is the score that needs them."""
         expected = "a model with a language-model head"
-        require(self.has_loss, ArgumentError, "architecture", self.architecture, f"without logits ({what})", expected)
+        require(self.has_loss, UnsuitedError, "architecture", self.architecture, f"without logits ({what})", expected)
 
     def _forward(self, tokens: Tensor) -> Any:
         name = "input_ids" if "input_ids" in inspect.signature(self.model.forward).parameters else None

@@ -96,15 +96,11 @@ class Session:
         return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
 
     def _finite(self, compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]], rows: slice) -> Arrays:
-        """What `compute` gives, finite; else `ArgumentError` naming the layer where the model ceases to be."""
+        """What `compute` gives; `ArgumentError` naming the layer where the model ceases to be finite."""
         captured = self.capture(rows)
         arrays = {name: _array(values) for name, values in compute(captured).items()}
-        for name, array in arrays.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                _ = captured.streams  # raises where the model itself is not finite
-                raise ArgumentError(
-                    f"{name}=NaN or infinite in sequences {rows.start} to {rows.stop}; expected numbers"
-                )
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in arrays.values()):
+            _ = captured.streams  # raises where it is the model that is not finite
         return arrays
 
     def capture(self, rows: slice) -> Captured:
