@@ -59,10 +59,10 @@ def usefulness(session: Session) -> Variables:
         "linear_update_rank": (("layer",), _from_1(arrays["rank"])),
         "usefulness_fit_tokens": ((), np.asarray(count)),
         CURVE: ((CURVE,), np.array(THRESHOLDS)),
-        **_evaluated(session, maps, rest, ""),
+        **evaluated(session, maps, rest, ""),
     }
     if session.option("in_sample"):
-        variables |= _evaluated(session, maps, first, "_in_sample")
+        variables |= evaluated(session, maps, first, "_in_sample")
     return variables
 
 
@@ -133,15 +133,20 @@ def _sums(session: Session, sequences: slice, layers: range) -> list[NormalEquat
     return sums
 
 
-def _evaluated(session: Session, maps: Sequence[Affine], sequences: slice, ending: str) -> Variables:
-    """The variables that are read off the losses on some sequences, `ending` behind their names."""
+def evaluated(
+    session: Session, maps: Sequence[Affine], sequences: slice, ending: str = "", part: str = "usefulness"
+) -> Variables:
+    """The variables that are read off the losses on some sequences with one map for each layer.
+
+    ending: behind their names. part: name under which the losses are kept.
+    """
     replay = session.replay
     programs: list[Program] = [{layer: replacement} for layer, replacement in enumerate(maps)]
 
     def of_batch(captured: Captured) -> dict[str, Tensor]:
         return {"loss": walk(replay, captured, programs).mT, "count": replay.count(captured.batch)}
 
-    arrays = session.each_batch(f"usefulness{ending}", of_batch, sequences)
+    arrays = session.each_batch(f"{part}{ending}", of_batch, sequences)
     threshold = session.option("usefulness_loss_ratio")
     by_layer: dict[str, Statistic] = {"usefulness_loss_ratio": loss_ratio, "usefulness_loss_increase": loss_increase}
     others: dict[str, tuple[tuple[str, ...], Statistic]] = {
