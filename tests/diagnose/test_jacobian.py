@@ -340,6 +340,9 @@ def test_values_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert len(list(tmp_path.iterdir())) > 3
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, rtol=1e-8, atol=1e-10, err_msg=name)
+        other = session(model, tokens, n_probes=n_probes)
+        other.parts = tmp_path
+        np.testing.assert_allclose(values(other)["jacobian_norm"], expected["jacobian_norm"], rtol=1e-8)
         monkeypatch.setattr(Replay, "branches", None)  # nothing is computed again
         monkeypatch.setattr("varprop.diagnose.jacobian._parts", lambda _: ("layer", "attn", "mlp"))
         assert all(np.array_equal(found[name], array, equal_nan=True) for name, array in values(small).items())
