@@ -242,9 +242,9 @@ class Replay:
             total.index_add_(0, which[part], functional.cross_entropy(logits, targets[part], reduction="none").double())
         return total.reshape(n_variants, n_sequences)
 
-    @torch.no_grad()
     def logits(self, streams: Tensor) -> Tensor:
-        """Logits (B, n, vocab_size) of streams (B, n, D) after the last layer; each token by itself, so n is free."""
+        """Logits (B, n, vocab_size) of streams (B, n, D) after the last layer; each token by itself, so n is free. Runs
+        with or without gradients, as is set where it is called."""
         with self._bypassed(self._inject(streams)):
             out = self._forward(torch.zeros(streams.shape[:2], dtype=torch.long, device=self.device))
         return getattr(out, "logits", out)
