@@ -127,8 +127,8 @@ class Sampled:
     def groups(self) -> Variables:
         """Means over the pairs of a layer, and over those of a distance."""
         n_layers = self.pairs.n_layers
-        layers, lags = np.arange(1, n_layers + 1), np.arange(n_layers)
-        of_layer = np.stack([self.pairs.holds(layer) for layer in layers])
+        lags = np.arange(n_layers)
+        of_layer = np.stack([self.pairs.holds(layer) for layer in range(1, n_layers + 1)])
         of_lag = self.pairs.lag == lags[:, None]
         scores, influence = np.abs(self.change), self.influence * np.sign(self.change)
         by_layer = self.pairs.group_means(of_layer, np.full(n_layers, n_layers - 1.0), scores, influence)
@@ -146,12 +146,12 @@ class Sampled:
         """Over all pairs of the model."""
         pairs, n_layers = self.pairs, self.pairs.n_layers
         scores, influence = np.abs(self.change), self.influence * np.sign(self.change)
-        one = np.ones(len(scores))
+        one, with_first = np.ones(len(scores)), pairs.holds(1).astype(np.float64)
         decayed = (DECAY ** (pairs.first - 1) + DECAY ** (pairs.second - 1)) / (n_layers * (n_layers - 1))
         total, _ = pairs.estimate(one, scores, influence)
         scale = 1 / total if total > 0 else 0.0
-        share, _ = pairs.estimate(scale * pairs.holds(1), scores, influence)
-        _, share_error = pairs.estimate(scale * (pairs.holds(1) - share), scores, influence)
+        share, _ = pairs.estimate(scale * with_first, scores, influence)
+        _, share_error = pairs.estimate(scale * (with_first - share), scores, influence)
         variables: Variables = {
             "permutation_first_share": ((), share),
             "permutation_first_share_stderr": ((), share_error),
