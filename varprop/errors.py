@@ -40,10 +40,6 @@ class BranchesWarning(UserWarning):
     """Attention and feed-forward of a model cannot be told apart; their statistics are absent."""
 
 
-class ExpertsWarning(UserWarning):
-    """A model has no experts that can be ablated one by one; their ablation is absent."""
-
-
 class LeftOutWarning(UserWarning):
     """A score that a model lacks something for is absent; the message says what."""
 
@@ -61,7 +57,7 @@ class ArgumentError(VarpropError):
 
 
 class UnsuitedError(ArgumentError):
-    """A model lacks what a score needs, such as a head; among all scores, this one is left out."""
+    """The model or its text lacks what a score needs, such as a head; among all scores, this one is left out."""
 
 
 def require(condition: bool, error: type[VarpropError], name: str, value: Any, wrong: str, expected: str) -> None:

@@ -15,7 +15,7 @@ from tests.diagnose import zoo
 from varprop import presets
 from varprop.diagnose import Batch, Limits, Replay, Session, measure
 from varprop.diagnose.ablation import BRANCHES, WHOLE, ablation
-from varprop.errors import ArgumentError, BranchesWarning
+from varprop.errors import BranchesWarning, UnsuitedError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS = 4, 10
@@ -153,7 +153,17 @@ def test_layers_without_two_branches_are_taken_as_a_whole() -> None:
     assert tuple(result.intervention.values) == WHOLE
 
 
+@pytest.mark.gpu
+@zoo.each_family("llama", "gpt2", "gemma3", "olmoe")
+def test_accelerator_in_bfloat16_gives_what_the_processor_gives(family: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        session = Session(Replay(zoo.make(family, torch.bfloat16).to(device)), Batch.causal(zoo.tokens(8, 16)))
+        found.append(np.asarray(ablation(session)["ablation_loss_ratio"][1]))
+    np.testing.assert_allclose(*found, rtol=0.02)
+
+
 def test_model_without_logits_is_refused() -> None:
     headless = Session(Replay(zoo.make("llama").get_submodule("model")), Batch.causal(zoo.tokens(2, 8)))
-    with pytest.raises(ArgumentError, match="without logits"):
+    with pytest.raises(UnsuitedError, match="without logits"):
         ablation(headless)

@@ -27,7 +27,7 @@ def session_of(model: nn.Module, tokens: Tensor, **options: Any) -> Session:
     return Session(Replay(model), Batch.causal(tokens), options=options)
 
 
-def without(model: nn.Module, layers: Sequence[int]) -> nn.Module:
+def without(model: Any, layers: Sequence[int]) -> nn.Module:
     """A copy of the model that lacks some layers (0..L-1)."""
     model = copy.deepcopy(model)
     first = Replay(model).layers[0]
@@ -63,9 +63,8 @@ def test_loss_without_layers_is_that_of_the_model_without_them(family: str) -> N
 def test_linear_replacement_is_that_of_the_model_with_replaced_layers() -> None:
     model, tokens = zoo.make("llama", n_layers=4), zoo.tokens(3, 8)
     generator = torch.Generator().manual_seed(0)
-    maps = [
-        Affine(0.2 * torch.randn(32, 32, generator=generator), torch.randn(32, generator=generator)) for _ in "1234"
-    ]
+    matrices, shifts = torch.randn(4, 32, 32, generator=generator) / 5, torch.randn(4, 32, generator=generator)
+    maps = [Affine(matrix, shift) for matrix, shift in zip(matrices, shifts, strict=True)]
     ranking = np.array([0, 1, 4, 2, 3])
     found = by_name(pruning(session_of(model, tokens), {"score": ranking}, maps, evaluate=slice(1, None)))
     assert found["removal"].tolist() == ["skip", "linear"]
@@ -74,7 +73,7 @@ def test_linear_replacement_is_that_of_the_model_with_replaced_layers() -> None:
         return lambda module, args, output: args[0] + args[0] @ matrices[layer] + shifts[layer]
 
     for n_removed, gone in ((1, [0]), (2, [0, 2])):
-        changed = copy.deepcopy(model)
+        changed: Any = copy.deepcopy(model)
         for layer in gone:
             changed.model.layers[layer].register_forward_hook(replaced(layer))
         expected = losses_of(changed, tokens[1:]).sum() / tokens[1:, 1:].numel()

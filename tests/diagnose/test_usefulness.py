@@ -14,10 +14,11 @@ from tests.diagnose import zoo
 from varprop import presets
 from varprop.diagnose import Batch, Limits, Replay, Session, measure
 from varprop.diagnose.usefulness import THRESHOLDS, fit, split, usefulness
-from varprop.errors import ArgumentError
+from varprop.errors import AccuracyWarning, ArgumentError, UnsuitedError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS = 8, 12  # 48 tokens are fitted by 32 x 32 + 32 numbers for each layer
+pytestmark = pytest.mark.filterwarnings("ignore::varprop.errors.AccuracyWarning")  # few tokens
 ROUNDING = 1e-7
 """Of a float64 model: transformers computes norms and routers in float32."""
 SPEC = presets.tiny().with_fields(d_model=32, n_layers=3, n_heads=2, head_dim=16, d_ff=48, vocab_size=96)
@@ -162,13 +163,31 @@ def test_split_leaves_sequences_on_both_sides(share: float, expected: int) -> No
     assert split(session) == (slice(0, expected), slice(expected, 8))
 
 
+@pytest.mark.parametrize("n_tokens, times", [(16, "about 1.5 times"), (8, "any number of times")])
+def test_few_tokens_are_said_to_be_few(n_tokens: int, times: str) -> None:
+    session = Session(Replay(zoo.make("llama")), Batch.causal(zoo.tokens(12, n_tokens)))
+    with pytest.warns(AccuracyWarning, match=times):
+        usefulness(Session(session.replay, session.batch, options={"fit_share": 0.25 if n_tokens == 8 else 0.5}))
+
+
+@pytest.mark.gpu
+@zoo.each_family("llama", "gpt2", "gemma3", "olmoe")
+def test_accelerator_in_bfloat16_gives_what_the_processor_gives(family: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        session = Session(Replay(zoo.make(family, torch.bfloat16).to(device)), Batch.causal(zoo.tokens(40, 32)))
+        found.append({name: np.asarray(values) for name, (_, values) in usefulness(session).items()})
+    np.testing.assert_allclose(found[0]["linear_r_squared"], found[1]["linear_r_squared"], atol=0.02)
+    np.testing.assert_allclose(found[0]["usefulness_loss_ratio"], found[1]["usefulness_loss_ratio"], rtol=0.02)
+
+
 def test_bad_input() -> None:
     model = zoo.make("llama", torch.float64)
     one = Session(Replay(model), Batch.causal(zoo.tokens(1, 12)))
-    with pytest.raises(ArgumentError, match="sequences=1 is too few for usefulness; expected at least 2"):
+    with pytest.raises(UnsuitedError, match="sequences=1 is too few for usefulness; expected at least 2"):
         usefulness(one)
     with pytest.raises(ArgumentError, match=r"fit_share=1\.0 is outside its range"):
         usefulness(session_of(model, fit_share=1.0))
     headless = session_of(zoo.make("llama").get_submodule("model"))
-    with pytest.raises(ArgumentError, match="without logits"):
+    with pytest.raises(UnsuitedError, match="without logits"):
         usefulness(headless)

@@ -30,7 +30,7 @@ def diagnosis(scale: float = 1.0, keep: tuple[str, ...] | None = None) -> xr.Dat
     swapped = matrix + matrix.T
     measured = np.zeros((L + 1, L + 1), dtype=bool)
     measured[1, 2] = measured[2, 1] = True
-    rise = np.array([[3.0, 3.2, 3.8], [3.0, 3.1, 3.3]])
+    rise = np.array([[3.1, 3.2, 3.8], [3.0, 3.1, 3.3]])
     variables: dict[str, Any] = {
         **{name: (("layer", "site"), k * sites) for k, name in enumerate(("variance", "sink_variance"), 1)},
         "variance_quantile": (("layer", "site", "quantile"), sites[..., None] * [0.5, 0.9, 2.0]),
@@ -41,21 +41,29 @@ def diagnosis(scale: float = 1.0, keep: tuple[str, ...] | None = None) -> xr.Dat
         "permutation_score": (PAIRS, swapped),
         "permutation_measured": (PAIRS, measured),
         "jacobian_deviation": (("layer", "definition"), layers[:, None] * [1.0, 2.0]),
-        "pruning_loss": (("removed_by", "removal", "n_removed"), np.stack([rise, rise + 1])),
+        "pruning_loss": (("removed_by", "removal", "n_removed"), np.stack([rise, rise + 1, rise + 2])),
+        "pruning_base_loss": ((), 3.0),
+        "block_influence_at_initialisation": (("layer",), 0.5 + 0 * layers),
+        "jacobian_deviation_at_initialisation": (("layer", "definition"), layers[:, None] * [0.5, 0.6]),
     }
     if keep is not None:
         variables = {name: value for name, value in variables.items() if name.startswith(keep)}
     coords = {
         "quantile": [0.25, 0.5, 0.75],
         "definition": ["token_mean", "own_token"],
-        "removed_by": ["causal", "random"],
+        "removed_by": ["causal", "random_1", "random_2"],
         "removal": ["skip", "linear"],
-        "n_removed": [0, 1, 2],
+        "n_removed": [1, 2, 3],
     }
     used = {dim for dims, _ in variables.values() for dim in dims}
     coords = {dim: labels for dim, labels in coords.items() if dim in used}
     about: dict[str, Any] = {"source": "checkpoint", "spec_json": "", "spec_id": "", "n_tokens": 8, "coords": coords}
     return results.new(variables, **about)
+
+
+def rise_of(dataset: xr.Dataset, removal: str) -> np.ndarray:
+    """The mean of the two random orders."""
+    return dataset.pruning_loss.sel(removed_by=["random_1", "random_2"], removal=removal).mean("removed_by").values
 
 
 def titles(figure: Any) -> list[str]:
@@ -70,7 +78,7 @@ def test_every_panel_holds_the_numbers() -> None:
     assert titles(figure) == [
         "variance of the stream",
         "block influence",
-        "a linear map in place of the layer",
+        "layer replaced by a linear map",
         "causal matrix",
         "swapped layers",
         "Jacobian",
@@ -83,7 +91,12 @@ def test_every_panel_holds_the_numbers() -> None:
     median = panels["variance of the stream"].get_lines()[2]
     np.testing.assert_allclose(median.get_ydata(), 0.9)
     influence = panels["block influence"]
-    np.testing.assert_array_equal(influence.get_lines()[-1].get_xdata(), [1, 2, 3, 4])
+    expected = influence.get_lines()[-1]
+    assert expected.get_label() == "theory at initialisation"
+    np.testing.assert_array_equal(expected.get_ydata()[1:], 0.5)  # type: ignore[index]
+    np.testing.assert_array_equal(influence.get_lines()[-2].get_xdata(), [1, 2, 3, 4])
+    names = [text.get_text() for text in panels["Jacobian"].get_legend().get_texts()]  # type: ignore[union-attr]
+    assert sorted(names) == ["own token", "theory at initialisation", "token mean"]
     (_, _, (bars,)) = influence.containers[0]
     low, high = np.array([segment[:, 1] for segment in bars.get_segments()]).T
     np.testing.assert_allclose((high - low) / 2, 1.96 * dataset.block_influence[1:])
@@ -98,6 +111,8 @@ def test_every_panel_holds_the_numbers() -> None:
     removed = panels["the least useful layers removed"]
     names = [text.get_text() for text in removed.get_legend().get_texts()]  # type: ignore[union-attr]
     assert names == ["causal, skip", "causal, linear", "random, skip", "random, linear"]
+    (line, _, _) = removed.containers[2]
+    np.testing.assert_allclose(line.get_ydata(), [3, *(rise_of(dataset, "skip"))])
 
 
 def test_panels_without_variables_are_left_out() -> None:

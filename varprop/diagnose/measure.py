@@ -15,9 +15,11 @@ import xarray as xr
 from torch import nn
 
 from varprop import hf, results
+from varprop.diagnose import released
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
+from varprop.diagnose.consequence import consequence
 from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
@@ -28,6 +30,7 @@ from varprop.diagnose.moments import moments
 from varprop.diagnose.options import require_options
 from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
+from varprop.diagnose.screening import screening
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
 from varprop.diagnose.weights import weights
@@ -49,12 +52,22 @@ SCORES: dict[str, Score] = {
     "usefulness": usefulness,
     "jacobian": jacobian,
     "permutation": permutation,
+    "screening": screening,
     "ablation": ablation,
     "expert_ablation": expert_ablation,
+    "pruning": consequence,
     "initialisation": initialisation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
-RELEASED: dict[str, Score] = {}
+RELEASED: dict[str, Score] = {
+    "experts": released.experts,
+    "similarity": released.similarity,
+    "causal": released.causal,
+    "usefulness": released.usefulness,
+    "jacobian": released.jacobian,
+    "permutation": released.permutation,
+    "defects": released.defects,
+}
 """What the released code computes instead, for the scores that it has."""
 STANDARD = ("moments", "weights", "attention", "influence", "causal", "usefulness", "jacobian", "permutation")
 """Scores that are measured where none are named; the name "standard" stands for them."""
@@ -103,11 +116,11 @@ def measure(
     session = Session(replay, batch, seed, folder, progress, options or {}, spec)
     if replay.has_loss:
         attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
-    variables: Variables = {}
+    variables = session.found
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
         try:
-            variables |= table[name](session)
+            variables.update(table[name](session))
         except (UnsuitedError, AssumptionError) as error:
             if not isinstance(scores, str) or scores not in GROUPS:
                 raise

@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "in_sample": (False, "whether usefulness is also evaluated on the sequences of the fit, as the paper does"),
     "usefulness_loss_ratio": (1.1, "a layer is useful where replacing it multiplies the loss by more than this"),
     "expert_tokens": (1024, "tokens that single experts are ablated on: so many whole sequences"),
+    "elementwise_micro_batch": (0, "released Jacobian by its method elementwise with this micro-batch; 0 = rowwise"),
     "pruning_tokens": (1024, "tokens that the greedy order of removal is chosen on: so many whole sequences"),
     "most_removed": (0, "layers that are removed one after the other; 0 = half of them"),
 }

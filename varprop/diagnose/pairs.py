@@ -20,7 +20,7 @@ from varprop.errors import ArgumentError, require
 Array = NDArray[np.float64]
 FEWEST = 4
 """Fewest pairs that are drawn: two with layer 1 and two without."""
-FIRST_SHARE = 0.25
+FIRST_SHARE = 1 / 8
 """Share of the drawn pairs that hold layer 1."""
 
 
@@ -108,7 +108,7 @@ def draw_pairs(n_layers: int, n_pairs: int, rng: np.random.Generator) -> Pairs:
     >>> rng = np.random.default_rng(0)
     >>> pairs = draw_pairs(12, 16, rng)
     >>> int(pairs.drawn.sum()), pairs.sizes.tolist(), round(pairs.inclusion_weights @ pairs.drawn)
-    (16, [6, 5, 10, 9, 9, 9, 9, 9], 66)
+    (16, [11, 8, 8, 8, 8, 8, 8, 7], 66)
     """
     first, second = np.triu_indices(n_layers, 1)
     first, second = first + 1, second + 1

@@ -23,7 +23,7 @@ from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
 
 PAIRS = ("source_layer", "target_layer")
-FEWEST_SEQUENCES = 4
+FEWEST_SEQUENCES = 8
 """That a standard error is first taken from, where it decides whether more are added."""
 DECAY = 0.9
 """Of the weight of a layer, for each layer before it, in the paper's weighted mean."""
@@ -127,8 +127,8 @@ class Sampled:
     def groups(self) -> Variables:
         """Means over the pairs of a layer, and over those of a distance."""
         n_layers = self.pairs.n_layers
-        layers, lags = np.arange(1, n_layers + 1), np.arange(n_layers)
-        of_layer = np.stack([self.pairs.holds(layer) for layer in layers])
+        lags = np.arange(n_layers)
+        of_layer = np.stack([self.pairs.holds(layer) for layer in range(1, n_layers + 1)])
         of_lag = self.pairs.lag == lags[:, None]
         scores, influence = np.abs(self.change), self.influence * np.sign(self.change)
         by_layer = self.pairs.group_means(of_layer, np.full(n_layers, n_layers - 1.0), scores, influence)
@@ -146,12 +146,12 @@ class Sampled:
         """Over all pairs of the model."""
         pairs, n_layers = self.pairs, self.pairs.n_layers
         scores, influence = np.abs(self.change), self.influence * np.sign(self.change)
-        one = np.ones(len(scores))
+        one, with_first = np.ones(len(scores)), pairs.holds(1).astype(np.float64)
         decayed = (DECAY ** (pairs.first - 1) + DECAY ** (pairs.second - 1)) / (n_layers * (n_layers - 1))
         total, _ = pairs.estimate(one, scores, influence)
         scale = 1 / total if total > 0 else 0.0
-        share, _ = pairs.estimate(scale * pairs.holds(1), scores, influence)
-        _, share_error = pairs.estimate(scale * (pairs.holds(1) - share), scores, influence)
+        share, _ = pairs.estimate(scale * with_first, scores, influence)
+        _, share_error = pairs.estimate(scale * (with_first - share), scores, influence)
         variables: Variables = {
             "permutation_first_share": ((), share),
             "permutation_first_share_stderr": ((), share_error),
@@ -179,8 +179,10 @@ class Sampled:
 def sample(session: Session) -> Sampled:
     """The losses of the swapped pairs, on as many sequences as the options ask for.
 
-    With `permutation_stderr` > 0 the sequences are doubled, from 4 or more, for the pairs that are not known well
-    enough yet, so that a pair is looked at a few times only and does not stop on a lucky error.
+    With `permutation_stderr` > 0 the sequences are doubled, from 8 or more, for the pairs that are not known well
+    enough yet, so that a pair is looked at a few times only. Still a pair stops sooner with a lucky error or a high
+    score. In the simulation of test_errors_after_sequential_sampling, 400 times, with 8 sequences to begin with, the
+    stated standard error of the mean was 0.82 to 0.94 of the true one, and the mean too high by 0.03 to 0.35 of it.
     """
     tolerance = session.option("permutation_stderr")
     seed = int(torch.randint(2**62, (), generator=session.rng("permutation")))

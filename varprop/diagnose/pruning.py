@@ -91,7 +91,7 @@ def greedy_order(session: Session, most: int, before: int) -> list[int]:
 def _ascending(name: str, ranking: np.ndarray, n_layers: int) -> list[int]:
     """Places (0..L-1), the least useful first."""
     ranking = np.asarray(ranking, dtype=float)
-    good = ranking.shape == (n_layers + 1,) and np.isfinite(ranking[1:]).all()
+    good = ranking.shape == (n_layers + 1,) and bool(np.isfinite(ranking[1:]).all())
     expected = f"finite numbers of layers 0 to {n_layers}, of which the first is not read"
     require(good, ArgumentError, f"rankings[{name!r}]", ranking.tolist(), "no ranking of the layers", expected)
     return np.argsort(ranking[1:], kind="stable").tolist()

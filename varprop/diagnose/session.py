@@ -42,6 +42,9 @@ class Session:
     """Of single scores, where they are not the defaults of `varprop.diagnose.options`."""
     spec: ModelSpec | None = None
     """Of the model, where it has one."""
+    found: Variables = field(default_factory=dict)
+    """Variables of the scores that were measured before."""
+    _kept: dict[str, Arrays] = field(default_factory=dict)
 
     @property
     def n_sequences(self) -> int:
@@ -110,7 +113,12 @@ class Session:
         return self.replay.capture(Batch(batch.tokens.to(device), batch.targets.to(device)))
 
     def once(self, key: str, compute: Callable[[], Mapping[str, Tensor | np.ndarray]]) -> Arrays:
-        """What `compute` gives, kept in the folder of parts under `key`, or read from there."""
+        """What `compute` gives, kept under `key` here and in the folder of parts, or taken from there."""
+        if key not in self._kept:
+            self._kept[key] = self._part(key, compute)
+        return self._kept[key]
+
+    def _part(self, key: str, compute: Callable[[], Mapping[str, Tensor | np.ndarray]]) -> Arrays:
         path = None if self.parts is None else self.parts / f"{key.replace('/', '-')}.safetensors"
         if path is not None and path.is_file():
             try:
