@@ -20,6 +20,7 @@ from varprop.corpus.load import TOKENIZER
 from varprop.diagnose import causal
 from varprop.diagnose.open import open_model
 from varprop.diagnose.text import sequences
+from varprop.errors import LeftOutWarning
 from varprop.nn import Transformer
 
 SMALL = ("--scores", "causal", "--n-sequences", 4, "--length", 16, "--device", "cpu", "--data", "text.txt")
@@ -129,6 +130,21 @@ def test_a_run_of_ours_and_an_encoder(folder: Path) -> None:
     for name in ("run", "encoder", "headless"):
         assert run(name, *SMALL, "--out", f"{name}.nc") == 0
         assert results.load(f"{name}.nc").causal_score.item() > 0
+
+
+def test_scores_that_a_model_lacks_something_for_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(folder / "headless", "headless", begins=True)
+    short = ("headless", *SMALL[2:], "--out", "x.nc", "--option", "jacobian_tokens=16")
+    with pytest.warns(LeftOutWarning) as said:
+        assert run(*short, "--scores", "standard") == 0
+    wrong = "is left out: architecture='BertModel' is without logits"
+    lines = [str(one.message) for one in said]
+    assert [line.split()[0] for line in lines] == ["usefulness", "permutation"]
+    assert all(wrong in line for line in lines)
+    found = results.load("x.nc")
+    assert {"variance", "block_influence", "causal_score", "jacobian_norm"} <= set(found)
+    assert run(*short, "--scores", "usefulness") == 2
+    assert "is without logits (usefulness); expected" in capsys.readouterr().err
 
 
 def nan(folder: Path) -> None:

@@ -18,12 +18,13 @@ from varprop.summary import summarise
 from varprop.theory import predict
 
 if TYPE_CHECKING:
-    from varprop import compare, evaluate, hf, plot, report, simulate, train
+    from varprop import compare, diagnose, evaluate, hf, plot, report, simulate, train
 
 __all__ = [
     "ModelSpec",
     "__version__",
     "compare",
+    "diagnose",
     "evaluate",
     "hf",
     "plot",
@@ -36,7 +37,7 @@ __all__ = [
     "train",
 ]
 
-_ON_FIRST_USE = ("compare", "evaluate", "hf", "plot", "report", "simulate", "train")
+_ON_FIRST_USE = ("compare", "diagnose", "evaluate", "hf", "plot", "report", "simulate", "train")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.spot_check:
                 del model
                 gaps = spot_check(arguments.model, batch, device=arguments.device, **about)
-                dataset = dataset.assign(gaps)
+                dataset = dataset.assign(gaps.data_vars)
         dataset = dataset.assign_attrs(model=str(arguments.model), data=str(arguments.data), begin=arguments.begin)
         results.save(dataset, out)
     if not arguments.keep_parts:

@@ -40,8 +40,8 @@ class BranchesWarning(UserWarning):
     """Attention and feed-forward of a model cannot be told apart; their statistics are absent."""
 
 
-class ExpertsWarning(UserWarning):
-    """A model has no experts that can be ablated one by one; their ablation is absent."""
+class LeftOutWarning(UserWarning):
+    """A score that a model lacks something for is absent; the message says what."""
 
 
 class DamagedShardWarning(UserWarning):
@@ -54,6 +54,10 @@ class SchemaError(VarpropError):
 
 class ArgumentError(VarpropError):
     """An argument of a function or command is outside its domain."""
+
+
+class UnsuitedError(ArgumentError):
+    """The model or its text lacks what a score needs, such as a head; among all scores, this one is left out."""
 
 
 def require(condition: bool, error: type[VarpropError], name: str, value: Any, wrong: str, expected: str) -> None:

@@ -46,7 +46,7 @@ DIMENSIONS = (
     *("matrix", "position", "sequence", "quantile", "probe", "definition"),
     *("probe_step", "update_step", "evaluation_step", "evaluation"),
     *("attention_threshold", "query_position", "weight_threshold", "relative_threshold", "mask_density"),
-    *("loss_ratio_threshold", "intervention", "n_removed", "removed_by", "removal", "lag"),
+    *("loss_ratio_threshold", "intervention", "n_removed", "removed_by", "removal", "lag", "defect"),
 )
 """Reserved dimension names; grid axes are added under the name of the spec field they vary."""
 STEPS = ("step", "probe_step", "update_step", "evaluation_step")

@@ -15,10 +15,12 @@ from tests.diagnose import zoo
 from varprop import presets
 from varprop.diagnose import Batch, Limits, Replay, Session, measure
 from varprop.diagnose.ablation import BRANCHES, WHOLE, ablation
-from varprop.errors import ArgumentError, BranchesWarning
+from varprop.errors import BranchesWarning, UnsuitedError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS = 4, 10
+ROUNDING = 1e-7
+"""Of a float64 model: transformers computes norms and routers in float32."""
 ADDED = {
     "llama": ("self_attn", "mlp"),
     "qwen2": ("self_attn", "mlp"),
@@ -35,14 +37,6 @@ ADDED = {
     "esm": ("attention.output.dense", "output.dense"),
 }
 """Modules of a layer whose output is what attention and feed-forward add to the stream."""
-
-
-def make(family: str) -> nn.Module:
-    """In float64, for which the grouped products of experts have no kernel."""
-    model = zoo.make(family, torch.float64)
-    if family in zoo.MIXTURES:
-        model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
-    return model
 
 
 def stream(value: Any) -> Tensor:
@@ -101,7 +95,7 @@ def plain(model: nn.Module, layers: Any, tokens: Tensor, branches: tuple[str, st
 
 @zoo.each_family(*ADDED)
 def test_is_its_definition(family: str) -> None:
-    model = make(family)
+    model = zoo.make(family, torch.float64)
     session = Session(Replay(model), Batch.causal(zoo.tokens(N_SEQUENCES, N_TOKENS)))
     variables = ablation(session)
     assert variables["intervention"][1] == [*WHOLE, *BRANCHES]
@@ -109,13 +103,13 @@ def test_is_its_definition(family: str) -> None:
         expected = plain(model, session.replay.layers, session.batch.tokens, ADDED[family])
     found = variables["ablation_loss_ratio"][1]
     assert np.isnan(found[0]).all()
-    np.testing.assert_allclose(found[1:], expected, rtol=1e-7)
+    np.testing.assert_allclose(found[1:], expected, rtol=ROUNDING)
     null = WHOLE.index("null")
-    assert (np.abs(np.delete(found[1:], null, axis=1) - 1) > 1e-7).all()
+    assert (np.abs(np.delete(found[1:], null, axis=1) - 1) > ROUNDING).all()
 
 
 def test_small_memory_gives_the_same() -> None:
-    model, batch = make("llama"), Batch.causal(zoo.tokens(N_SEQUENCES, N_TOKENS))
+    model, batch = zoo.make("llama", torch.float64), Batch.causal(zoo.tokens(N_SEQUENCES, N_TOKENS))
     expected = ablation(Session(Replay(model), batch))
     session = Session(Replay(model), batch)
     session.replay.limits = Limits(4.0 * 4 * 10 * 32 * 8)  # one sequence a batch
@@ -127,7 +121,7 @@ def test_small_memory_gives_the_same() -> None:
 
 def test_standard_error_is_that_of_a_paired_ratio() -> None:
     """Delta method: of a ratio of means a / b it is the standard deviation of a_i - (a/b) b_i over sqrt(S) mean b."""
-    model, tokens = make("llama"), zoo.tokens(100, 6, 5)
+    model, tokens = zoo.make("llama", torch.float64), zoo.tokens(100, 6, 5)
     replay = Replay(model)
     found = ablation(Session(replay, Batch.causal(tokens)))
 
@@ -159,7 +153,17 @@ def test_layers_without_two_branches_are_taken_as_a_whole() -> None:
     assert tuple(result.intervention.values) == WHOLE
 
 
+@pytest.mark.gpu
+@zoo.each_family("llama", "gpt2", "gemma3", "olmoe")
+def test_accelerator_in_bfloat16_gives_what_the_processor_gives(family: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        session = Session(Replay(zoo.make(family, torch.bfloat16).to(device)), Batch.causal(zoo.tokens(8, 16)))
+        found.append(np.asarray(ablation(session)["ablation_loss_ratio"][1]))
+    np.testing.assert_allclose(*found, rtol=0.02)
+
+
 def test_model_without_logits_is_refused() -> None:
     headless = Session(Replay(zoo.make("llama").get_submodule("model")), Batch.causal(zoo.tokens(2, 8)))
-    with pytest.raises(ArgumentError, match="without logits"):
+    with pytest.raises(UnsuitedError, match="without logits"):
         ablation(headless)

@@ -15,7 +15,7 @@ from tests.diagnose import zoo
 from varprop import presets
 from varprop.diagnose import Batch, Replay, Session, measure
 from varprop.diagnose.expert_ablation import expert_ablation
-from varprop.errors import ExpertsWarning
+from varprop.errors import UnsuitedError
 from varprop.nn import Transformer
 from varprop.nn import moe as moe_module
 from varprop.spec import MoESpec
@@ -57,9 +57,7 @@ def check(model: nn.Module, tolerance: float) -> None:
 
 @zoo.each_family(*zoo.MIXTURES)
 def test_is_the_loss_without_the_experts_output_matrix(family: str) -> None:
-    model = zoo.make(family, torch.float64)
-    model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
-    check(model, 1e-7)
+    check(zoo.make(family, torch.float64), 1e-7)  # routers compute in float32
 
 
 @zoo.each_family("olmoe", "gpt_oss")
@@ -91,7 +89,7 @@ def test_our_own_mixture_is_the_loss_without_the_experts_gates(routing: str, mon
                 return routing._replace(gates=routing.gates * (chosen != expert))
 
             monkeypatch.setattr(moe_module, "route", closed)
-            assert found[layer + 1, expert] == pytest.approx(loss(model, tokens) / base, rel=1e-7)
+            assert found[layer + 1, expert] == pytest.approx(loss(model, tokens) / base, rel=1e-10)
             monkeypatch.setattr(moe_module, "route", route)
 
 
@@ -101,6 +99,17 @@ def test_result_has_no_values_where_there_is_no_mixture() -> None:
     assert ratio.isnull().all("expert").values.tolist() == [True, True, False, False]
 
 
-def test_dense_model_gives_nothing_and_says_so() -> None:
-    with pytest.warns(ExpertsWarning, match="LlamaForCausalLM has no layer with experts"):
-        assert expert_ablation(Session(Replay(zoo.make("llama")), Batch.causal(zoo.tokens(2, 8)))) == {}
+def test_dense_model_is_refused() -> None:
+    model, tokens = zoo.make("llama"), zoo.tokens(2, 8)
+    with pytest.raises(UnsuitedError, match="'LlamaForCausalLM' is without experts stacked in one module"):
+        measure(model, tokens, scores="expert_ablation")
+
+
+@pytest.mark.gpu
+@zoo.each_family("olmoe", "gpt_oss")
+def test_accelerator_gives_what_the_processor_gives(family: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        session = Session(Replay(zoo.make(family).to(device)), Batch.causal(zoo.tokens(3, 10)))
+        found.append(np.asarray(expert_ablation(session)["expert_ablation_loss_ratio"][1]))
+    np.testing.assert_allclose(*found, rtol=1e-3)

@@ -315,21 +315,20 @@ def test_estimates_are_near_the_exact_values(family: str) -> None:
 
 def test_probes_are_added_until_the_error_is_as_asked() -> None:
     model, tokens = Toy(d_model=40), toy_tokens(2, 5)
-    found = values(session(model, tokens, n_probes=4, jacobian_stderr=0.12))
+    found = values(session(model, tokens, n_probes=4, jacobian_stderr=0.05))
     used = found["jacobian_n_probes"][1:]
     relative = (found["jacobian_deviation_stderr"] / found["jacobian_deviation"])[1:, 2]
-    assert ((relative <= 0.12) | (used == 40)).all()
+    assert ((relative <= 0.05) | (used == 40)).all()
     assert used.max() > 4
     layer = int(used.argmax())
     once = values(session(model, tokens, n_probes=int(used[layer])))
     for name in ("jacobian_norm", "jacobian_diagonal_std", "jacobian_deviation_split_half"):
         np.testing.assert_allclose(found[name][layer + 1], once[name][layer + 1], rtol=1e-12)
-    assert relative[layer] < once["jacobian_deviation"][layer + 1, 2]
 
 
 def test_values_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Copies of the input, batches of sequences, groups of layers; and parts that are kept are read."""
-    model, tokens = zoo.make("llama", torch.float64), zoo.tokens(3, 6)
+    model, tokens = zoo.make("llama", torch.float64, n_layers=2), zoo.tokens(3, 4)
     for n_probes in (0, 6):
         expected = values(session(model, tokens, n_probes=n_probes))
         small = session(model, tokens, n_probes=n_probes)
@@ -341,6 +340,9 @@ def test_values_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert len(list(tmp_path.iterdir())) > 3
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, rtol=1e-8, atol=1e-10, err_msg=name)
+        other = session(model, tokens, n_probes=n_probes)
+        other.parts = tmp_path
+        np.testing.assert_allclose(values(other)["jacobian_norm"], expected["jacobian_norm"], rtol=1e-8)
         monkeypatch.setattr(Replay, "branches", None)  # nothing is computed again
         monkeypatch.setattr("varprop.diagnose.jacobian._parts", lambda _: ("layer", "attn", "mlp"))
         assert all(np.array_equal(found[name], array, equal_nan=True) for name, array in values(small).items())
@@ -431,6 +433,7 @@ def test_the_result_names_definitions_and_branches() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu() -> None:
     tokens = zoo.tokens(2, 32)
     expected = values(session(zoo.make("olmoe"), tokens, n_probes=8))

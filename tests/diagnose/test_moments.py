@@ -185,7 +185,7 @@ def test_batches_and_chunks_do_not_change_the_numbers() -> None:
 
 def test_massive_activations_are_kept_apart() -> None:
     """One token id with an embedding 100 times as large."""
-    model = zoo.make("llama", torch.float64)
+    model: Any = zoo.make("llama", torch.float64)
     tokens = TOKENS.clone()
     tokens[tokens == 31] = 32
     tokens[0, 4] = tokens[2, 7] = 31
@@ -210,6 +210,18 @@ def test_standard_errors_are_those_of_means_over_sequences() -> None:
     expected = (x**2).mean(axis=(1, 2)).std(ddof=1) / np.sqrt(len(x))
     assert found["second_moment_stderr"][2, SITES.index("mlp_out")] == pytest.approx(expected, rel=0.14)
     assert found["loss_mean_stderr"] == pytest.approx(found["loss"].std(ddof=1) / np.sqrt(len(x)), rel=0.14)
+
+
+def test_losses_are_weighted_by_targets() -> None:
+    """Sequences with no, one and five targets: the mean over targets is not that over sequences."""
+    targets = torch.full_like(TOKENS, -100)
+    targets[1, 3], targets[2, 2:7] = 9, TOKENS[2, 3:8]
+    model = zoo.make("gpt2", torch.float64)
+    found = values(moments(Session(Replay(model), Batch(TOKENS, targets))))
+    assert found["n_targets"].tolist() == [0, 1, 5]
+    assert found["loss"][0] == 0
+    assert found["loss_mean"] == pytest.approx((found["loss"][1] + 5 * found["loss"][2]) / 6, rel=1e-12)
+    assert found["loss_mean"] != pytest.approx(found["loss"][1:].mean(), rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::varprop.errors.BranchesWarning")

@@ -117,6 +117,33 @@ def test_update_that_does_not_vary() -> None:
     assert not found.matrix.any()
 
 
+def test_residual_on_other_tokens_grows_as_stated() -> None:
+    """Of Gaussian x and noise it is (1 + 1/n) (n - 2) / (n - d - 2) times the noise: 1 / (1 - d / n) for large n."""
+    generator = torch.Generator().manual_seed(0)
+    d_model, n_tokens = 20, 80
+    found = []
+    for _ in range(200):
+        x, u = torch.randn(2, n_tokens + 1000, d_model, generator=generator, dtype=torch.float64)
+        solution = fit(x[:n_tokens], u[:n_tokens])
+        found.append((u - x @ solution.matrix - solution.shift)[n_tokens:].square().mean())
+    expected = (1 + 1 / n_tokens) * (n_tokens - 2) / (n_tokens - d_model - 2)
+    error = torch.stack(found).std() / 200**0.5
+    assert abs(torch.stack(found).mean() - expected) < 4 * error  # false alarm 6e-5
+    assert expected == pytest.approx(1 / (1 - d_model / n_tokens), rel=0.03)
+
+
 def test_no_tokens_are_refused() -> None:
     with pytest.raises(ArgumentError, match="tokens=0 is too few"):
         NormalEquations.empty(D).solve()
+
+
+@pytest.mark.gpu
+def test_accelerator_gives_the_solution_of_lstsq() -> None:
+    x, u = (values.cuda() for values in draw(dtype=torch.bfloat16))
+    sums = NormalEquations.empty(D, "cuda")
+    for a, b in zip(x.tensor_split(7), u.tensor_split(7), strict=True):
+        sums.add(a, b)
+    found = sums.solve()
+    matrix, shift = least_squares(x.cpu(), u.cpu())
+    np.testing.assert_allclose(found.matrix.cpu().numpy(), matrix, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.shift.cpu().numpy(), shift, rtol=1e-9, atol=1e-12)

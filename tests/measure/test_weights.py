@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from varprop.measure import (
     effective_density_participation,
     effective_density_threshold_tenth_rms,
+    magnitude_mask_retained_variance,
     rms,
+    share_above,
     spectral_norm,
     stable_rank,
 )
@@ -34,6 +36,14 @@ def test_definitions(seed: int, n_out: int, n_in: int, lead: tuple[int, ...]) ->
     np.testing.assert_allclose(effective_density_participation(w), expected, rtol=1e-12)
     expected = np.mean(np.abs(x) > 0.1 * np.sqrt(second)[..., None, None], axis=(-2, -1))
     np.testing.assert_allclose(effective_density_threshold_tenth_rms(w), expected, rtol=1e-12)
+    for threshold in (0.0, 0.5):
+        np.testing.assert_allclose(share_above(w, threshold), np.mean(np.abs(x) > threshold, axis=(-2, -1)), rtol=1e-12)
+    ordered = -np.sort(-(x**2).reshape(*lead, -1))
+    for number, density in enumerate((0.5, 0.2)):
+        kept = ordered[..., : max(1, round(density * n_out * n_in))].sum(axis=-1)
+        expected = np.divide(kept, ordered.sum(axis=-1), out=np.zeros_like(kept), where=kept > 0)
+        found = magnitude_mask_retained_variance(w, (0.5, 0.2))[..., number]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
     norm = np.linalg.norm(x, ord=2, axis=(-2, -1))
     np.testing.assert_allclose(spectral_norm(w), norm, rtol=1e-5)  # steps to the smaller side: float32 rounding
     square = np.sum(x**2, axis=(-2, -1))
@@ -51,6 +61,18 @@ def test_density_of_masked_gaussian_matrices(density: float) -> None:
     assert effective_density_participation(w).item() == pytest.approx(density, rel=5 * 0.0033)
     from_table = {1.0: 0.92034, 0.25: 0.25 * 0.96012}[density]  # P(|z| > 0.1), P(|z| > 0.05)
     assert effective_density_threshold_tenth_rms(w).item() == pytest.approx(from_table, abs=5 * 0.001)
+
+
+def test_magnitude_mask_of_a_gaussian_matrix() -> None:
+    """A million entries: the standard deviations are below 0.0005."""
+    found = magnitude_mask_retained_variance(gaussian(1000, 1000), (0.5, 0.3, 0.1))
+    np.testing.assert_allclose(found, (0.9287, 0.7833, 0.4393), atol=0.0025)
+
+
+def test_thresholds_of_bfloat16_entries_are_not_rounded() -> None:
+    w = torch.tensor([[0.001, 0.002]], dtype=torch.bfloat16)  # 0.001 is 0.00099945 there
+    assert share_above(w, 0.000999).item() == 1.0
+    assert share_above(w, 0.001).item() == 0.5
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (192, 512), (512, 192), (2, 128, 96)])

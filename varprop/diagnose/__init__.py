@@ -2,8 +2,12 @@
 
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.measure import RELEASED, SCORES, STANDARD, measure
+from varprop.diagnose.open import open_model
+from varprop.diagnose.precision import precision_gap, spot_check
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.diagnose.session import Session
+from varprop.diagnose.table import table
+from varprop.diagnose.text import sequences
 from varprop.diagnose.wavefront import walk
 
 __all__ = [
@@ -16,5 +20,10 @@ __all__ = [
     "Replay",
     "Session",
     "measure",
+    "open_model",
+    "precision_gap",
+    "sequences",
+    "spot_check",
+    "table",
     "walk",
 ]

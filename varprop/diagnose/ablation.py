@@ -31,7 +31,7 @@ def ablation(session: Session) -> Variables:
     adds is taken after its norm and multiplier, before a norm of the sum (Post-LN). Models whose branches cannot be
     told apart have no interventions on them, and a `BranchesWarning` says so. Standard errors: over sequences, the same
     ones in both losses; the means are taken as given. Layers count from 1; entries of layer 0 are NaN. Raises
-    `ArgumentError` for a model without logits.
+    `UnsuitedError` for a model without logits.
     Checked by: tests/diagnose/test_ablation.py, the model with hooks on its own modules.
     """
     replay = session.replay

@@ -1,34 +1,24 @@
 """How sparse attention is: effective number of keys, entropy, mass above thresholds, sinks.
 
-A layer is run up to its attention, on what transformers gives the attention function of the configuration, or what
-our own layers project; probabilities are then formed for some queries at a time and thrown away. No family has code of
-its own, and no T x T matrix is held.
-
 Shape suffixes: `B` sequences, `T` tokens, `N` query heads, `L` layers.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
+from varprop.diagnose.attention_rows import attention_rows
 from varprop.diagnose.bootstrap import ratio, stderr
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.errors import ArgumentError, require
 from varprop.measure import ATTENTION_THRESHOLDS, QUERY_STATISTICS, query_statistics
-from varprop.nn.attention import allowed_keys, sequence_probabilities
-from varprop.nn.block import KEY_MASK_STREAM, Block
-from varprop.nn.init import make_generator
-from varprop.nn.residual import branch_input
 
-IMPLEMENTATION = "varprop_statistics"
-"""Name under which the function that looks at attention is registered with transformers."""
 NUMBER_BYTES = 32
 """Memory for each probability that is formed: logits, probabilities, and what statistics make of them."""
 PLAIN = ("concentration", "entropy", "sink_mass", "first_4_mass", "total_mass", "effective_density")
@@ -49,8 +39,8 @@ def attention(session: Session) -> Variables:
     attention_*_by_position has some of them apart for the octaves of query positions: query_position is the first of
     0, 1, 2-3, 4-7, ... Layer 0 is NaN.
     Exact to the rounding of logits and softmax in float32, or float64 for a model in it. Memory: as `replay.limits`
-    say, whatever T. Raises `ArgumentError` for attention that transformers does not hand to the function of the
-    configuration, and where that is neither sdpa nor eager.
+    say, whatever T, in every family whose own passes hold no T x T numbers. Raises `ArgumentError` for layers without
+    softmax attention, and where it is neither sdpa nor eager.
     Source: effective keys arXiv 2603.15389; sinks arXiv 2309.17453. Checked by: tests/diagnose/test_attention.py,
     against the probabilities that eager implementations give.
     """
@@ -126,150 +116,22 @@ def _of_batch(replay: Replay, captured: Captured) -> dict[str, Tensor]:
 
 def _of_layer(replay: Replay, index: int, captured: Captured) -> Tensor:
     """Sums over the queries of each octave, (B, N, positions, statistics)."""
-    layer = replay.layers[index]
-    if isinstance(layer, Block):
-        return _of_block(layer, replay, index, captured)
-    look = _Look(replay, captured.n_tokens)
-    with _looking(layer, look), contextlib.suppress(_Seen):
-        replay.layer(index, captured.streams[index][None], captured)
-    missing = "without attention by the function of its configuration (transformers' AttentionInterface)"
-    require(
-        look.sums is not None, ArgumentError, "architecture", replay.architecture, missing, "attention that uses it"
-    )
-    assert look.sums is not None
-    return look.sums
-
-
-class _Octaves:
-    """Adds statistics of queries to those of their octave."""
-
-    def __init__(self, n_tokens: int, device: torch.device) -> None:
-        starts = torch.tensor(octave_starts(n_tokens), device=device)
-        self._octave = torch.searchsorted(starts, torch.arange(n_tokens, device=device), right=True) - 1
-        self._one_hot = nn.functional.one_hot(self._octave, len(starts)).double()
-
-    def __call__(self, queries: slice, statistics: Tensor) -> Tensor:
-        """Statistics of some queries (*lead, queries, statistics) summed in each octave, (*lead, positions, ...)."""
-        return self._one_hot[queries].mT @ statistics
+    n_tokens = captured.n_tokens
+    starts = torch.tensor(octave_starts(n_tokens), device=replay.device)
+    octave = torch.searchsorted(starts, torch.arange(n_tokens, device=replay.device), right=True) - 1
+    into = functional.one_hot(octave, len(starts)).double()  # (T, positions)
+    found = []
+    for rows in attention_rows(replay, index, captured):
+        total = into.new_zeros(rows.n_sequences, rows.n_heads, len(starts), len(QUERY_STATISTICS))
+        for queries in _chunks(replay, n_tokens, rows.n_sequences * rows.n_heads * n_tokens):
+            total += into[queries].mT @ query_statistics(*rows.of(queries))
+        found.append(total)
+    return torch.cat(found)
 
 
 def _chunks(replay: Replay, n_tokens: int, numbers_per_query: int) -> Iterator[slice]:
-    """Queries whose probabilities are formed at a time: a quarter of the memory."""
+    """Queries whose probabilities are formed at a time: a quarter of the memory, and few enough to skip later keys."""
     size = max(1, int(replay.limits.memory / 4 / NUMBER_BYTES) // numbers_per_query)
+    size = min(size, max(64, n_tokens // 8))
     for start in range(0, n_tokens, size):
         yield slice(start, min(n_tokens, start + size))
-
-
-def _of_block(block: Block, replay: Replay, index: int, captured: Captured) -> Tensor:
-    """As `_of_layer`, of one of our own layers, sequence by sequence."""
-    spec, weights = block.spec, block.weights()
-    if spec.attention is None:
-        raise ArgumentError("attention=None is missing in this model; expected attention, or other scores")
-    stream, n_tokens = captured.streams[index], captured.n_tokens
-    y = branch_input(stream, weights, spec, block.layer, "attention")
-    allowed = allowed_keys(spec, block.layer, n_tokens, stream.device)
-    visible = torch.full((n_tokens,), n_tokens, device=stream.device) if allowed is None else allowed.sum(dim=-1)
-    generator = make_generator(block.seed, block.layer, KEY_MASK_STREAM)
-    octaves = _Octaves(n_tokens, stream.device)
-    found = []
-    for probabilities in sequence_probabilities(y, weights, spec, block.layer, None, generator):
-        sums = torch.zeros(())
-        for queries in _chunks(replay, n_tokens, spec.n_heads * n_tokens):
-            sums = sums + octaves(queries, query_statistics(probabilities(queries), visible[queries]))
-        found.append(sums)
-    return torch.stack(found)
-
-
-class _Seen(Exception):  # noqa: N818
-    """Ends the pass through a layer after its attention was looked at."""
-
-
-class _Look:
-    """The attention function that a layer is given: sums statistics and ends the layer's pass."""
-
-    def __init__(self, replay: Replay, n_tokens: int) -> None:
-        self._replay, self._n_tokens = replay, n_tokens
-        self.causal = False
-        """Whether a layer without a mask that says it is causal is so: with sdpa, not with eager."""
-        self.sums: Tensor | None = None
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        is_causal: bool | None = None,
-        position_bias: Tensor | None = None,
-        **_: Any,
-    ) -> None:
-        n_tokens = query.shape[2]
-        good = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 4)
-        kind = type(attention_mask).__name__
-        require(good, ArgumentError, "attention_mask", kind, "not (B, heads, T, T)", "attention by sdpa or eager")
-        wide = torch.promote_types(query.dtype, torch.float32)
-        query = query.to(wide) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        key = key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        causal = self.causal and bool(is_causal) and attention_mask is None
-        octaves = _Octaves(n_tokens, query.device)
-        sums = query.new_zeros((), dtype=torch.float64)
-        for queries in _chunks(self._replay, n_tokens, query.shape[0] * query.shape[1] * n_tokens):
-            seen = queries.stop if causal else n_tokens  # later keys are invisible to all of these queries
-            logits = query[:, :, queries] @ key[:, :, :seen].mT
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            if position_bias is not None:
-                logits = logits + position_bias[..., queries, :seen]
-            logits, visible = _masked(logits, attention_mask, queries, causal)
-            if s_aux is not None:
-                extra = s_aux.to(wide).reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-                logits = torch.cat([logits, extra], dim=-1)
-            probabilities = logits.softmax(dim=-1)[..., :seen]
-            sums = sums + octaves(queries, query_statistics(probabilities, visible))
-        self.sums = sums
-        raise _Seen
-
-
-def _masked(logits: Tensor, mask: Tensor | None, queries: slice, causal: bool) -> tuple[Tensor, Tensor]:
-    """Logits of some queries with -inf at keys that these may not see, and how many keys they see.
-
-    mask: (B or 1, heads or 1, T, T), boolean, or numbers that are added. Its most negative numbers hide a key.
-    """
-    n_keys = logits.shape[-1]
-    if mask is not None:
-        mask = mask[..., queries, :n_keys]
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        logits = logits if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
-    elif causal:
-        position = torch.arange(n_keys, device=logits.device)
-        allowed = position <= position[queries, None]
-    else:
-        return logits, torch.tensor(n_keys, device=logits.device)
-    return logits.masked_fill(~allowed, -torch.inf), allowed.sum(dim=-1)
-
-
-@contextlib.contextmanager
-def _looking(layer: nn.Module, look: _Look) -> Iterator[None]:
-    """While inside, `look` is the attention function of the layer's configurations."""
-    from transformers import AttentionInterface  # here, so that our own models need no transformers
-
-    AttentionInterface.register(IMPLEMENTATION, look)
-    found: list[Any] = [getattr(module, "config", None) for module in layer.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for name in before.values():
-        require(name in ("sdpa", "eager", None), ArgumentError, "attn_implementation", name, "unknown", "sdpa or eager")
-    look.causal = "sdpa" in before.values()
-    try:
-        for config in configs.values():
-            config._attn_implementation = IMPLEMENTATION
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]

@@ -34,8 +34,8 @@ class Branches(TorchFunctionMode):
     """Inside it a layer is called once on `stream`, the very tensor that is given to the layer.
 
     edit: sees each branch and gives what is added instead. `found` has the names of the branches seen, `middle` is the
-    stream after attention's sum; `added` and `inputs` are, by branch, what it adds and of which stream it is a
-    function.
+    stream between them: what feed-forward is added to, after a norm of attention's sum if one follows it. `added` and
+    `inputs` are, by branch, what it adds and of which stream it is a function.
     """
 
     def __init__(self, stream: Tensor, edit: Edit) -> None:
@@ -105,14 +105,15 @@ class Branches(TorchFunctionMode):
             self.found += ["attn", "mlp"]
             self.added, self.inputs = {"attn": attn, "mlp": mlp}, {"attn": source, "mlp": source}
             self.middle = stream + attn
-            result = self.middle + mlp
+            unchanged = attn is first and mlp is second
+            result = stream + branch if unchanged else self.middle + mlp  # the former rounds as the layer itself does
         else:
             name = "attn" if self._attended and "attn" not in self.found else "mlp"
             self.found.append(name)
             self.added[name], self.inputs[name] = self.edit(name, branch), source
             result = stream + self.added[name]
-            if name == "attn":
-                self.middle = result
+            if name == "mlp":
+                self.middle = source
         self._attended = False
         self._stream, self._normed, self._sums = [result], [], []
         return result

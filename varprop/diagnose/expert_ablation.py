@@ -6,7 +6,6 @@ Shape suffixes: `B` sequences, `T` tokens, `D` d_model, `E` experts, `K` active 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.usefulness import loss_ratio
 from varprop.diagnose.wavefront import Program, Run, walk
-from varprop.errors import ArgumentError, ExpertsWarning, require
+from varprop.errors import ArgumentError, UnsuitedError, require
 from varprop.nn.block import Block
 
 
@@ -32,20 +31,16 @@ def expert_ablation(session: Session) -> Variables:
     as before, no other expert steps in and the other gates are not renormalised. Shared experts stay. NaN in layers
     without a mixture. expert_ablation_null: how far from 1 the ratio is where the first mixture itself is put in its
     place by the same route, which is what rounding alone does. Cost: a network for each expert of each mixture.
-    Standard errors: over sequences, the same ones in both losses; zero where there is only one. A model whose layers
-    have no experts that are called as in transformers 5, or are ours, gives nothing, and an `ExpertsWarning` says so.
-    Raises `ArgumentError` for a model without logits, or whose mixtures have different numbers of experts.
+    Standard errors: over sequences, the same ones in both losses; zero where there is only one. Raises `UnsuitedError`
+    for a model without logits or without experts that are stacked in one module, as those of transformers 5 and ours
+    are, `ArgumentError` where mixtures have different numbers of experts.
     Checked by: tests/diagnose/test_expert_ablation.py, the model with that expert's output matrix set to zero.
     """
     replay = session.replay
     replay.require_loss("expert_ablation")
     sizes = {place: _size(layer) for place, layer in enumerate(replay.layers) if is_mixture(layer)}
-    if not sizes:
-        message = (
-            f"ablation of experts is left out: {replay.architecture} has no layer with experts that can be ablated"
-        )
-        warnings.warn(message, ExpertsWarning, stacklevel=2)
-        return {}
+    missing, expected = "without experts stacked in one module", "a mixture of transformers 5, or ours"
+    require(bool(sizes), UnsuitedError, "architecture", replay.architecture, missing, expected)
     numbers = sorted(set(sizes.values()))
     require(len(numbers) == 1, ArgumentError, "n_experts", numbers, "different in different layers", "one number")
     places, size = list(sizes), numbers[0]

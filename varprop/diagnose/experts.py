@@ -60,8 +60,6 @@ def experts(session: Session) -> Variables:
         "expert_load_stderr": (dims, of_layers(stderr(share, load, seed=session.seed), np.nan)),
     }
     for name, values in arrays.items():
-        if np.isnan(values).any():
-            continue
         variables[name] = (("layer",), of_layers(values.mean(axis=0), OF_DENSE[name]))
         error = stderr(lambda mean: mean, values, seed=session.seed)
         variables[f"{name}_stderr"] = (("layer",), of_layers(error, 0.0))
@@ -115,8 +113,9 @@ def routing(replay: Replay, index: int, captured: Captured) -> Routing:
     if isinstance(layer, Block):
         return _of_block(layer, captured, index)
     found: list[Routing] = []
-    with _watched(layer, index, captured, found):
-        replay.layer(index, captured.streams[index][None], captured)
+    stream = captured.streams[index]
+    with _watched(layer, index, stream, found):
+        replay.layer(index, stream[None], captured)
     return found[0]
 
 
@@ -134,12 +133,12 @@ def _of_block(block: Block, captured: Captured, index: int) -> Routing:
 
 
 @contextlib.contextmanager
-def _watched(layer: nn.Module, index: int, captured: Captured, found: list[Routing]) -> Iterator[None]:
-    """Appends the routing of the layer, called on all sequences, to `found`."""
+def _watched(layer: nn.Module, index: int, stream: Tensor, found: list[Routing]) -> Iterator[None]:
+    """Appends the routing of the layer, called on the stream (B, T, D), to `found`."""
     modules = experts_modules(layer)
     require(len(modules) == 1, ArgumentError, "layer", index + 1, f"of {len(modules)} mixtures", "one mixture")
     size, routers = n_experts(modules[0]), []
-    shape = captured.n_sequences, captured.n_tokens, -1
+    shape = *stream.shape[:2], -1
 
     def route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next(iter((*args, *kwargs.values())))
@@ -160,7 +159,7 @@ def _watched(layer: nn.Module, index: int, captured: Captured, found: list[Routi
     hooks = [modules[0].register_forward_pre_hook(take, with_kwargs=True)]
     for module in layer.modules():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.shape == (size, captured.streams[0].shape[-1]):
+        if weight is not None and weight.shape == (size, stream.shape[-1]):
             hooks.append(module.register_forward_pre_hook(route, with_kwargs=True))
     try:
         yield
@@ -190,9 +189,9 @@ def _of_batch(replay: Replay, mixtures: list[int], captured: Captured) -> dict[s
         columns["gate_sum"].append(gates.sum(dim=-1).double().mean(dim=-1))
         columns["gate_second_moment"].append(gate_second_moment(gates))
         columns["expert_load_concentration"].append(expert_load_concentration(gates))
-        nothing = torch.full_like(columns["gate_sum"][-1], torch.nan)
-        columns["router_entropy"].append(nothing if logits is None else router_entropy(logits, router))
-    return {name: torch.stack(values, dim=1) for name, values in columns.items()}
+        if logits is not None:
+            columns["router_entropy"].append(router_entropy(logits, router))
+    return {name: torch.stack(values, dim=1) for name, values in columns.items() if len(values) == len(mixtures)}
 
 
 def _stacks(module: nn.Module) -> list[nn.Parameter]:

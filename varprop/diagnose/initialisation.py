@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 
 from varprop.diagnose.session import Session, Variables
-from varprop.errors import AccuracyWarning, ArgumentError
+from varprop.errors import AccuracyWarning, UnsuitedError
 from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
 from varprop.theory import predict
@@ -31,13 +31,13 @@ def initialisation(session: Session) -> Variables:
     products of these, exact as d_model grows. causal_effect and its means: `theory.skipped_layer_effect`, at
     `MAX_TOKENS` tokens at most.
     Losses have no closed form, nor have the scores made of them; at initialisation they are those of no model at all.
-    Raises `ArgumentError` for a model whose spec is not known (`hf.spec_of`), `AssumptionError` where theory ends.
+    Raises `UnsuitedError` for a model whose spec is not known (`hf.spec_of`), `AssumptionError` where theory ends.
     Checked by: tests/diagnose/test_initialisation.py, random networks.
     """
     spec = session.spec
     if spec is None:
         name = session.replay.architecture
-        raise ArgumentError(f"architecture={name!r} has no spec; expected a family that closed forms describe")
+        raise UnsuitedError(f"architecture={name!r} has no spec; expected a family that closed forms describe")
     correlation = repeated_share(session.batch.tokens.numpy())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)

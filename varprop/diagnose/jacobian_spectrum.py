@@ -19,6 +19,7 @@ from varprop.measure import random_signs
 Product = Callable[[Tensor], Tensor]
 SPECTRAL_TOKENS = 1024
 """Tokens whose graph is held at a time."""
+ROUNDING = 1e-10
 
 
 def mean_jacobian(replay: Replay, captured: Captured, layer: int) -> tuple[Product, Product]:
@@ -57,26 +58,24 @@ def largest_singular_value(forward: Product, transposed: Product, start: Tensor,
     (3.0, True)
     """
     n_steps = min(n_steps, len(start))
-    tiny = torch.finfo(start.dtype).tiny
     left, right = start.new_zeros(len(start), n_steps), start.new_zeros(len(start), n_steps + 1)
     bidiagonal = start.new_zeros(n_steps, n_steps + 1)
     right[:, 0] = start / start.norm()
     for step in range(n_steps):
-        u = _orthogonal(forward(right[:, step]), left[:, :step])
-        bidiagonal[step, step] = u.norm()
-        left[:, step] = u / u.norm().clamp_min(tiny)
-        v = _orthogonal(transposed(left[:, step]), right[:, : step + 1])
-        bidiagonal[step, step + 1] = v.norm()
-        right[:, step + 1] = v / v.norm().clamp_min(tiny)
+        left[:, step], bidiagonal[step, step] = _orthogonal(forward(right[:, step]), left[:, :step])
+        found = _orthogonal(transposed(left[:, step]), right[:, : step + 1])
+        right[:, step + 1], bidiagonal[step, step + 1] = found
     vectors, values, _ = torch.linalg.svd(bidiagonal[:, :-1])
     return values[0], bidiagonal[-1, -1] * vectors[-1, 0].abs()
 
 
-def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
-    """The part of it that is orthogonal to the columns of the basis; twice, so that it is so to rounding."""
-    for _ in range(2):
-        vector = vector - basis @ (basis.T @ vector)
-    return vector
+def _orthogonal(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Direction and length of the part orthogonal to the columns of the basis; zeros where it is but rounding."""
+    rest = vector
+    for _ in range(2):  # the second time takes away what rounding left
+        rest = rest - basis @ (basis.T @ rest)
+    length = torch.where(rest.norm() > ROUNDING * vector.norm(), rest.norm(), 0.0)
+    return torch.where(length > 0, rest / length, 0.0), length
 
 
 def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> Variables:
@@ -93,7 +92,8 @@ def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> V
         norms = [torch.linalg.matrix_norm(torch.as_tensor(m).to(eye) + eye, 2) for m in matrices]
         found = {"value": torch.stack(norms).cpu().numpy(), "residual": np.zeros(len(matrices))}
     elif steps:
-        found = session.once("jacobian-spectrum", lambda: _estimated(session, steps))
+        estimate = lambda: session.replay.limits.retried(lambda: _estimated(session, steps))  # noqa: E731
+        found = session.once("jacobian-spectrum", estimate)
     else:
         return {}
     return {

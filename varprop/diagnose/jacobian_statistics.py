@@ -9,6 +9,7 @@ Shape suffixes: `S` sequences, `P` parts (layer, attention, feed-forward), `k` p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -140,13 +141,13 @@ def diagonal_squares(products: Array, probes: Array) -> tuple[dict[str, Array], 
     diagonal = probes * products  # each an estimate of diag A
     sums = [diagonal, np.square(diagonal), np.square(diagonal.mean(axis=1)), np.square(products).sum(axis=1)]
     totals = [values.sum(axis=0) for values in sums]
-    without = (total - values for total, values in zip(totals, sums, strict=True))
-    return _of_sums(*totals, k, d_model), _of_sums(*without, k - 1, d_model)
+    without = [total - values for total, values in zip(totals, sums, strict=True)]
+    return _of_sums(totals, k, d_model), _of_sums(without, k - 1, d_model)
 
 
-def _of_sums(diagonal: Array, squares: Array, squared_means: Array, norms: Array, k: int, d: int) -> dict[str, Array]:
-    """From sums over k probes of estimates of the diagonal (..., D), their squares, their means' squares, and
-    |A^T v|^2."""
+def _of_sums(sums: Sequence[Array], k: int, d: int) -> dict[str, Array]:
+    """From sums over k probes of estimates of the diagonal (..., D), their squares, their means' squares, |A^T v|^2."""
+    diagonal, squares, squared_means, norms = sums
     pairs = k * (k - 1)
     mean = diagonal.mean(axis=-1) / k
     mean_square = (np.square(diagonal) - squares).mean(axis=-1) / pairs

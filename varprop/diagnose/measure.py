@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,11 @@ import xarray as xr
 from torch import nn
 
 from varprop import hf, results
+from varprop.diagnose import released
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.attention import attention
 from varprop.diagnose.causal import causal
+from varprop.diagnose.consequence import consequence
 from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
@@ -31,7 +34,7 @@ from varprop.diagnose.screening import screening
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
 from varprop.diagnose.weights import weights
-from varprop.errors import ArgumentError, SpecError, require
+from varprop.errors import ArgumentError, AssumptionError, LeftOutWarning, SpecError, UnsuitedError, require
 from varprop.measure import QUANTILES
 from varprop.measure.jacobian import DEFINITIONS
 from varprop.nn import Transformer
@@ -52,20 +55,31 @@ SCORES: dict[str, Score] = {
     "screening": screening,
     "ablation": ablation,
     "expert_ablation": expert_ablation,
+    "pruning": consequence,
     "initialisation": initialisation,
 }
 """The scores by name, in the order they are measured; their docstrings define the variables."""
-RELEASED: dict[str, Score] = {}
+RELEASED: dict[str, Score] = {
+    "experts": released.experts,
+    "similarity": released.similarity,
+    "causal": released.causal,
+    "usefulness": released.usefulness,
+    "jacobian": released.jacobian,
+    "permutation": released.permutation,
+    "defects": released.defects,
+}
 """What the released code computes instead, for the scores that it has."""
 STANDARD = ("moments", "weights", "attention", "influence", "causal", "usefulness", "jacobian", "permutation")
 """Scores that are measured where none are named; the name "standard" stands for them."""
+GROUPS = ("all", "standard")
+"""Names that stand for several scores."""
 
 
 def measure(
     model: nn.Module,
     sequences: Batch | torch.Tensor | np.ndarray,
     *,
-    scores: Sequence[str] | str = STANDARD,
+    scores: Sequence[str] | str = "standard",
     definition: Definition = "paper",
     seed: int = 0,
     memory_gib: float | None = None,
@@ -76,12 +90,13 @@ def measure(
     """The named scores of `model` on `sequences`, a result with source "checkpoint".
 
     model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
-    measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, "all" or
-    "standard" (`STANDARD`). definition: "paper" = as the paper defines them, the defects of its code mended;
-    "released" = as its code computes them (`varprop.diagnose.released`), for those of the scores that it has.
-    memory_gib: what a score may hold beside the weights. parts: a folder where what is done is kept, so that a killed
-    measurement goes on; it is left there. options: of single scores (`varprop.diagnose.options`). Every standard error
-    is over sequences unless its score says otherwise.
+    measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, or "all" or
+    "standard" (`STANDARD`), of which those that the model lacks something for are left out with a warning.
+    definition: "paper" = as the paper defines them, the defects of its code mended; "released" = as its code computes
+    them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
+    the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
+    options: of single scores (`varprop.diagnose.options`). Every standard error is over sequences unless its score
+    says otherwise.
     Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite.
     """
     batch = as_batch(sequences)
@@ -101,10 +116,15 @@ def measure(
     session = Session(replay, batch, seed, folder, progress, options or {}, spec)
     if replay.has_loss:
         attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
-    variables: Variables = {}
+    variables = session.found
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
-        variables |= table[name](session)
+        try:
+            variables.update(table[name](session))
+        except (UnsuitedError, AssumptionError) as error:
+            if not isinstance(scores, str) or scores not in GROUPS:
+                raise
+            warnings.warn(f"{name} is left out: {error}", LeftOutWarning, stacklevel=2)
     coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     return results.new(
         variables,

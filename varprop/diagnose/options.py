@@ -13,7 +13,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "n_probes": (16, "random directions of a Jacobian estimate; 0 = exact, one product for each neuron"),
     "jacobian_tokens": (1024, "tokens of the Jacobian: so many whole sequences"),
     "jacobian_stderr": (0.0, "relative standard error over directions that more are added for; 0 = none are"),
-    "jacobian_spectral_steps": (8, "steps of Lanczos for the spectral norm of a Jacobian estimate; 0 = none"),
+    "jacobian_spectral_steps": (8, "steps of Lanczos for the spectral norm, with attention weights T x T; 0 = none"),
     "permutation_pairs": (48, "pairs of layers that are swapped, stratified by their distance; 0 = all"),
     "permutation_tokens": (1024, "tokens that a swap is first tried on: so many whole sequences"),
     "permutation_stderr": (0.0, "relative standard error of each pair that more sequences are added for; 0 = none are"),
@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "in_sample": (False, "whether usefulness is also evaluated on the sequences of the fit, as the paper does"),
     "usefulness_loss_ratio": (1.1, "a layer is useful where replacing it multiplies the loss by more than this"),
     "expert_tokens": (1024, "tokens that single experts are ablated on: so many whole sequences"),
+    "elementwise_micro_batch": (0, "released Jacobian by its method elementwise with this micro-batch; 0 = rowwise"),
     "pruning_tokens": (1024, "tokens that the greedy order of removal is chosen on: so many whole sequences"),
     "most_removed": (0, "layers that are removed one after the other; 0 = half of them"),
 }

@@ -12,7 +12,6 @@ import xarray as xr
 from varprop.diagnose.measure import SCORES, measure
 from varprop.diagnose.open import open_model
 from varprop.diagnose.replay import Batch
-from varprop.diagnose.session import Variables
 
 CHEAP = ("moments", "influence", "causal")
 """Scores of one walk or less."""
@@ -29,7 +28,7 @@ def spot_check(
     memory_gib: float | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-) -> Variables:
+) -> xr.Dataset:
     """`precision_gap` of the model in a folder on the first two sequences of `batch`; it is opened once in each type.
 
     scores: None = the cheap ones (`CHEAP`) that there are. The others as of `open_model` and `measure`.
@@ -44,7 +43,7 @@ def spot_check(
     return precision_gap(*found)
 
 
-def precision_gap(exact: xr.Dataset, rough: xr.Dataset) -> Variables:
+def precision_gap(exact: xr.Dataset, rough: xr.Dataset) -> xr.Dataset:
     """`<name>_precision_gap` = (rough - exact) / |exact| of every number of the model and of its layers and sites.
 
     exact, rough: the same scores in float32 and bfloat16. Standard errors, nulls (which are rounding and nothing else)
@@ -53,15 +52,15 @@ def precision_gap(exact: xr.Dataset, rough: xr.Dataset) -> Variables:
     >>> from varprop import results
     >>> about = {"source": "checkpoint", "spec_json": "", "spec_id": "", "n_tokens": 8}
     >>> first, second = (results.new({"causal_score": ((), value)}, **about) for value in (0.5, 0.505))
-    >>> precision_gap(first, second)["causal_score_precision_gap"][1].round(6)
-    np.float64(0.01)
+    >>> round(precision_gap(first, second).causal_score_precision_gap.item(), 6)
+    0.01
     """
-    gaps: Variables = {}
+    gaps: dict[str, xr.DataArray] = {}
     for name, values in exact.data_vars.items():
         text = str(name)
         if values.dtype.kind != "f" or set(values.dims) - DIMS or text.endswith(("_stderr", "_null")):
             continue
         a, b = values.to_numpy(), rough[name].to_numpy()
         size = np.where(a == 0, np.maximum(np.abs(b), np.finfo(np.float64).tiny), np.abs(a))
-        gaps[f"{text}_precision_gap"] = (tuple(map(str, values.dims)), (b - a) / size)
-    return gaps
+        gaps[f"{text}_precision_gap"] = values.copy(data=(b - a) / size)
+    return xr.Dataset(gaps)

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from varprop.diagnose.branches import Branches, Edit, require_two
 from varprop.diagnose.limits import Limits
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, UnsuitedError, require
+from varprop.nn import Transformer
 from varprop.results import SITES
 
 IGNORED = -100
@@ -117,7 +118,8 @@ class Replay:
     def __init__(self, model: nn.Module, limits: Limits | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         for module in model.modules():  # a cache would be one more thing that a layer depends on
-            if hasattr(config := getattr(module, "config", None), "use_cache"):
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "use_cache"):
                 config.use_cache = False
         embedding = next(iter(model.parameters()))
         self.device = embedding.device
@@ -147,9 +149,9 @@ class Replay:
         return self.vocab_size > 0
 
     def require_loss(self, what: str) -> None:
-        """`ArgumentError` for a model without logits; `what` is the score that needs them."""
+        """`UnsuitedError` for a model without logits; `what` is the score that needs them."""
         expected = "a model with a language-model head"
-        require(self.has_loss, ArgumentError, "architecture", self.architecture, f"without logits ({what})", expected)
+        require(self.has_loss, UnsuitedError, "architecture", self.architecture, f"without logits ({what})", expected)
 
     def _forward(self, tokens: Tensor) -> Any:
         name = "input_ids" if "input_ids" in inspect.signature(self.model.forward).parameters else None
@@ -203,17 +205,16 @@ class Replay:
         return _stream_of(self.layers[index](*given, **named, **call.kwargs))
 
     @torch.no_grad()
-    def sites(self, index: int, captured: Captured) -> dict[str, Tensor]:
-        """What stands at every one of `results.SITES` in layer `index` (0..L-1) of the pass, (B, T, D) each.
+    def sites(self, index: int, stream: Tensor, captured: Captured) -> dict[str, Tensor]:
+        """What stands at every one of `results.SITES` in layer `index` (0..L-1) of `stream`, (B, T, D) each.
 
         `attn_out`, `mlp_out`: what is added to the stream. `resid_mid`: what feed-forward is added to, in parallel
         layers the stream plus attention. `ArgumentError` where the branches cannot be told apart.
         """
-        stream = captured.streams[index]
-        branches = self.branches(index, stream[None], captured, lambda _, added: added)[1]
+        after, branches = self.branches(index, stream[None], captured, lambda _, added: added)
         assert branches.middle is not None
         found = {f"{name}_out": added for name, added in branches.added.items()}
-        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": captured.streams[index + 1]}
+        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": after[0]}
         return {site: found[site] for site in SITES}
 
     @functools.cached_property
@@ -243,14 +244,22 @@ class Replay:
     def logits(self, streams: Tensor) -> Tensor:
         """Logits (B, n, vocab_size) of streams (B, n, D) after the last layer; each token by itself, so n is free. Runs
         with or without gradients, as is set where it is called."""
-        left = iter(range(self.n_layers))
-
-        def inject(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            return streams if next(left) == self.n_layers - 1 else _split(args, kwargs)[0]
-
-        with self._bypassed(inject):
+        with self._bypassed(self._inject(streams)):
             out = self._forward(torch.zeros(streams.shape[:2], dtype=torch.long, device=self.device))
         return getattr(out, "logits", out)
+
+    def normed(self, streams: Tensor) -> Tensor:
+        """The final norm of streams (B, n, D) after the last layer, with or without gradients; as it is without one."""
+        if isinstance(self.model, Transformer):
+            return self.model.normalise(streams)
+        body: Any = getattr(self.model, "base_model", self.model)
+        with self._bypassed(self._inject(streams)):
+            return body(input_ids=torch.zeros(streams.shape[:2], dtype=torch.long, device=self.device))[0]
+
+    def _inject(self, streams: Tensor) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
+        """For `_bypassed`: `streams` after the last layer."""
+        left = iter(range(self.n_layers))
+        return lambda args, kwargs: streams if next(left) == self.n_layers - 1 else _split(args, kwargs)[0]
 
     @contextlib.contextmanager
     def _bypassed(self, instead: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:

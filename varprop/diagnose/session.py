@@ -42,6 +42,9 @@ class Session:
     """Of single scores, where they are not the defaults of `varprop.diagnose.options`."""
     spec: ModelSpec | None = None
     """Of the model, where it has one."""
+    found: Variables = field(default_factory=dict)
+    """Variables of the scores that were measured before."""
+    _kept: dict[str, Arrays] = field(default_factory=dict)
 
     @property
     def n_sequences(self) -> int:
@@ -96,15 +99,11 @@ class Session:
         return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
 
     def _finite(self, compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]], rows: slice) -> Arrays:
-        """What `compute` gives, finite; else `ArgumentError` naming the layer where the model ceases to be."""
+        """What `compute` gives; `ArgumentError` naming the layer where the model ceases to be finite."""
         captured = self.capture(rows)
         arrays = {name: _array(values) for name, values in compute(captured).items()}
-        for name, array in arrays.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                _ = captured.streams  # raises where the model itself is not finite
-                raise ArgumentError(
-                    f"{name}=NaN or infinite in sequences {rows.start} to {rows.stop}; expected numbers"
-                )
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in arrays.values()):
+            _ = captured.streams  # raises where it is the model that is not finite
         return arrays
 
     def capture(self, rows: slice) -> Captured:
@@ -114,7 +113,12 @@ class Session:
         return self.replay.capture(Batch(batch.tokens.to(device), batch.targets.to(device)))
 
     def once(self, key: str, compute: Callable[[], Mapping[str, Tensor | np.ndarray]]) -> Arrays:
-        """What `compute` gives, kept in the folder of parts under `key`, or read from there."""
+        """What `compute` gives, kept under `key` here and in the folder of parts, or taken from there."""
+        if key not in self._kept:
+            self._kept[key] = self._part(key, compute)
+        return self._kept[key]
+
+    def _part(self, key: str, compute: Callable[[], Mapping[str, Tensor | np.ndarray]]) -> Arrays:
         path = None if self.parts is None else self.parts / f"{key.replace('/', '-')}.safetensors"
         if path is not None and path.is_file():
             try:

@@ -5,6 +5,7 @@ Shape suffixes: `B` sequences, `T` tokens, `D` d_model, `L` layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,13 +17,16 @@ from varprop.diagnose.normal_equations import NormalEquations
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.wavefront import Affine, Program, walk
-from varprop.errors import ArgumentError, require
+from varprop.errors import AccuracyWarning, ArgumentError, UnsuitedError, require
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Of the mean over sequences of summed losses (..., P + 1), the model last, and of counts of targets."""
 CURVE = "loss_ratio_threshold"
 THRESHOLDS = (1.001, 1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0)
 """Loss ratios of `usefulness_curve`."""
+
+FEW = 4
+"""Fewer tokens for each neuron than this are too few to fit a map on."""
 
 
 def usefulness(session: Session) -> Variables:
@@ -36,11 +40,12 @@ def usefulness(session: Session) -> Variables:
     the option in_sample the same with `_in_sample` behind the name, on the sequences of the fit: arXiv 2603.15389 fits
     and evaluates on the same tokens. Held out, a map is charged for its d_model^2 numbers too: with n tokens its
     residual is about 1 / (1 - d_model / n) times that of the best map, so keep n, usefulness_fit_tokens, many times
-    d_model.
+    d_model; an `AccuracyWarning` says so below `FEW` times.
     linear_r_squared (layer): share of the variance of the update that the map gives on the sequences of the fit;
     linear_update_rank: participation ratio of the covariance of the update that it gives.
     Standard errors: over the sequences of the evaluation, the same ones with and without; the maps are taken as given.
-    Layers count from 1; entries of layer 0 are NaN. Raises `ArgumentError` for a model without logits, one sequence.
+    Layers count from 1; entries of layer 0 are NaN. Raises `UnsuitedError` for a model without logits and for one
+    sequence, `ArgumentError` for a share outside (0, 1).
     Source: reference formulas above. Checked by: tests/diagnose/test_usefulness.py, lstsq and the model with that layer
     really replaced.
     """
@@ -48,16 +53,25 @@ def usefulness(session: Session) -> Variables:
     first, rest = split(session)
     arrays, maps = _fitted(session, first), fit(session, first)
     count = (first.stop - first.start) * session.n_tokens
+    _warn_of_few(count, session.replay.d_model)
     variables: Variables = {
         "linear_r_squared": (("layer",), _from_1(arrays["r_squared"])),
         "linear_update_rank": (("layer",), _from_1(arrays["rank"])),
         "usefulness_fit_tokens": ((), np.asarray(count)),
         CURVE: ((CURVE,), np.array(THRESHOLDS)),
-        **_evaluated(session, maps, rest, ""),
+        **evaluated(session, maps, rest, ""),
     }
     if session.option("in_sample"):
-        variables |= _evaluated(session, maps, first, "_in_sample")
+        variables |= evaluated(session, maps, first, "_in_sample")
     return variables
+
+
+def _warn_of_few(n_tokens: int, d_model: int) -> None:
+    if n_tokens >= FEW * d_model:
+        return
+    times = f"about {1 / (1 - d_model / n_tokens):.2g}" if n_tokens > d_model + 1 else "any number of"
+    message = f"usefulness: {n_tokens} tokens for maps of {d_model} neurons; held out, their residual is {times} times"
+    warnings.warn(f"{message} that of the best maps", AccuracyWarning, stacklevel=3)
 
 
 def split(session: Session) -> tuple[slice, slice]:
@@ -65,7 +79,7 @@ def split(session: Session) -> tuple[slice, slice]:
     share, n_sequences = session.option("fit_share"), session.n_sequences
     require(0 < share < 1, ArgumentError, "fit_share", share, "outside its range", "a number between 0 and 1")
     expected = "at least 2: some to fit a map on, others to evaluate it on"
-    require(n_sequences >= 2, ArgumentError, "sequences", n_sequences, "too few for usefulness", expected)
+    require(n_sequences >= 2, UnsuitedError, "sequences", n_sequences, "too few for usefulness", expected)
     n_fit = min(max(1, round(share * n_sequences)), n_sequences - 1)
     return slice(0, n_fit), slice(n_fit, n_sequences)
 
@@ -91,14 +105,18 @@ def _solve(session: Session, sequences: slice) -> Arrays:
     """One pass for as many layers as have their sums, 16 d_model^2 bytes each, in half of the memory."""
     replay = session.replay
     at_once = max(1, int(replay.limits.memory / 2 / (16 * replay.d_model**2)))
-    fits = []
+    wide = torch.promote_types(replay.dtype, torch.float32)
+    found: dict[str, list[np.ndarray]] = {}
     for start in range(0, replay.n_layers, at_once):
         layers = range(start, min(replay.n_layers, start + at_once))
-        fits += [sums.solve() for sums in _sums(session, sequences, layers)]
-    wide = torch.promote_types(replay.dtype, torch.float32)
-    maps = {name: torch.stack([getattr(f, name) for f in fits]).to(wide) for name in ("matrix", "shift")}
-    numbers = {name: np.array([getattr(f, name) for f in fits]) for name in ("r_squared", "rank", "condition")}
-    return {name: values.cpu().numpy() for name, values in maps.items()} | numbers
+        for sums in _sums(session, sequences, layers):
+            solution = sums.solve()
+            maps = {"matrix": solution.matrix, "shift": solution.shift}
+            numbers = {"r_squared": solution.r_squared, "rank": solution.rank, "condition": solution.condition}
+            arrays = {name: values.to(wide).cpu().numpy() for name, values in maps.items()}
+            for name, values in (arrays | numbers).items():
+                found.setdefault(name, []).append(np.asarray(values))
+    return {name: np.stack(values) for name, values in found.items()}
 
 
 def _sums(session: Session, sequences: slice, layers: range) -> list[NormalEquations]:
@@ -115,15 +133,20 @@ def _sums(session: Session, sequences: slice, layers: range) -> list[NormalEquat
     return sums
 
 
-def _evaluated(session: Session, maps: Sequence[Affine], sequences: slice, ending: str) -> Variables:
-    """The variables that are read off the losses on some sequences, `ending` behind their names."""
+def evaluated(
+    session: Session, maps: Sequence[Affine], sequences: slice, ending: str = "", part: str = "usefulness"
+) -> Variables:
+    """The variables that are read off the losses on some sequences with one map for each layer.
+
+    ending: behind their names. part: name under which the losses are kept.
+    """
     replay = session.replay
     programs: list[Program] = [{layer: replacement} for layer, replacement in enumerate(maps)]
 
     def of_batch(captured: Captured) -> dict[str, Tensor]:
         return {"loss": walk(replay, captured, programs).mT, "count": replay.count(captured.batch)}
 
-    arrays = session.each_batch(f"usefulness{ending}", of_batch, sequences)
+    arrays = session.each_batch(f"{part}{ending}", of_batch, sequences)
     threshold = session.option("usefulness_loss_ratio")
     by_layer: dict[str, Statistic] = {"usefulness_loss_ratio": loss_ratio, "usefulness_loss_increase": loss_increase}
     others: dict[str, tuple[tuple[str, ...], Statistic]] = {

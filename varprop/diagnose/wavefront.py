@@ -144,6 +144,9 @@ def _walk_group(
             if observe is not None and len(normal) > 1:
                 observe(place, [BASE if i == 0 else numbers[i - 1] for i in chunk], before, after, contribution)
             stack[which] = after
+    for i, start in enumerate(starts, start=1):
+        if start == replay.n_layers:  # nothing is changed
+            stack[i] = stack[0]
     return stack
 
 

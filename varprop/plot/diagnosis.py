@@ -20,6 +20,7 @@ from varprop.plot.style import COLOURS, draw_line, draw_points, finish, log_if_w
 Z = 1.96
 """Standard errors of a 95 % interval."""
 LAYER = "layer"
+PANEL_INCHES = 3.4, 2.8
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
     Variance of the stream by layer (mean, median over tokens, sinks apart), block influence, usefulness (loss ratio
     with a linear map in place of the layer), causal matrix, permutation scores, distance of the Jacobian from the
     identity by definition, keys that attention uses, loss with the k least useful layers removed. Bars are 95 %
-    intervals, 1.96 standard errors of the result. Several results stand side by side, a column each, rows of lines
+    intervals, 1.96 standard errors of the result; dashed grey lines what theory expects of the network at
+    initialisation (`<name>_at_initialisation`). Several results stand side by side, a column each, rows of lines
     with one scale. Checked by: tests/plot/test_diagnosis.py. Raises `ArgumentError` where nothing can be drawn.
     """
     panels = [panel for panel in PANELS if any(panel.exists(dataset) for dataset in datasets.values())]
@@ -61,9 +63,23 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
             drawn.append(axes)
         if not panel.is_map:
             _share_scale(drawn)
+    n_rows, n_columns = cells[0].get_gridspec().get_geometry()  # type: ignore[union-attr]
+    figure.set_size_inches(PANEL_INCHES[0] * n_columns, PANEL_INCHES[1] * n_rows)
+    for axes in cells:
+        _small(axes)
     if n == 1:
         figure.suptitle(next(iter(datasets)), fontsize=10)
     return figure
+
+
+def _small(axes: Axes) -> None:
+    """Letters for panels of a few inches."""
+    axes.tick_params(labelsize=8)
+    for text in (axes.xaxis.label, axes.yaxis.label):
+        text.set_fontsize(8)
+    legend = axes.get_legend()
+    for text in () if legend is None else legend.get_texts():
+        text.set_fontsize(7)
 
 
 def _share_scale(row: list[Axes]) -> None:
@@ -82,11 +98,17 @@ def _errors(dataset: xr.Dataset, name: str) -> xr.DataArray:
 
 def _profile(axes: Axes, values: xr.DataArray, errors: xr.DataArray, colour: str, name: str) -> None:
     """Values by layer with 95 % bars, where they exist."""
-    array, bars = values.to_numpy(), Z * errors.to_numpy()
-    exists = np.isfinite(array)
-    x, mean, bar = values[LAYER].to_numpy()[exists], array[exists], bars[exists]
+    exists = np.isfinite(values.to_numpy())
+    x, mean, bar = (each.to_numpy()[exists] for each in (values[LAYER], values, Z * errors))
     draw_points(axes, (x, mean, mean - bar, mean + bar), colour, name)
     axes.plot(x, mean, color=colour, lw=0.8)
+
+
+def _expected(axes: Axes, dataset: xr.Dataset, name: str, **place: str) -> None:
+    """What theory expects at initialisation, where the result has it."""
+    if f"{name}_at_initialisation" in dataset:
+        values = dataset[f"{name}_at_initialisation"].sel(place)
+        axes.plot(values[LAYER], values, color="0.5", ls="--", lw=1, label="theory at initialisation", zorder=1)
 
 
 def _layers(axes: Axes, label: str, legend: bool = True) -> None:
@@ -102,13 +124,15 @@ def _variance(axes: Axes, dataset: xr.Dataset) -> None:
     for colour, (label, values) in zip(COLOURS, curves.items(), strict=False):
         y = values.to_numpy()
         draw_line(axes, (values[LAYER].to_numpy(), y, y, y), colour, label)
+    _expected(axes, dataset, "variance", site="resid_post")
     _layers(axes, "variance (per neuron)")
 
 
 def _one_profile(name: str, label: str) -> Callable[[Axes, xr.Dataset], None]:
     def draw(axes: Axes, dataset: xr.Dataset) -> None:
-        _profile(axes, dataset[name], _errors(dataset, name), COLOURS[0], name)
-        _layers(axes, label, legend=False)
+        _profile(axes, dataset[name], _errors(dataset, name), COLOURS[0], "measured")
+        _expected(axes, dataset, name)
+        _layers(axes, label, legend=f"{name}_at_initialisation" in dataset)
 
     return draw
 
@@ -126,17 +150,29 @@ def _jacobian(axes: Axes, dataset: xr.Dataset) -> None:
     values, errors = dataset["jacobian_deviation"], _errors(dataset, "jacobian_deviation")
     for colour, label in zip(COLOURS, values["definition"].values.tolist(), strict=False):
         _profile(axes, values.sel(definition=label), errors.sel(definition=label), colour, str(label).replace("_", " "))
-    _layers(axes, "‖J − I‖² / d")
+        _expected(axes, dataset, "jacobian_deviation", definition=label)
+    handles, names = axes.get_legend_handles_labels()
+    _layers(axes, "‖J − I‖² / d", legend=False)
+    unique = dict(zip(names, handles, strict=True))  # one entry for all definitions of the theory
+    axes.legend(unique.values(), unique.keys(), framealpha=0.85, edgecolor="none")
 
 
 def _pruning(axes: Axes, dataset: xr.Dataset) -> None:
+    """A line for each order, solid and dashed by kind of removal; random orders as their mean."""
     values, errors = dataset["pruning_loss"], _errors(dataset, "pruning_loss")
-    for colour, score in zip(COLOURS, values["removed_by"].values.tolist(), strict=False):
-        for style, removal in zip(("-", "--", ":"), values["removal"].values.tolist(), strict=False):
-            chosen = {"removed_by": score, "removal": removal}
-            x, mean = values["n_removed"].to_numpy(), values.sel(chosen).to_numpy()
-            bars, name = Z * errors.sel(chosen).to_numpy(), f"{score}, {removal}".replace("_", " ")
-            axes.errorbar(x, mean, bars, color=colour, ls=style, lw=1.2, capsize=2, label=name)
+    base, orders = dataset["pruning_base_loss"].item(), values["removed_by"].values.tolist()
+    random = [name for name in orders if name.startswith("random")]
+    lines = {name: (values.sel(removed_by=name), errors.sel(removed_by=name)) for name in orders if name not in random}
+    if random:
+        mean = values.sel(removed_by=random).mean("removed_by")
+        lines["random"] = mean, xr.zeros_like(mean)
+    x = np.append(0, values["n_removed"].to_numpy())
+    for i, (name, pair) in enumerate(lines.items()):
+        for style, removal in zip(("-", "--"), values["removal"].values.tolist(), strict=False):
+            mean, error = (each.sel(removal=removal).to_numpy() for each in pair)
+            colour, y, bars = "0.5" if name == "random" else COLOURS[i % len(COLOURS)], np.append(base, mean), error
+            text = f"{name}, {removal}".replace("_", " ")
+            axes.errorbar(x, y, Z * np.append(0, bars), color=colour, ls=style, lw=1.2, capsize=2, label=text)
     finish(axes, "layers removed", "loss (nats per token)")
 
 
@@ -165,7 +201,9 @@ def _draw_map(axes: Axes, shown: NDArray[np.float64], layers: NDArray[np.int64],
     axes.imshow(image, norm=norm, cmap="cividis", origin="lower", extent=(*ends, *ends), aspect="equal")
     figure = axes.get_figure()
     assert figure is not None
-    figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes, label=label, pad=0.02)
+    bar = figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes, pad=0.02)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     for axis, text in ((axes.xaxis, "source layer"), (axes.yaxis, "target layer")):
         axis.set_label_text(text)
         axis.set_major_locator(MaxNLocator(6, integer=True))
@@ -175,7 +213,7 @@ PANELS = (
     Panel("variance of the stream", ("variance",), _variance),
     Panel("block influence", ("block_influence",), _one_profile("block_influence", "1 − cosine")),
     Panel(
-        "a linear map in place of the layer",
+        "layer replaced by a linear map",
         ("usefulness_loss_ratio", "usefulness_loss_ratio_in_sample"),
         _usefulness,
     ),
@@ -183,7 +221,7 @@ PANELS = (
     Panel(
         "swapped layers",
         ("permutation_score",),
-        _map("permutation_score", "relative change of the loss", "permutation_measured"),
+        _map("permutation_score", "change of the loss / loss", "permutation_measured"),
         is_map=True,
     ),
     Panel("Jacobian", ("jacobian_deviation",), _jacobian),

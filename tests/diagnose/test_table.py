@@ -1,0 +1,39 @@
+"""The table: what is there is shown, with its standard errors, in lines of one width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from varprop import results
+from varprop.diagnose.table import table
+
+ABOUT: dict[str, Any] = {"source": "checkpoint", "spec_json": "", "spec_id": "", "n_tokens": 8}
+
+
+def test_layers_sites_and_scalars() -> None:
+    sites = np.full((3, 5), 2.0)
+    sites[0, :4] = np.nan
+    sites[:, 4] = [1.0, 1.5, 12345.678]
+    variables = {
+        "variance": (("layer", "site"), sites),
+        "variance_stderr": (("layer", "site"), sites / 100),
+        "block_influence": (("layer",), [np.nan, 0.25, 0.125]),
+        "causal_score": ((), 0.5),
+        "causal_score_stderr": ((), 0.0123),
+        "n_used": ((), 7),
+        "causal_effect": (("source_layer", "target_layer"), np.ones((3, 3))),
+    }
+    assert table(results.new(variables, **ABOUT)).splitlines() == [
+        "layer             variance  influence",
+        "    0             1 ± 0.01           ",
+        "    1          1.5 ± 0.015       0.25",
+        "    2  1.235e+04 ± 1.2e+02      0.125",
+        "causal_score 0.5 ± 0.012",
+        "n_used 7",
+    ]
+
+
+def test_without_layers() -> None:
+    assert table(results.new({"loss_mean": ((), 3.0)}, **ABOUT)) == "loss_mean 3"
