@@ -112,6 +112,18 @@ def test_equals_loops_over_an_ordinary_pass(family: str) -> None:
     check(found, Observed(model), N_LAYERS, family == "deepseek_v3", 2e-5)
 
 
+@each_family(*MIXTURES)
+def test_gates_and_logits_of_every_token(family: str) -> None:
+    model = enlarged(make(family), 2.0)
+    seen, one = Observed(model), session(model)
+    captured = one.capture(slice(0, N_SEQUENCES))
+    for number, gates in seen.gates.items():
+        found = routing(one.replay, number - 1, captured)
+        np.testing.assert_allclose(found.gates, gates, rtol=2e-5, atol=1e-6)
+        assert found.logits is not None
+        np.testing.assert_allclose(found.logits, seen.logits[number], rtol=2e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_equals_loops_over_what_our_own_layers_observe(name: str) -> None:
     spec = SPECS[name].with_fields(vocab_size=VOCABULARY)

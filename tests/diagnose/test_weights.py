@@ -17,6 +17,7 @@ ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 LABELS = {
     "llama": [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
     "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    "gpt_oss": [*ATTENTION, "mlp.router", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "mixtral": [*ATTENTION, "mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 """Of the matrices of a layer."""
