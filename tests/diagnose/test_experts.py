@@ -166,3 +166,14 @@ def test_is_a_result() -> None:
     np.testing.assert_allclose(found.expert_load[2:].sum("expert"), 1.0)
     assert (found.expert_load_stderr[2:] >= 0).all()
     assert float(found.router_entropy_stderr[2]) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_family("mixtral", "gpt_oss", "deepseek_v3")
+def test_cuda_agrees_with_cpu(family: str) -> None:
+    model = make(family)
+    expected = experts(session(model))
+    found = experts(session(model.to("cuda")))
+    for name in ("gate_sum", "gate_second_moment", "router_entropy"):
+        np.testing.assert_allclose(found[name][1], expected[name][1], rtol=1e-4, atol=1e-6, err_msg=name)
