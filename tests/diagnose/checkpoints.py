@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from varprop.diagnose.open import quiet
 
-SIZES = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-DECODER = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
-ENCODER = {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
-FAMILIES = {
-    "llama": (transformers.LlamaForCausalLM, lambda: transformers.LlamaConfig(**DECODER)),
-    "gpt2": (
-        transformers.GPT2LMHeadModel,
-        lambda: transformers.GPT2Config(vocab_size=260, n_embd=32, n_layer=3, n_head=4, n_positions=64),
-    ),
-    "mixtral": (transformers.MixtralForCausalLM, lambda: transformers.MixtralConfig(**DECODER, num_local_experts=4)),
-    "bert": (transformers.BertForMaskedLM, lambda: transformers.BertConfig(**ENCODER)),
-    "headless": (transformers.BertModel, lambda: transformers.BertConfig(**ENCODER)),
-}
+from . import zoo
+
+N_IDS = 260
 SPECIAL = {"begin": 256, "end": 257, "pad": 258, "mask": 259}
 
 
@@ -45,12 +34,14 @@ def save_tokenizer(folder: Path, *, begins: bool) -> Tokenizer:
     return tokenizer
 
 
-def save_model(folder: Path, family: str = "llama", *, begins: bool = False, **options: object) -> torch.nn.Module:
-    """A random model of a family in a new folder, with a tokenizer; options: of `save_pretrained`."""
-    kind, config = FAMILIES[family]
-    torch.manual_seed(0)
+def save_model(folder: Path, family: str = "llama", *, begins: bool = False, **options: Any) -> Any:
+    """A model of `zoo` in a new folder, with a tokenizer of 260 ids; options: of `save_pretrained`.
+
+    family: one of the zoo, or "headless", an encoder without a head.
+    """
     with quiet():
-        model = kind(config()).eval()
+        model: Any = zoo.make("bert" if family == "headless" else family, vocab_size=N_IDS)
+        model = model.bert if family == "headless" else model
         model.save_pretrained(folder, **options)
     save_tokenizer(folder, begins=begins)
     return model

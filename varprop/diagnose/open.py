@@ -124,9 +124,12 @@ def quiet() -> Iterator[None]:
 def _transformers() -> ModuleType:
     try:
         import transformers
-    except ImportError:
-        expected = "it: pip install 'varprop[hf]'"
-        raise ArgumentError(f"package transformers is missing, which reads such models; expected {expected}") from None
+    except ImportError as error:
+        package = repr(error.name or "transformers")
+        expected = "an installed transformers, pip install 'varprop[hf]'"
+        raise ArgumentError(
+            f"package={package} is missing, without which no such model is read; expected {expected}"
+        ) from None
     return transformers
 
 
