@@ -212,6 +212,18 @@ def test_standard_errors_are_those_of_means_over_sequences() -> None:
     assert found["loss_mean_stderr"] == pytest.approx(found["loss"].std(ddof=1) / np.sqrt(len(x)), rel=0.14)
 
 
+def test_losses_are_weighted_by_targets() -> None:
+    """Sequences with no, one and five targets: the mean over targets is not that over sequences."""
+    targets = torch.full_like(TOKENS, -100)
+    targets[1, 3], targets[2, 2:7] = 9, TOKENS[2, 3:8]
+    model = zoo.make("gpt2", torch.float64)
+    found = values(moments(Session(Replay(model), Batch(TOKENS, targets))))
+    assert found["n_targets"].tolist() == [0, 1, 5]
+    assert found["loss"][0] == 0
+    assert found["loss_mean"] == pytest.approx((found["loss"][1] + 5 * found["loss"][2]) / 6, rel=1e-12)
+    assert found["loss_mean"] != pytest.approx(found["loss"][1:].mean(), rel=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore::varprop.errors.BranchesWarning")
 def test_streams_of_models_whose_branches_cannot_be_told_apart() -> None:
     """OPT folds tokens into one axis inside its layers: streams are right, branches absent, and the result is valid."""

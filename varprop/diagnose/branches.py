@@ -105,7 +105,8 @@ class Branches(TorchFunctionMode):
             self.found += ["attn", "mlp"]
             self.added, self.inputs = {"attn": attn, "mlp": mlp}, {"attn": source, "mlp": source}
             self.middle = stream + attn
-            result = self.middle + mlp
+            unchanged = attn is first and mlp is second
+            result = stream + branch if unchanged else self.middle + mlp  # the former rounds as the layer itself does
         else:
             name = "attn" if self._attended and "attn" not in self.found else "mlp"
             self.found.append(name)

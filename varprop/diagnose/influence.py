@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import Array, mean_itself, ratio, with_stderr
-from varprop.diagnose.replay import Captured
+from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.sites import branches_apart, each_layer, few_rows
 from varprop.results import BRANCHES
@@ -86,7 +86,9 @@ def _of_batch(session: Session, captured: Captured, branches: bool) -> dict[str,
     found |= {name: nothing.repeat(n_sequences, n_layers + 1, len(BRANCHES)) for name in OF_ONE_BRANCH}
     found["relative_updates"] = nothing.repeat(n_sequences, n_layers + 1, captured.n_tokens)
     found["mean_stream"] = nothing.repeat(n_sequences, n_layers + 1, replay.d_model)
+    streams: list[Tensor] = []
     for layer, sites in each_layer(replay, captured, branches):
+        streams.append(sites["resid_post"])
         for rows in few_rows(replay, captured):
             after = sites["resid_post"][rows].double()
             found["stream_norm"][rows, layer] = _norm(after).mean(dim=-1)
@@ -104,7 +106,7 @@ def _of_batch(session: Session, captured: Captured, branches: bool) -> dict[str,
                 of_branch = _change(*(sites[site][rows].double() for site in ends))
                 for name, values in zip(OF_ONE_BRANCH, of_branch.values(), strict=True):
                     found[name][rows, layer, branch] = values.mean(dim=-1)
-    return found | _angular_distances(session, captured)
+    return found | _angular_distances(replay, streams)
 
 
 def _change(before: Tensor, added: Tensor, after: Tensor) -> dict[str, Tensor]:
@@ -116,14 +118,13 @@ def _change(before: Tensor, added: Tensor, after: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _angular_distances(session: Session, captured: Captured) -> dict[str, Tensor]:
+def _angular_distances(replay: Replay, streams: list[Tensor]) -> dict[str, Tensor]:
     """Means over tokens, and of the last token, (B, L + 1, L + 1) each, some tokens at a time."""
-    replay, n_tokens = session.replay, captured.n_tokens
-    at_a_time = replay.limits.call_tokens(4 * 8 * len(captured.streams) * replay.d_model)
-    size = max(1, at_a_time // captured.n_sequences)
+    n_sequences, n_tokens, d_model = streams[0].shape
+    size = max(1, replay.limits.call_tokens(4 * 8 * len(streams) * d_model) // n_sequences)
     total, last = torch.zeros((), dtype=torch.float64, device=replay.device), None
     for start in range(0, n_tokens, size):
-        x = torch.stack([stream[:, start : start + size] for stream in captured.streams], dim=-2).double()
+        x = torch.stack([stream[:, start : start + size] for stream in streams], dim=-2).double()
         unit = x / _norm(x).clamp(min=torch.finfo(x.dtype).tiny)[..., None]  # (B, tokens, L + 1, D)
         cosines = (unit @ unit.mT).clamp(-1, 1)
         angles = cosines.arccos() / math.pi

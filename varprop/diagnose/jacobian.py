@@ -88,7 +88,8 @@ def _measured(
     """`jacobian_statistics.summary` of some layers; probes are added where `jacobian_stderr` asks for them."""
     d_model, target = session.replay.d_model, session.option("jacobian_stderr")
     probes = _signs(session, 0, n_probes) if n_probes else None
-    first = _products(session, sequences, layers, parts, probes, f"{layers[0]}-0")
+    key = f"{layers[0]}-{layers[-1]}"
+    first = _products(session, sequences, layers, parts, probes, f"{key}-0")
     rows = [[first["rows"][:, i]] for i in range(len(layers))]
 
     def numbers(i: int) -> Arrays:
@@ -105,7 +106,7 @@ def _measured(
             break
         more = _signs(session, done, min(2 * done, d_model))
         chosen = [layers[i] for i in left]
-        added = _products(session, sequences, chosen, parts, more, f"{layers[0]}-{done}", tokens_too=False)
+        added = _products(session, sequences, chosen, parts, more, f"{key}-{done}", tokens_too=False)
         done += len(more)
         for place, i in enumerate(left):
             rows[i].append(added["rows"][:, place])

@@ -92,7 +92,8 @@ def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> V
         norms = [torch.linalg.matrix_norm(torch.as_tensor(m).to(eye) + eye, 2) for m in matrices]
         found = {"value": torch.stack(norms).cpu().numpy(), "residual": np.zeros(len(matrices))}
     elif steps:
-        found = session.once("jacobian-spectrum", lambda: _estimated(session, steps))
+        estimate = lambda: session.replay.limits.retried(lambda: _estimated(session, steps))  # noqa: E731
+        found = session.once("jacobian-spectrum", estimate)
     else:
         return {}
     return {

@@ -63,7 +63,7 @@ def moments(session: Session) -> Variables:
     Checked by: tests/diagnose/test_moments.py, float64 numpy definitions and `varprop.train.probe`.
     """
     seed, branches = session.seed, branches_apart(session)
-    size = session.batch_size(kept=3)  # the stream, and for the overlaps what both branches add
+    size = session.batch_size(kept=2)  # for the overlaps what both branches add
     arrays = session.each_batch("moments", lambda captured: _of_batch(session, captured, branches), batch_size=size)
     _mark_absent(arrays, branches)
     by_token = np.moveaxis(arrays["by_token"], 0, -2)  # (moments, L + 1, sites, S, T)
@@ -105,20 +105,22 @@ def _of_batch(session: Session, captured: Captured, branches: bool) -> dict[str,
     found["branch_correlation"] = nothing.repeat(*places, len(BRANCHES))
     found["massive_activation_ratio"] = nothing.repeat(*places)
     contributions: list[Tensor] = []
+    stream = captured.start
     for layer, sites in each_layer(replay, captured, branches):
         contributions += [x for site, x in sites.items() if layer == 0 or site in BRANCH_STREAM]
         for rows in few_rows(replay, captured):
-            found["massive_activation_ratio"][rows, layer] = max_to_median(sites["resid_post"][rows].flatten(-2))
-            for site, x in sites.items():
+            wide = {site: x[rows].double() for site, x in sites.items()}
+            found["massive_activation_ratio"][rows, layer] = max_to_median(wide["resid_post"].flatten(-2))
+            for site, x in wide.items():
                 if site != "resid_pre":  # the stream after the layer before, measured there
                     here = layer, SITES.index(site)
-                    by_token[rows, :, *here] = torch.stack(token_moments(x[rows]), dim=1)
-                    for name, value in _of_sequences(x[rows]).items():
+                    by_token[rows, :, *here] = torch.stack(token_moments(x), dim=1)
+                    for name, value in _of_sequences(x).items():
                         found[name][rows, *here] = value
                 if site in BRANCH_STREAM:
-                    stream = sites[BRANCH_STREAM[site]][rows]
                     branch = list(BRANCH_STREAM).index(site)
-                    found["branch_correlation"][rows, layer, branch] = branch_correlation(stream, x[rows])
+                    found["branch_correlation"][rows, layer, branch] = branch_correlation(wide[BRANCH_STREAM[site]], x)
+        stream = sites["resid_post"]
     by_token[:, :, 1:, PRE] = by_token[:, :, :-1, POST]
     for name in OF_SEQUENCES:
         found[name][:, 1:, PRE] = found[name][:, :-1, POST]
@@ -126,7 +128,7 @@ def _of_batch(session: Session, captured: Captured, branches: bool) -> dict[str,
         found["overlap"] = torch.stack([overlap_sums(list(one)) for one in zip(*contributions, strict=True)])
         found["overlap"] /= n_tokens * replay.d_model
     if replay.has_loss:
-        found["loss"] = replay.losses(captured.streams[-1][None], captured.batch)[0]
+        found["loss"] = replay.losses(stream[None], captured.batch)[0]
         found["n_targets"] = replay.count(captured.batch)
     return {"by_token": by_token, **found}
 

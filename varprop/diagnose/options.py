@@ -13,7 +13,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "n_probes": (16, "random directions of a Jacobian estimate; 0 = exact, one product for each neuron"),
     "jacobian_tokens": (1024, "tokens of the Jacobian: so many whole sequences"),
     "jacobian_stderr": (0.0, "relative standard error over directions that more are added for; 0 = none are"),
-    "jacobian_spectral_steps": (8, "steps of Lanczos for the spectral norm of a Jacobian estimate; 0 = none"),
+    "jacobian_spectral_steps": (8, "steps of Lanczos for the spectral norm, with attention weights T x T; 0 = none"),
     "permutation_pairs": (48, "pairs of layers that are swapped, stratified by their distance; 0 = all"),
     "permutation_tokens": (1024, "tokens that a swap is first tried on: so many whole sequences"),
     "permutation_stderr": (0.0, "relative standard error of each pair that more sequences are added for; 0 = none are"),

@@ -23,7 +23,7 @@ from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
 
 PAIRS = ("source_layer", "target_layer")
-FEWEST_SEQUENCES = 4
+FEWEST_SEQUENCES = 8
 """That a standard error is first taken from, where it decides whether more are added."""
 DECAY = 0.9
 """Of the weight of a layer, for each layer before it, in the paper's weighted mean."""
@@ -179,8 +179,10 @@ class Sampled:
 def sample(session: Session) -> Sampled:
     """The losses of the swapped pairs, on as many sequences as the options ask for.
 
-    With `permutation_stderr` > 0 the sequences are doubled, from 4 or more, for the pairs that are not known well
-    enough yet, so that a pair is looked at a few times only and does not stop on a lucky error.
+    With `permutation_stderr` > 0 the sequences are doubled, from 8 or more, for the pairs that are not known well
+    enough yet, so that a pair is looked at a few times only. Still a pair stops sooner with a lucky error or a high
+    score. In the simulation of test_errors_after_sequential_sampling, 400 times, with 8 sequences to begin with, the
+    stated standard error of the mean was 0.82 to 0.94 of the true one, and the mean too high by 0.03 to 0.35 of it.
     """
     tolerance = session.option("permutation_stderr")
     seed = int(torch.randint(2**62, (), generator=session.rng("permutation")))

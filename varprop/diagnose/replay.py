@@ -205,17 +205,16 @@ class Replay:
         return _stream_of(self.layers[index](*given, **named, **call.kwargs))
 
     @torch.no_grad()
-    def sites(self, index: int, captured: Captured) -> dict[str, Tensor]:
-        """What stands at every one of `results.SITES` in layer `index` (0..L-1) of the pass, (B, T, D) each.
+    def sites(self, index: int, stream: Tensor, captured: Captured) -> dict[str, Tensor]:
+        """What stands at every one of `results.SITES` in layer `index` (0..L-1) of `stream`, (B, T, D) each.
 
         `attn_out`, `mlp_out`: what is added to the stream. `resid_mid`: what feed-forward is added to, in parallel
         layers the stream plus attention. `ArgumentError` where the branches cannot be told apart.
         """
-        stream = captured.streams[index]
-        branches = self.branches(index, stream[None], captured, lambda _, added: added)[1]
+        after, branches = self.branches(index, stream[None], captured, lambda _, added: added)
         assert branches.middle is not None
         found = {f"{name}_out": added for name, added in branches.added.items()}
-        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": captured.streams[index + 1]}
+        found |= {"resid_pre": stream, "resid_mid": branches.middle, "resid_post": after[0]}
         return {site: found[site] for site in SITES}
 
     @functools.cached_property

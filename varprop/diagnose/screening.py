@@ -52,8 +52,12 @@ def screening(session: Session) -> Variables:
 
 def of_batch(replay: Replay, captured: Captured) -> dict[str, Tensor]:
     """a_ij of each sequence (B, L, L) and its summed loss (B)."""
-    loss, gradients = loss_gradients(replay, captured)
-    return {"table": _table(replay, captured, gradients), "loss": loss}
+
+    def compute() -> dict[str, Tensor]:
+        loss, gradients = loss_gradients(replay, captured)
+        return {"table": _table(replay, captured, gradients), "loss": loss}
+
+    return replay.limits.retried(compute)
 
 
 def loss_gradients(replay: Replay, captured: Captured) -> tuple[Tensor, list[Tensor]]:
