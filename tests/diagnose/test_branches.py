@@ -84,7 +84,7 @@ def test_our_own_branches_are_those_that_the_model_records(name: str) -> None:
         torch.testing.assert_close(after, captured.streams[place + 1], rtol=0, atol=1e-12)
 
 
-@zoo.each_family("llama", "gpt_neox", "gemma3", "bert")
+@zoo.each_family("llama", "gpt_neox", "gemma3")
 def test_the_stream_after_attention(family: str) -> None:
     """Where attention and feed-forward are parallel it is the stream plus attention, as in our own blocks."""
     replay, captured = taken_apart(zoo.make(family))

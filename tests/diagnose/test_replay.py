@@ -261,7 +261,7 @@ def test_the_first_layer_that_is_not_finite_is_named(place: int | None, where: s
     rows = zoo.tokens()
     rows[1, 3] = 50
     with pytest.raises(ArgumentError) as error:
-        Replay(model).capture(Batch.causal(rows))
+        _ = Replay(model).capture(Batch.causal(rows)).streams
     one_line(error, "activations='NaN or infinite'", where)
 
 

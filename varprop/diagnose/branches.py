@@ -85,7 +85,7 @@ class Branches(TorchFunctionMode):
 
     def _sum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         terms = args[:2]
-        if len(terms) < 2 or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
+        if kwargs or len(terms) < 2 or not all(torch.is_tensor(t) and t.shape == self._shape for t in terms):
             return func(*args, **kwargs)
         first, second = terms
         for stream, branch in ((first, second), (second, first)):
