@@ -169,6 +169,7 @@ def nan(folder: Path) -> None:
         (["--data", "ids.npy"], "token id=260 is beyond the vocabulary; expected ids below 260"),
         (["--out", "none/x.nc"], "out='none/x.nc' cannot be written"),
         (["--figure", "x.doc"], "figure='x.doc' is of an unknown kind"),
+        (["--memory", "0"], "memory=0.0 is outside the domain; expected a number of GiB > 0"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--device", "abacus"], "device='abacus' is not available"),
         (["--definition", "other"], "invalid choice: 'other'"),

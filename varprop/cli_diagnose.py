@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import shutil
 import signal
@@ -32,7 +34,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    settings = "\n".join(f"  {name}={default}: {text}" for name, (default, text) in OPTIONS.items())
+    settings = "\n".join(f"  {name}={json.dumps(default)}: {text}" for name, (default, text) in OPTIONS.items())
     parser.epilog = f"Settings of --option and their defaults:\n{settings}"
     folder = "a model folder of Hugging Face's form, or a finished run"
     parser.add_argument("model", type=path, metavar="MODEL", help=folder)
@@ -69,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     figure = None if arguments.figure is None else _figure_path(arguments.figure)
     options = assignments(arguments.option, "--option")
     require_options(options)
+    good = arguments.memory is None or 0 < arguments.memory < math.inf
+    require(good, ArgumentError, "memory", arguments.memory, "outside the domain", "a number of GiB > 0")
     names = _names(arguments.scores)
     chosen(names, arguments.definition)
     parts = Path(f"{out}.parts")

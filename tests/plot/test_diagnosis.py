@@ -83,7 +83,8 @@ def test_every_panel_holds_the_numbers() -> None:
         "swapped layers",
         "Jacobian",
         "attention",
-        "the least useful layers removed",
+        "least useful layers skipped",
+        "least useful layers made linear",
     ]
     legend = panels["variance of the stream"].get_legend()
     assert legend is not None
@@ -108,11 +109,17 @@ def test_every_panel_holds_the_numbers() -> None:
     swapped = np.ma.filled(panels["swapped layers"].get_images()[0].get_array(), np.nan)
     assert np.isfinite(swapped).sum() == 2  # one pair was swapped
     assert swapped[1, 0] == dataset.permutation_score[1, 2]
-    removed = panels["the least useful layers removed"]
-    names = [text.get_text() for text in removed.get_legend().get_texts()]  # type: ignore[union-attr]
-    assert names == ["causal, skip", "causal, linear", "random, skip", "random, linear"]
-    (line, _, _) = removed.containers[2]
-    np.testing.assert_allclose(line.get_ydata(), [3, *(rise_of(dataset, "skip"))])
+    removed = panels["least useful layers made linear"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(names) == ["causal", "random"]
+    line = next(line for line in removed.get_lines() if line.get_label() == "random")
+    np.testing.assert_allclose(line.get_xdata(), [0, 1, 2, 3])
+    np.testing.assert_allclose(line.get_ydata(), [3, *rise_of(dataset, "linear")])
+
+
+def test_layers_that_were_only_skipped() -> None:
+    figure = plot.plot_diagnosis({"model": diagnosis(keep=("pruning",)).sel(removal=["skip"])})
+    assert titles(figure) == ["least useful layers skipped"]
 
 
 def test_panels_without_variables_are_left_out() -> None:
@@ -126,7 +133,7 @@ def test_results_side_by_side_have_one_scale() -> None:
     figure = plot.plot_diagnosis(both)
     assert len(drawn(figure)) > 1000
     panels = {axes.get_title(): axes for axes in figure.axes}
-    for title in ("block influence", "Jacobian", "the least useful layers removed"):
+    for title in ("block influence", "Jacobian", "least useful layers skipped"):
         assert panels[f"a: {title}"].get_ylim() == panels[f"b: {title}"].get_ylim()
         assert f"c: {title}" not in panels
     assert {f"{name}: causal matrix" for name in both} <= set(panels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -21,20 +22,30 @@ Z = 1.96
 """Standard errors of a 95 % interval."""
 LAYER = "layer"
 PANEL_INCHES = 3.4, 2.8
+ORDERS = (
+    *("block_influence", "relative_update", "causal_layer_score", "usefulness_loss_ratio", "linear_r_squared"),
+    *("jacobian_norm", "permutation_layer_score", "ablation_loss_ratio"),
+)
+"""Scores that layers are removed by, for their colours; others come after them."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: its title, the variables of which any makes it, how it is drawn, whether it is a map."""
+    """One panel: its title, the variables of which any makes it, how it is drawn, whether it is a map.
+
+    label: a dimension and the label on it that has to be there.
+    """
 
     title: str
     variables: tuple[str, ...]
     draw: Callable[[Axes, xr.Dataset], None]
     is_map: bool = False
+    label: tuple[str, str] | None = None
 
     def exists(self, dataset: xr.Dataset) -> bool:
         """Whether the dataset has something for it."""
-        return any(name in dataset for name in self.variables)
+        there = self.label is None or (self.label[0] in dataset and self.label[1] in dataset[self.label[0]])
+        return there and any(name in dataset for name in self.variables)
 
 
 def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
@@ -42,7 +53,8 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
 
     Variance of the stream by layer (mean, median over tokens, sinks apart), block influence, usefulness (loss ratio
     with a linear map in place of the layer), causal matrix, permutation scores, distance of the Jacobian from the
-    identity by definition, keys that attention uses, loss with the k least useful layers removed. Bars are 95 %
+    identity by definition, keys that attention uses, loss with the k least useful layers removed, by
+    each score that ranks layers (of random orders the mean). Bars are 95 %
     intervals, 1.96 standard errors of the result; dashed grey lines what theory expects of the network at
     initialisation (`<name>_at_initialisation`). Several results stand side by side, a column each, rows of lines
     with one scale. Checked by: tests/plot/test_diagnosis.py. Raises `ArgumentError` where nothing can be drawn.
@@ -52,6 +64,7 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
         raise ArgumentError(f"datasets={list(datasets)} hold no score of layers; expected results of diagnose.measure")
     n = len(datasets)
     figure, cells = new_figure(len(panels) * n, columns=n if n > 1 else min(3, len(panels)))
+    orders: dict[str, Any] = {}
     for row, panel in enumerate(panels):
         drawn = []
         for axes, (name, dataset) in zip(cells[row * n : (row + 1) * n], datasets.items(), strict=True):
@@ -61,12 +74,18 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
             panel.draw(axes, dataset)
             axes.set_title(f"{name}: {panel.title}" if n > 1 else panel.title, fontsize=9)
             drawn.append(axes)
+            if panel.label is not None:
+                orders |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         if not panel.is_map:
             _share_scale(drawn)
     n_rows, n_columns = cells[0].get_gridspec().get_geometry()  # type: ignore[union-attr]
     figure.set_size_inches(PANEL_INCHES[0] * n_columns, PANEL_INCHES[1] * n_rows)
     for axes in cells:
         _small(axes)
+    if orders:
+        title, columns = "layers removed, least useful first, by", min(5, 2 * n_columns)
+        about: dict[str, Any] = {"fontsize": 7, "title_fontsize": 8, "frameon": False}
+        figure.legend(orders.values(), orders, title=title, loc="outside lower center", ncols=columns, **about)
     if n == 1:
         figure.suptitle(next(iter(datasets)), fontsize=10)
     return figure
@@ -157,23 +176,31 @@ def _jacobian(axes: Axes, dataset: xr.Dataset) -> None:
     axes.legend(unique.values(), unique.keys(), framealpha=0.85, edgecolor="none")
 
 
-def _pruning(axes: Axes, dataset: xr.Dataset) -> None:
-    """A line for each order, solid and dashed by kind of removal; random orders as their mean."""
-    values, errors = dataset["pruning_loss"], _errors(dataset, "pruning_loss")
-    base, orders = dataset["pruning_base_loss"].item(), values["removed_by"].values.tolist()
-    random = [name for name in orders if name.startswith("random")]
-    lines = {name: (values.sel(removed_by=name), errors.sel(removed_by=name)) for name in orders if name not in random}
-    if random:
-        mean = values.sel(removed_by=random).mean("removed_by")
-        lines["random"] = mean, xr.zeros_like(mean)
-    x = np.append(0, values["n_removed"].to_numpy())
-    for i, (name, pair) in enumerate(lines.items()):
-        for style, removal in zip(("-", "--"), values["removal"].values.tolist(), strict=False):
-            mean, error = (each.sel(removal=removal).to_numpy() for each in pair)
-            colour, y, bars = "0.5" if name == "random" else COLOURS[i % len(COLOURS)], np.append(base, mean), error
-            text = f"{name}, {removal}".replace("_", " ")
-            axes.errorbar(x, y, Z * np.append(0, bars), color=colour, ls=style, lw=1.2, capsize=2, label=text)
-    finish(axes, "layers removed", "loss (nats per token)")
+def _pruning(removal: str) -> Callable[[Axes, xr.Dataset], None]:
+    """A line for each order, which the legend of the figure names; random ones as their mean."""
+
+    def draw(axes: Axes, dataset: xr.Dataset) -> None:
+        values, errors = (
+            each.sel(removal=removal) for each in (dataset["pruning_loss"], _errors(dataset, "pruning_loss"))
+        )
+        base, orders = dataset["pruning_base_loss"].item(), values["removed_by"].values.tolist()
+        x = np.append(0, values["n_removed"].to_numpy())
+        random = [name for name in orders if name.startswith("random")]
+        others = [name for name in orders if name not in (*ORDERS, *random, "greedy")]
+        scores = [*ORDERS, *others]
+        styles = {name: (COLOURS[i % 6], "-" if i < 6 else "--") for i, name in enumerate(scores) if name in orders}
+        if "greedy" in orders:
+            styles["greedy"] = "black", ":"
+        for name, (colour, style) in styles.items():
+            y, bars = (each.sel(removed_by=name).to_numpy() for each in (values, errors))
+            text = name.replace("_", " ")
+            axes.errorbar(x, np.append(base, y), np.append(0, Z * bars), color=colour, ls=style, lw=1.2, label=text)
+        if random:
+            mean = values.sel(removed_by=random).mean("removed_by").to_numpy()
+            axes.plot(x, np.append(base, mean), color="0.6", lw=1.2, label="random")
+        finish(axes, "layers removed", "loss (nats per token)", legend=False)
+
+    return draw
 
 
 def _map(name: str, label: str, measured: str = "") -> Callable[[Axes, xr.Dataset], None]:
@@ -226,6 +253,7 @@ PANELS = (
     ),
     Panel("Jacobian", ("jacobian_deviation",), _jacobian),
     Panel("attention", ("attention_effective_keys",), _one_profile("attention_effective_keys", "effective keys")),
-    Panel("the least useful layers removed", ("pruning_loss",), _pruning),
+    Panel("least useful layers skipped", ("pruning_loss",), _pruning("skip"), label=("removal", "skip")),
+    Panel("least useful layers made linear", ("pruning_loss",), _pruning("linear"), label=("removal", "linear")),
 )
 """In the order that they are drawn."""
