@@ -136,6 +136,29 @@ def test_equal_values_go_in_the_order_of_the_layers_and_result_is_valid(tmp_path
     assert results.load(tmp_path / "pruning.nc").identical(found)
 
 
+def test_a_session_serves_several_rankings() -> None:
+    """What is kept of one is not taken for another."""
+    model, tokens = zoo.make("llama", n_layers=4), zoo.tokens(2, 6)
+    session = session_of(model, tokens)
+    first, second = np.array([0, 1, 2, 3, 4]), np.array([0, 4, 3, 2, 1])
+    pruning(session, {"score": first})
+    again = by_name(pruning(session, {"score": second}))
+    alone = by_name(pruning(session_of(model, tokens), {"score": second}))
+    np.testing.assert_array_equal(again["pruning_loss"], alone["pruning_loss"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu() -> None:
+    """Float32 as on the CPU, to the rounding of its matrix products; bfloat16 runs and gives numbers."""
+    tokens, rankings = zoo.tokens(3, 10), {"score": np.array([0, 1, 2, 3])}
+    here = by_name(pruning(session_of(zoo.make("llama"), tokens), rankings))["pruning_loss"][:4]
+    there = by_name(pruning(session_of(zoo.make("llama").cuda(), tokens), rankings))["pruning_loss"][:4]
+    np.testing.assert_allclose(there, here, rtol=0.01)
+    low = by_name(pruning(session_of(zoo.make("llama", torch.bfloat16).cuda(), tokens), rankings))
+    assert np.isfinite(low["pruning_loss"]).all()
+
+
 @pytest.mark.parametrize(
     "ranking, options, message",
     [

@@ -21,6 +21,7 @@ from varprop.diagnose.pairs import Array, Pairs, draw_pairs
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
+from varprop.errors import ArgumentError, require
 
 PAIRS = ("source_layer", "target_layer")
 FEWEST_SEQUENCES = 8
@@ -216,6 +217,9 @@ def of_batch(
         i, j = int(pairs.first[pair]) - 1, int(pairs.second[pair]) - 1
         swaps.append({i: Run(j), j: Run(i)})
     losses = walk(session.replay, captured, [*swaps, {0: Run(0)}])
+    for pair, good in zip(active, losses[: len(swaps)].isfinite().all(dim=1).tolist(), strict=True):
+        name = f"loss with layers {pairs.first[pair]} and {pairs.second[pair]} swapped"
+        require(good, ArgumentError, name, "NaN or infinite", "no number", "a type of wider range, such as bfloat16")
     swapped = losses.new_zeros(captured.n_sequences, len(pairs.first))
     which = torch.as_tensor(np.asarray(active), device=swapped.device)
     swapped[:, which] = losses[: len(swaps)].T

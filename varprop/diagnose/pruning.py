@@ -6,6 +6,7 @@ sequences.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -118,7 +119,8 @@ def _losses(
     def of_batch(captured: Captured) -> dict[str, Tensor]:
         return {"loss": walk(session.replay, captured, programs).T, "count": session.replay.count(captured.batch)}
 
-    arrays = session.each_batch("pruning", of_batch, rows)
+    digest = hashlib.sha256(repr([(removal, sorted(gone)) for removal, gone in numbers]).encode()).hexdigest()[:8]
+    arrays = session.each_batch(f"pruning-{digest}", of_batch, rows)
     return arrays["loss"][:, which], arrays["loss"][:, -1], arrays["count"]
 
 
