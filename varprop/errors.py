@@ -56,6 +56,10 @@ class ArgumentError(VarpropError):
     """An argument of a function or command is outside its domain."""
 
 
+class ShortMemoryError(ArgumentError):
+    """Not even the smallest pieces of a computation have enough memory."""
+
+
 class UnsuitedError(ArgumentError):
     """The model or its text lacks what a score needs, such as a head; among all scores, this one is left out."""
 

@@ -139,7 +139,8 @@ def test_eager_models_give_the_same(family: str) -> None:
     found = attention(session(model))
     assert model.config._attn_implementation == "eager"
     for name, (_, values) in expected.items():
-        np.testing.assert_allclose(found[name][1], values, rtol=1e-6, atol=1e-9, err_msg=name)
+        # Eager probabilities are rounded to float32; a standard error is a difference of numbers of order one.
+        np.testing.assert_allclose(found[name][1], values, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -112,6 +112,18 @@ def test_equals_loops_over_an_ordinary_pass(family: str) -> None:
     check(found, Observed(model), N_LAYERS, family == "deepseek_v3", 2e-5)
 
 
+@each_family(*MIXTURES)
+def test_gates_and_logits_of_every_token(family: str) -> None:
+    model = enlarged(make(family), 2.0)
+    seen, one = Observed(model), session(model)
+    captured = one.capture(slice(0, N_SEQUENCES))
+    for number, gates in seen.gates.items():
+        found = routing(one.replay, number - 1, captured)
+        np.testing.assert_allclose(found.gates, gates, rtol=2e-5, atol=1e-6)
+        assert found.logits is not None
+        np.testing.assert_allclose(found.logits, seen.logits[number], rtol=2e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_equals_loops_over_what_our_own_layers_observe(name: str) -> None:
     spec = SPECS[name].with_fields(vocab_size=VOCABULARY)
@@ -154,3 +166,14 @@ def test_is_a_result() -> None:
     np.testing.assert_allclose(found.expert_load[2:].sum("expert"), 1.0)
     assert (found.expert_load_stderr[2:] >= 0).all()
     assert float(found.router_entropy_stderr[2]) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_family("mixtral", "gpt_oss", "deepseek_v3")
+def test_cuda_agrees_with_cpu(family: str) -> None:
+    model = make(family)
+    expected = experts(session(model))
+    found = experts(session(model.to("cuda")))
+    for name in ("gate_sum", "gate_second_moment", "router_entropy"):
+        np.testing.assert_allclose(found[name][1], expected[name][1], rtol=1e-4, atol=1e-6, err_msg=name)

@@ -56,8 +56,8 @@ def noisy(
     pairs: Pairs, scores: np.ndarray, rng: np.random.Generator, n_sequences: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means over sequences of scores with noise, part of it common to all pairs, and their influence."""
-    common = 0.3 * rng.normal(size=(n_sequences, 1))
-    each = scores[pairs.first, pairs.second] + common + 0.3 * rng.normal(size=(n_sequences, len(pairs.first)))
+    common = 0.1 * rng.normal(size=(n_sequences, 1))
+    each = scores[pairs.first, pairs.second] + common + rng.normal(size=(n_sequences, len(pairs.first)))
     mean = each.mean(axis=0)
     return mean, (each - mean) / n_sequences * (n_sequences / (n_sequences - 1)) ** 0.5
 
@@ -79,7 +79,7 @@ def test_estimates_from_all_pairs_are_sums() -> None:
 @pytest.mark.parametrize("n_pairs, noise", [(12, False), (30, False), (12, True), (30, True), (0, True)])
 def test_estimates_from_drawn_pairs_are_unbiased_and_their_errors_too(n_pairs: int, noise: bool) -> None:
     """1,000 draws: a mean is known to 1/32 of its spread (5 of these allowed), a mean square to about 5 % (25 %
-    allowed: a variance cut off at 0 is biased upwards)."""
+    allowed). The noise of a score is as large as the spread of a stratum."""
     rng = np.random.default_rng(1)
     scores = truth(rng)
     expected = scores.sum() / N_ALL
@@ -108,3 +108,15 @@ def test_strata_beat_simple_random_sampling() -> None:
         strata.append(pairs.estimate(np.full(len(values), 1 / N_ALL), values, np.zeros((1, len(values))))[0])
         simple.append(rng.choice(of_all, 20, replace=False).mean())
     assert np.square(np.array(strata) - expected).mean() < np.square(np.array(simple) - expected).mean() / 2
+
+
+def test_mean_of_a_group_of_which_some_pairs_are_swapped() -> None:
+    """Two of three: the error of a simple random sample; one of two: with the spread of all swapped pairs; none: 0."""
+    each = np.arange(3)
+    pairs = Pairs(4, np.array([1, 1, 2]), np.array([2, 3, 3]), each * 0, each < 9, np.array([6]))
+    members = np.array([[True, True, False], [False, False, True], [False, False, False]])
+    scores = np.array([0.1, 0.5, 0.9])
+    means, errors = pairs.group_means(members, np.array([3.0, 2.0, 1.0]), scores, np.zeros((1, 3)))
+    assert means == pytest.approx([0.3, 0.9, 0])
+    variances = [(1 / 2 - 1 / 3) * scores[:2].var(ddof=1), (1 - 1 / 2) * scores.var(ddof=1), 0]
+    assert errors == pytest.approx(np.sqrt(variances))

@@ -121,6 +121,13 @@ def test_standard_errors_are_those_of_the_bootstrap() -> None:
     assert sampled.stderr == pytest.approx(stderr(change, swapped, base), rel=0.2)
     error = sampled.scalars()["permutation_total_stderr"][1]
     assert error == pytest.approx(float(stderr(total, swapped, base)), rel=0.2)
+
+    def share(swapped: np.ndarray, base: np.ndarray) -> np.ndarray:
+        scores = np.abs(change(swapped, base))
+        return scores[..., :3].sum(axis=-1) / scores.sum(axis=-1)  # pairs (1, 2), (1, 3), (1, 4) come first
+
+    error = sampled.scalars()["permutation_first_share_stderr"][1]
+    assert error == pytest.approx(float(stderr(share, swapped, base)), rel=0.2)
     logs = sampled.matrices()["permutation_log_change_stderr"][1][1, 2]
     direct = stderr(lambda s, b: np.log(s[..., 0] / b), swapped, base)
     assert logs == pytest.approx(float(direct), rel=0.2)

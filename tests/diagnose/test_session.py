@@ -14,7 +14,7 @@ from varprop.diagnose.limits import Limits
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.diagnose.session import Session, prepare_parts
-from varprop.errors import ArgumentError
+from varprop.errors import ArgumentError, LessMemoryWarning
 
 from . import zoo
 
@@ -138,3 +138,19 @@ def test_options_and_first_sequences() -> None:
     given.options = {"n_probes": 3}
     assert given.option("n_probes") == 3
     assert [given.first_sequences(n).stop for n in (1, 8, 17, 10**6)] == [1, 1, 2, 5]
+
+
+def test_fewer_sequences_at_a_time_where_the_memory_is_short() -> None:
+    """A computation that fails for more than two sequences gives what it gives for each."""
+    given, seen = session(), []
+
+    def compute(captured: Captured) -> dict[str, Tensor]:
+        seen.append(captured.n_sequences)
+        if captured.n_sequences > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"first": captured.batch.tokens[:, 0]}
+
+    with pytest.warns(LessMemoryWarning):
+        found = given.each_batch("halves", compute)
+    assert np.array_equal(found["first"], given.batch.tokens[:, 0].numpy())
+    assert min(seen) <= 2

@@ -17,6 +17,7 @@ ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 LABELS = {
     "llama": [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
     "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    "gpt_oss": [*ATTENTION, "mlp.router", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "mixtral": [*ATTENTION, "mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 """Of the matrices of a layer."""
@@ -106,3 +107,14 @@ def test_is_a_result_with_labels() -> None:
     experts = found.sel(matrix="mlp.experts.down_proj")
     assert np.isnan(experts.stable_rank[1])
     assert float(experts.stable_rank[2]) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_family("llama", "mixtral", "gpt_oss")
+def test_cuda_agrees_with_cpu(family: str) -> None:
+    model = make(family)
+    expected = weights(session(model))
+    found = weights(session(model.to("cuda")))
+    for name in DIMENSIONS:
+        np.testing.assert_allclose(found[name][1], expected[name][1], rtol=1e-4, atol=1e-6, err_msg=name)

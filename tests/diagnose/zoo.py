@@ -91,7 +91,7 @@ FEW = ("llama", "gpt2", "gpt_neox", "gemma3", "olmoe", "deepseek_v3", "bert")
 """One of each kind."""
 
 
-def make(family: str, dtype: torch.dtype = torch.float32, n_layers: int = N_LAYERS, **changes: Any) -> nn.Module:
+def make(family: str, dtype: torch.dtype = torch.float32, n_layers: int = N_LAYERS, **changes: Any) -> Any:
     """A model of the family, in evaluation mode. changes: of its configuration."""
     config = CONFIGS[family]()
     config.num_hidden_layers = n_layers
@@ -122,7 +122,7 @@ def enlarged(model: nn.Module, factor: float = 4.0, seed: int = 0) -> nn.Module:
     return model
 
 
-def make_own(name: str = "base", dtype: torch.dtype = torch.float64) -> nn.Module:
+def make_own(name: str = "base", dtype: torch.dtype = torch.float64) -> Any:
     """One of our own models, by the name of its spec in tests/reference/specs.py."""
     return enlarged(Transformer(SPECS[name], dtype=dtype), 1.5).eval()
 

@@ -57,7 +57,8 @@ def jacobian(session: Session) -> Variables:
     sequences on). 0 probes, or as many as neurons: exact, one product for each neuron; then own_token and all_sources
     are exact where T D <= 2^14, and from 16 probes elsewhere. `jacobian_stderr` > 0: probes are doubled until
     token_mean's relative standard error over probes is not above it; jacobian_n_probes (layer) is how many that took,
-    0 = exact. Products are taken in the model's type, sums in at least float32.
+    0 = exact. Products are taken in the model's type, sums in at least float32: what bfloat16 rounds of (J - I)^T v is
+    of the size of v.
     Layers count from 1; entries of layer 0 are NaN.
     Source: diagonal estimate, Bekas, Kokiopoulou and Saad (2007). Checked by: tests/diagnose/test_jacobian.py, whole
     Jacobians by torch.autograd.functional.jacobian.

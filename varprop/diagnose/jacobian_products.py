@@ -28,12 +28,20 @@ class Graph:
         stream = captured.streams[layer]
         self.x = stream.expand(n_copies, *stream.shape).clone().requires_grad_()
         self.sum_type = torch.promote_types(stream.dtype, torch.float32)
+        self._ends: list[tuple[Tensor, Tensor]] = []
+        self._ends_in_sum = False
         with torch.enable_grad():
             if len(parts) == 1:
-                self._ends = [(replay.layer(layer, self.x, captured), self.x)]
-            else:
-                y, branches = replay.branches(layer, self.x, captured, unchanged)
-                self._ends = [(y, self.x), *((branches.added[name], branches.inputs[name]) for name in parts[1:])]
+                self._y = replay.layer(layer, self.x, captured)
+                return
+            self._y, branches = replay.branches(layer, self.x, captured, unchanged)
+        for name in parts[1:]:
+            added, source = branches.added[name], branches.inputs[name]
+            zero = torch.zeros_like(added)
+            found = torch.autograd.grad(added, source, zero, retain_graph=True, allow_unused=True)[0]
+            is_source = found is not None  # else a parallel layer that adds its branches one after the other
+            self._ends.append((added, source if is_source else self.x))
+            self._ends_in_sum = is_source and name == "mlp" and torch.equal(self._y.view_as(added), source + added)
 
     def products(self, cotangent: Tensor) -> Iterator[Tensor]:
         """sum_t (J_ts - I [t = s])^T u_t of u (V, B, T, D) for the layer, then without I for its branches; that shape.
@@ -41,14 +49,21 @@ class Graph:
         cotangent: u, or what can be expanded to it, in `sum_type`, and so are the products.
         """
         cotangent = cotangent.expand_as(self.x)
-        for place, (end, source) in enumerate(self._ends):
-            given = cotangent.to(end.dtype).reshape(end.shape)
-            found = torch.autograd.grad(end, source, given, retain_graph=True, allow_unused=True)[0]
-            if found is None:  # a parallel layer that adds its branches one after the other
-                self._ends[place] = (end, self.x)
-                found = torch.autograd.grad(end, self.x, given, retain_graph=True)[0]
-            product = found.reshape(self.x.shape).to(self.sum_type)
-            yield product - cotangent if place == 0 else product
+        given = cotangent.to(self.x.dtype)
+        if self._ends_in_sum:  # y = z + mlp(z): on its way to x the product of the layer passes that of mlp
+            attn, (_, z) = self._ends
+            whole, at_z = self._pulled(self._y, (self.x, z), given)
+            yield whole - cotangent
+            yield self._pulled(attn[0], attn[1:], given)[0]
+            yield at_z - cotangent
+            return
+        yield self._pulled(self._y, (self.x,), given)[0] - cotangent
+        for end, source in self._ends:
+            yield self._pulled(end, (source,), given)[0]
+
+    def _pulled(self, end: Tensor, sources: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(end, sources, cotangent.reshape(end.shape), retain_graph=True)
+        return [product.reshape(self.x.shape).to(self.sum_type) for product in found]
 
 
 def unchanged(_: str, added: Tensor) -> Tensor:

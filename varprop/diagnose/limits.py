@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from varprop.errors import ArgumentError, LessMemoryWarning
+from varprop.errors import LessMemoryWarning, ShortMemoryError
 
 Result = TypeVar("Result")
 HALVINGS = 6
@@ -54,7 +54,7 @@ class Limits:
     def retried(self, compute: Callable[[], Result]) -> Result:
         """What `compute` gives; where the memory runs out it is called again with half as much stated.
 
-        Raises `ArgumentError` where half a dozen halvings do not help.
+        Raises `ShortMemoryError` where half a dozen halvings do not help.
         """
         for _ in range(HALVINGS):
             try:
@@ -70,7 +70,7 @@ class Limits:
                 f"out of memory: going on with {gib:.3g} GiB beside the model", LessMemoryWarning, stacklevel=2
             )
         gib = self.memory / GIBIBYTE
-        raise ArgumentError(f"memory={gib:.3g} GiB is still too much; expected fewer or shorter sequences at a time")
+        raise ShortMemoryError(f"memory={gib:.3g} GiB is still too much; expected fewer or shorter sequences at a time")
 
 
 def _is_memory(error: Exception) -> bool:

@@ -69,13 +69,14 @@ class Pairs:
         weights = self.inclusion_weights * self.drawn * coefficients
         variance = float(((influence @ weights) ** 2).sum())
         values, noise = coefficients * scores, coefficients * influence
+        between = 0.0
         for stratum, size in enumerate(self.sizes):
             members = (self.stratum == stratum) & self.drawn
             n = int(members.sum())
             if 1 < n < size:
                 spread = values[members].var(ddof=1) - noise[:, members].var(axis=1, ddof=1).sum()
-                variance += size**2 * (1 / n - 1 / size) * max(float(spread), 0.0)
-        return float(weights @ scores), variance**0.5
+                between += float(size**2 * (1 / n - 1 / size) * spread)
+        return float(weights @ scores), (variance + max(between, 0.0)) ** 0.5
 
     def group_means(
         self, members: NDArray[np.bool_], sizes: Array, scores: Array, influence: Array

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -152,23 +152,41 @@ def jacobian(session: Session, defects: Collection[str] | None = None) -> Variab
     above 0.5. D products for every layer and sequence. Only jacobian_norm has a standard error. defects: see `causal`.
     Checked by: tests/diagnose/test_released.py, torch.autograd.functional.jacobian of norm and layer.
     """
-    given = defects_of(session) if defects is None else defects
+    return _jacobians(session, [defects_of(session) if defects is None else defects])[0]
+
+
+def _jacobians(session: Session, chosen: Sequence[Collection[str]]) -> list[Variables]:
+    """`jacobian` with each of some sets of defects, from the same products."""
     replay, sequences = session.replay, session.first_sequences(session.option("jacobian_tokens"))
-    divisor = (session.option("elementwise_micro_batch") or MICRO_BATCH) if "elementwise" in given else 1
-    by_layer: list[dict[str, float]] = []
+    micro_batch = session.option("elementwise_micro_batch") or MICRO_BATCH
+    found: list[list[dict[str, float]]] = [[] for _ in chosen]
     for layer in range(replay.n_layers):
-        normed = layer == replay.n_layers - 1 and "final_norm" in given
+        rows: dict[bool, np.ndarray] = {}
+        for by_layer, given in zip(found, chosen, strict=True):
+            normed = layer == replay.n_layers - 1 and "final_norm" in given
+            if normed not in rows:
+                rows[normed] = _rows(session, sequences, layer, normed)
+            divisor = micro_batch if "elementwise" in given else 1
+            by_layer.append(_summary(rows[normed] / divisor, session.seed))
+    return [_over_layers(by_layer) for by_layer in found]
 
-        def of_batch(captured: Captured, layer: int = layer, normed: bool = normed) -> dict[str, Tensor]:
-            return {"rows": _mean_rows(replay, captured, layer, normed)}
 
-        rows = session.each_batch(f"released-jacobian-{layer}{'-final_norm' * normed}", of_batch, sequences)["rows"]
-        by_layer.append(_summary(rows.astype(np.float64) / divisor, session.seed))
+def _over_layers(by_layer: list[dict[str, float]]) -> Variables:
     variables: Variables = {
         name: (("layer",), np.array([np.nan, *(found[name] for found in by_layer)])) for name in by_layer[0]
     }
     share = float(np.mean([found["jacobian_diagonal_mean"] > 0.5 for found in by_layer]))
     return variables | {"jacobian_identity_share": ((), share)}
+
+
+def _rows(session: Session, sequences: slice, layer: int, normed: bool) -> np.ndarray:
+    """`_mean_rows` of some sequences, (S, D, D) float64."""
+
+    def of_batch(captured: Captured) -> dict[str, Tensor]:
+        return {"rows": _mean_rows(session.replay, captured, layer, normed)}
+
+    key = f"released-jacobian-{layer}{'-final_norm' * normed}"
+    return session.each_batch(key, of_batch, sequences)["rows"].astype(np.float64)
 
 
 def _mean_rows(replay: Replay, captured: Captured, layer: int, normed: bool) -> Tensor:
@@ -275,25 +293,26 @@ def defects(session: Session) -> Variables:
     jacobian_norm_by_defect (defect, layer), with standard errors. A defect that is not in a score leaves it as it is.
     """
     labels = ("none", *DEFECTS, "all")
-    chosen = {"none": (), "all": defects_of(session)} | {name: (name,) for name in DEFECTS}
-    headline = {
-        causal: (("causal_score",), ("row_shift", "final_norm")),
-        usefulness: (("usefulness", "usefulness_mean_loss_ratio"), ("final_norm", "transposed", "in_sample")),
-        jacobian: (("jacobian_norm",), ("final_norm", "elementwise")),
+    chosen: Mapping[str, tuple[str, ...]] = {"none": (), "all": defects_of(session)} | {
+        name: (name,) for name in DEFECTS
     }
     variables: Variables = {"defect": (("defect",), np.array(labels))}
-    for score, (names, concerned) in headline.items():
-        done: dict[tuple[str, ...], Variables] = {}
-        for label in labels:
-            some = tuple(name for name in chosen[label] if name in concerned)
-            if some not in done:
-                done[some] = score(session, some)
-        by_label = [done[tuple(name for name in chosen[label] if name in concerned)] for label in labels]
-        for name in names:
-            for end in ("", "_stderr"):
-                dims = ("defect", *by_label[0][name + end][0])
-                values = np.stack([np.asarray(found[name + end][1]) for found in by_label])
-                variables[f"{name}_by_defect{end}"] = (dims, values)
+    for score, names, concerned in (
+        (lambda sets: [causal(session, some) for some in sets], ("causal_score",), ("row_shift", "final_norm")),
+        (
+            lambda sets: [usefulness(session, some) for some in sets],
+            ("usefulness", "usefulness_mean_loss_ratio"),
+            ("final_norm", "transposed", "in_sample"),
+        ),
+        (lambda sets: _jacobians(session, sets), ("jacobian_norm",), ("final_norm", "elementwise")),
+    ):
+        of_label = [tuple(name for name in concerned if name in chosen[label]) for label in labels]
+        sets = list(dict.fromkeys(of_label))
+        found = dict(zip(sets, score(sets), strict=True))
+        for name in (name + end for name in names for end in ("", "_stderr")):
+            values = np.stack([np.asarray(found[some][name][1]) for some in of_label])
+            by_defect = name.removesuffix("_stderr") + "_by_defect" + "_stderr" * name.endswith("_stderr")
+            variables[by_defect] = (("defect", *found[()][name][0]), values)
     return variables
 
 

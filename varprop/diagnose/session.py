@@ -17,7 +17,7 @@ from torch import Tensor
 
 from varprop.diagnose.options import OPTIONS
 from varprop.diagnose.replay import Batch, Captured, Replay
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, ShortMemoryError, require
 from varprop.files import replacing
 from varprop.spec import ModelSpec
 
@@ -93,10 +93,21 @@ class Session:
         found: list[Arrays] = []
         for first in range(start, stop, size):
             rows = slice(first, min(stop, first + size))
-            found.append(self.once(f"{name}-{rows.start}-{rows.stop}", lambda rows=rows: self._finite(compute, rows)))
+            found.append(self._part(f"{name}-{rows.start}-{rows.stop}", lambda rows=rows: self._of_rows(compute, rows)))
             if self.progress is not None:
                 self.progress(name, rows.stop - start, stop - start)
         return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
+
+    def _of_rows(self, compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]], rows: slice) -> Arrays:
+        """What `compute` gives, of fewer sequences at a time where the memory is short for all."""
+        try:
+            return self.replay.limits.retried(lambda: self._finite(compute, rows))
+        except ShortMemoryError:
+            middle = (rows.start + rows.stop) // 2
+            if middle == rows.start:
+                raise
+        halves = [self._of_rows(compute, half) for half in (slice(rows.start, middle), slice(middle, rows.stop))]
+        return {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
 
     def _finite(self, compute: Callable[[Captured], Mapping[str, Tensor | np.ndarray]], rows: slice) -> Arrays:
         """What `compute` gives; `ArgumentError` naming the layer where the model ceases to be finite."""

@@ -96,7 +96,7 @@ def fit(session: Session, sequences: slice) -> list[Affine]:
 
 
 def _fitted(session: Session, sequences: slice) -> Arrays:
-    """Of each layer: matrix (L, D, D), shift (L, D), r_squared, rank, condition (L)."""
+    """Of each layer: matrix (L, D, D), shift (L, D), r_squared, rank (L)."""
     key = f"linear-{sequences.start}-{sequences.stop}"
     return session.once(key, lambda: session.replay.limits.retried(lambda: _solve(session, sequences)))
 
@@ -112,7 +112,7 @@ def _solve(session: Session, sequences: slice) -> Arrays:
         for sums in _sums(session, sequences, layers):
             solution = sums.solve()
             maps = {"matrix": solution.matrix, "shift": solution.shift}
-            numbers = {"r_squared": solution.r_squared, "rank": solution.rank, "condition": solution.condition}
+            numbers = {"r_squared": solution.r_squared, "rank": solution.rank}
             arrays = {name: values.to(wide).cpu().numpy() for name, values in maps.items()}
             for name, values in (arrays | numbers).items():
                 found.setdefault(name, []).append(np.asarray(values))
