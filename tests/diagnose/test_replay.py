@@ -58,12 +58,14 @@ def test_streams_and_logits(family: str) -> None:
     )
     with torch.no_grad():
         out = model(input_ids=given.tokens, output_hidden_states=True, use_cache=False)
+        after_norm = model.base_model(input_ids=given.tokens).last_hidden_state
     captured = Replay(model).capture(given)
     assert len(captured.streams) == zoo.N_LAYERS + 1
     for stream, own in zip(captured.streams, [*out.hidden_states[:-1], last[0]], strict=True):
         assert torch.equal(stream, own)
     replay = Replay(model)
     x = replayed(replay, captured.streams[0][None], captured)
+    torch.testing.assert_close(replay.normed(x[0]), after_norm, rtol=0, atol=FLOAT32_NORMS)
     torch.testing.assert_close(replay.logits(x[0]), out.logits, rtol=0, atol=FLOAT32_NORMS)
     torch.testing.assert_close(
         replay.losses(x, given)[0], zoo.loss_per_sequence(out.logits, given.targets), rtol=FLOAT32_NORMS, atol=0
@@ -96,12 +98,13 @@ def test_our_own_models(name: str) -> None:
             streams.append(x)
 
     with torch.no_grad():
-        logits = model(rows, record)
+        logits, after_norm = model(rows, record), model.hidden(rows)
     replay = Replay(model)
     captured = replay.capture(given)
     assert all(torch.equal(a, b) for a, b in zip(captured.streams, streams, strict=True))
     x = replayed(replay, captured.streams[0].expand(2, -1, -1, -1), captured)
     torch.testing.assert_close(replay.logits(x[1]), logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(replay.normed(x[1]), after_norm, rtol=0, atol=1e-10)
     assert replay.check(given) < 1e-12
 
 

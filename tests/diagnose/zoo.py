@@ -157,7 +157,7 @@ BRANCHES = {
 """Modules of a layer whose outputs its attention and feed-forward add, where they are not `self_attn` and `mlp`."""
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
+def layers_of(model: nn.Module) -> Any:
     """The list of the model's layers, found by its name."""
     names = ("layers", "h", "layer")
     return next(m for n, m in model.named_modules() if n.split(".")[-1] in names and isinstance(m, nn.ModuleList))
