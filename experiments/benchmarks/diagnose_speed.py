@@ -144,7 +144,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if "jacobian" in chosen:
         which = range(0, arguments.n_layers, max(1, arguments.n_layers // arguments.jacobian_layers))
-        options = {"n_probes": arguments.n_probes, "jacobian_tokens": 10**9}
+        options = {"n_probes": arguments.n_probes, "jacobian_stderr": 0.05, "jacobian_tokens": 10**9}
+        options["jacobian_spectral_steps"] = 0  # which the plain program does not give
         layers_share = len(which) / arguments.n_layers
 
         def gap(found: Any, expected: torch.Tensor) -> float:
