@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from varprop.diagnose.jacobian import jacobian
-from varprop.diagnose.permutation import permutation
-from varprop.diagnose.usefulness import usefulness
 
 from experiments.benchmarks import plain_scores
 from varprop.diagnose import Batch, Limits, Replay, Session
 from varprop.diagnose.causal import causal
+from varprop.diagnose.jacobian import jacobian
+from varprop.diagnose.permutation import permutation
+from varprop.diagnose.usefulness import usefulness
 
 WIDTHS = {32: (64, 2), 1024: (2816, 8), 2048: (5632, 16)}
 """d_ff and heads by d_model."""
@@ -92,8 +92,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     timer, rows = Timer(device), []
     batch = arguments.plain_batch
 
-    def session(n: int, **options: Any) -> Session:
-        return Session(replay, Batch.causal(tokens[:n]), options=options)
+    def session(n: int, short: bool = False, **options: Any) -> Session:
+        length = arguments.released_tokens if short else arguments.n_tokens
+        return Session(replay, Batch.causal(tokens[:n, :length]), options=options)
 
     def compare(name: str, ours: Callable[[int], Any], plain: Callable[[int], Any], gap: Callable[..., float]) -> None:
         few = min(2, arguments.n_sequences)
@@ -122,8 +123,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if "causal_released" in chosen:
         compare(
             "causal_released",
-            lambda n: causal(session(n)),
-            lambda n: plain_scores.released_causal(model, on_device[:n]),
+            lambda n: causal(session(n, short=True)),
+            lambda n: plain_scores.released_causal(model, on_device[:n, : arguments.released_tokens]),
             of_pairs,
         )
     if "usefulness" in chosen:
@@ -135,7 +136,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if "permutation" in chosen:
         pairs = list(itertools.combinations(range(arguments.n_layers), 2))
-        options = {"permutation_pairs": 0, "permutation_tokens": 10**9}
+        options: dict[str, Any] = {"permutation_pairs": 0, "permutation_tokens": 10**9}
         compare(
             "permutation",
             lambda n: permutation(session(n, **options)),
@@ -144,7 +145,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if "jacobian" in chosen:
         which = range(0, arguments.n_layers, max(1, arguments.n_layers // arguments.jacobian_layers))
-        options = {"n_probes": arguments.n_probes, "jacobian_stderr": 0.05, "jacobian_tokens": 10**9}
+        options: dict[str, Any] = {"n_probes": arguments.n_probes, "jacobian_stderr": 0.05, "jacobian_tokens": 10**9}
         options["jacobian_spectral_steps"] = 0  # which the plain program does not give
         layers_share = len(which) / arguments.n_layers
 
@@ -192,14 +193,17 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=1024, choices=sorted(WIDTHS))
     parser.add_argument("--n-layers", type=int, default=32)
     parser.add_argument("--vocab-size", type=int, default=VOCABULARY)
-    parser.add_argument("--n-sequences", type=int, default=16)
+    parser.add_argument("--n-sequences", type=int, default=48, help="most sequences of a score")
     parser.add_argument("--n-tokens", type=int, default=1024)
     parser.add_argument("--plain-batch", type=int, default=8, help="sequences of a plain pass")
-    parser.add_argument("--n-probes", type=int, default=16)
+    parser.add_argument("--n-probes", type=int, default=4)
     parser.add_argument("--jacobian-layers", type=int, default=4, help="layers that the plain Jacobian is timed on")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB beside the model")
     parser.add_argument("--scores", default=",".join(AIMS))
-    parser.add_argument("--sequences-of", type=json.loads, default={"permutation": 4, "jacobian": 2})
+    parser.add_argument(
+        "--sequences-of", type=json.loads, default={"causal": 16, "usefulness": 16, "permutation": 4, "jacobian": 2}
+    )
+    parser.add_argument("--released-tokens", type=int, default=512, help="length of the released procedure's sequences")
     parser.add_argument("--out", type=Path, default=Path("diagnose_speed.json"))
     parser.add_argument("--table", type=Path, nargs="*", default=None)
     arguments = parser.parse_args()

@@ -126,7 +126,7 @@ def plain_usefulness(model: Any, fit: Tensor, held_out: Tensor, batch: int) -> T
         kept: list[tuple[Tensor, Tensor]] = []
         hook = layer.register_forward_hook(lambda _, args, output, kept=kept: kept.append((args[0], output)))
         for rows in fit.split(batch):
-            model.model(rows, use_cache=False)
+            model(rows, use_cache=False)
         hook.remove()
         x = torch.cat([pair[0] for pair in kept]).flatten(0, 1).float()
         y = torch.cat([pair[1] for pair in kept]).flatten(0, 1).float()

@@ -9,10 +9,10 @@ from varprop.diagnose.limits import GIBIBYTE, HALVINGS, Limits
 from varprop.errors import ArgumentError, LessMemoryWarning
 
 
-def test_chunks_are_a_quarter_of_the_memory() -> None:
+def test_chunks_are_a_quarter_of_the_memory_and_logits_a_half() -> None:
     limits = Limits(1000.0)
     assert limits.stack_variants(25) == limits.batch_sequences(25) == limits.call_tokens(25) == 10
-    assert Limits(4.0 * 12 * 50 * 20).head_tokens(50) == 20
+    assert Limits(2.0 * 12 * 50 * 20).head_tokens(50) == 20
 
 
 def test_something_is_always_done() -> None:

@@ -36,8 +36,8 @@ class Limits:
         return cls(GIBIBYTE * (DEFAULT_GIB.get(kind, 2.0) if memory_gib is None else memory_gib))
 
     def head_tokens(self, vocab_size: int) -> int:
-        """Tokens whose logits are held at a time: a quarter of the memory, three float32 copies of the logits."""
-        return max(16, math.floor(self.memory / 4 / (12 * max(vocab_size, 1))))
+        """Tokens whose logits are held at a time: half of the memory, three float32 copies of the logits."""
+        return max(16, math.floor(self.memory / 2 / (12 * max(vocab_size, 1))))
 
     def stack_variants(self, bytes_per_variant: int) -> int:
         """Streams that are held at a time: a quarter of the memory."""

@@ -234,10 +234,9 @@ class Replay:
         places = kept.nonzero()[:, 0]
         targets = batch.targets.expand(n_variants, n_sequences, n_tokens).reshape(-1)[places]
         total = torch.zeros(n_variants * n_sequences, dtype=torch.float64, device=self.device)
-        size = min(self.limits.head_tokens(self.vocab_size), n_tokens)
-        for start in range(0, len(places), size):
-            part = slice(start, start + size)
-            logits = _at_least_float32(self.logits(rows[places[part]][None])[0])
+        most = self.limits.head_tokens(self.vocab_size)
+        for part, shape in head_pieces(len(places), n_tokens, most):
+            logits = _at_least_float32(self.logits(rows[places[part]].reshape(*shape, d_model)).flatten(0, 1))
             total.index_add_(0, which[part], functional.cross_entropy(logits, targets[part], reduction="none").double())
         return total.reshape(n_variants, n_sequences)
 
@@ -328,6 +327,20 @@ class Replay:
         out = self._forward(batch.tokens)
         logits = _at_least_float32(getattr(out, "logits", out)).double()
         return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def head_pieces(n: int, n_tokens: int, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
+    """`n` tokens in pieces of at most `most`, each as rows of a length that the model has positions for.
+
+    >>> [shape for _, shape in head_pieces(7, 3, 6)], [part.stop for part, _ in head_pieces(3, 3, 2)]
+    ([(2, 3), (1, 1)], [2, 3])
+    """
+    start = 0
+    while start < n:
+        length = min(n_tokens, most, n - start)
+        n_rows = max(1, min(most, n - start) // length)
+        yield slice(start, start + n_rows * length), (n_rows, length)
+        start += n_rows * length
 
 
 def _first_line(error: Exception) -> str:

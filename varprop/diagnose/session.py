@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ Arrays = dict[str, np.ndarray]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
 """What a score gives: name -> (dimensions, values), as `results.new` takes them. A variable over the one dimension that
 has its name is the labels of this dimension."""
+Kept = TypeVar("Kept")
 Progress = Callable[[str, int, int], None]
 """Called with the score, the sequences done and all of them."""
 
@@ -44,7 +45,7 @@ class Session:
     """Of the model, where it has one."""
     found: Variables = field(default_factory=dict)
     """Variables of the scores that were measured before."""
-    _kept: dict[str, Arrays] = field(default_factory=dict)
+    _kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_sequences(self) -> int:
@@ -123,11 +124,15 @@ class Session:
         device = self.replay.device
         return self.replay.capture(Batch(batch.tokens.to(device), batch.targets.to(device)))
 
+    def kept(self, key: str, compute: Callable[[], Kept]) -> Kept:
+        """What `compute` gives, computed once in this session and kept in memory alone, where it lies."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
     def once(self, key: str, compute: Callable[[], Mapping[str, Tensor | np.ndarray]]) -> Arrays:
         """What `compute` gives, kept under `key` here and in the folder of parts, or taken from there."""
-        if key not in self._kept:
-            self._kept[key] = self._part(key, compute)
-        return self._kept[key]
+        return self.kept(key, lambda: self._part(key, compute))
 
     def _part(self, key: str, compute: Callable[[], Mapping[str, Tensor | np.ndarray]]) -> Arrays:
         path = None if self.parts is None else self.parts / f"{key.replace('/', '-')}.safetensors"

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import stderr
-from varprop.diagnose.normal_equations import NormalEquations
+from varprop.diagnose.normal_equations import Fit, NormalEquations
 from varprop.diagnose.replay import Captured
-from varprop.diagnose.session import Arrays, Session, Variables
+from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Affine, Program, walk
 from varprop.errors import AccuracyWarning, ArgumentError, UnsuitedError, require
 
@@ -51,12 +52,12 @@ def usefulness(session: Session) -> Variables:
     """
     session.replay.require_loss("usefulness")
     first, rest = split(session)
-    arrays, maps = _fitted(session, first), fit(session, first)
+    fitted, maps = _fitted(session, first), fit(session, first)
     count = (first.stop - first.start) * session.n_tokens
     _warn_of_few(count, session.replay.d_model)
     variables: Variables = {
-        "linear_r_squared": (("layer",), _from_1(arrays["r_squared"])),
-        "linear_update_rank": (("layer",), _from_1(arrays["rank"])),
+        "linear_r_squared": (("layer",), _from_1(np.array([found.r_squared for found in fitted]))),
+        "linear_update_rank": (("layer",), _from_1(np.array([found.rank for found in fitted]))),
         "usefulness_fit_tokens": ((), np.asarray(count)),
         CURVE: ((CURVE,), np.array(THRESHOLDS)),
         **evaluated(session, maps, rest, ""),
@@ -88,35 +89,29 @@ def fit(session: Session, sequences: slice) -> list[Affine]:
     """For each layer the affine map of its input that is closest to it on all tokens of some sequences.
 
     It minimises sum_t |y_t - x_t - x_t W - b|^2 for the streams x before and y after the layer
-    (`NormalEquations.solve`); float32 or, for a model in float64, float64. Kept with the session's parts.
+    (`NormalEquations.solve`); float32 or, for a model in float64, float64. Kept in this session.
     """
-    arrays, device = _fitted(session, sequences), session.replay.device
-    matrices, shifts = (torch.from_numpy(arrays[name]).to(device) for name in ("matrix", "shift"))
-    return [Affine(matrix, shift) for matrix, shift in zip(matrices, shifts, strict=True)]
+    return [Affine(found.matrix, found.shift) for found in _fitted(session, sequences)]
 
 
-def _fitted(session: Session, sequences: slice) -> Arrays:
-    """Of each layer: matrix (L, D, D), shift (L, D), r_squared, rank (L)."""
+def _fitted(session: Session, sequences: slice) -> list[Fit]:
+    """Of each layer, kept in this session: they take one pass, and as much room as the layers."""
     key = f"linear-{sequences.start}-{sequences.stop}"
-    return session.once(key, lambda: session.replay.limits.retried(lambda: _solve(session, sequences)))
+    return session.kept(key, lambda: session.replay.limits.retried(lambda: _solve(session, sequences)))
 
 
-def _solve(session: Session, sequences: slice) -> Arrays:
+def _solve(session: Session, sequences: slice) -> list[Fit]:
     """One pass for as many layers as have their sums, 16 d_model^2 bytes each, in half of the memory."""
     replay = session.replay
     at_once = max(1, int(replay.limits.memory / 2 / (16 * replay.d_model**2)))
     wide = torch.promote_types(replay.dtype, torch.float32)
-    found: dict[str, list[np.ndarray]] = {}
+    found: list[Fit] = []
     for start in range(0, replay.n_layers, at_once):
         layers = range(start, min(replay.n_layers, start + at_once))
         for sums in _sums(session, sequences, layers):
             solution = sums.solve()
-            maps = {"matrix": solution.matrix, "shift": solution.shift}
-            numbers = {"r_squared": solution.r_squared, "rank": solution.rank}
-            arrays = {name: values.to(wide).cpu().numpy() for name, values in maps.items()}
-            for name, values in (arrays | numbers).items():
-                found.setdefault(name, []).append(np.asarray(values))
-    return {name: np.stack(values) for name, values in found.items()}
+            found.append(replace(solution, matrix=solution.matrix.to(wide), shift=solution.shift.to(wide)))
+    return found
 
 
 def _sums(session: Session, sequences: slice, layers: range) -> list[NormalEquations]:
