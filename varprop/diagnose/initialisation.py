@@ -12,11 +12,14 @@ from varprop.errors import AccuracyWarning, UnsuitedError
 from varprop.results import BRANCHES, SITES
 from varprop.spec import ModelSpec
 from varprop.theory import predict
+from varprop.theory.backward import jacobian_profile
 from varprop.theory.jacobian import DEFINITIONS
-from varprop.theory.skipped import MAX_TOKENS, skipped_layer_effect
+from varprop.theory.skipped import skipped_layer_effect
 
 SUFFIX = "_at_initialisation"
 PAIRS = ("source_layer", "target_layer")
+CAUSAL_TOKENS = 32
+"""Positions of the causal closed form, whose cost grows with L^2 T^3; it hardly depends on them."""
 
 
 def initialisation(session: Session) -> Variables:
@@ -29,7 +32,7 @@ def initialisation(session: Session) -> Variables:
     the second moment of a branch, q that of the stream which it is added to and k the skip multiplier, the cosine of
     the streams before and after the sum is (1 + v / (k^2 q))^(-1/2): block_influence and angular_distance are made of
     products of these, exact as d_model grows. causal_effect and its means: `theory.skipped_layer_effect`, at
-    `MAX_TOKENS` tokens at most.
+    `CAUSAL_TOKENS` tokens at most.
     Losses have no closed form, nor have the scores made of them; at initialisation they are those of no model at all.
     Raises `UnsuitedError` for a model whose spec is not known (`hf.spec_of`), `AssumptionError` where theory ends.
     Checked by: tests/diagnose/test_initialisation.py, random networks.
@@ -41,13 +44,22 @@ def initialisation(session: Session) -> Variables:
     correlation = repeated_share(session.batch.tokens.numpy())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)
-        found = predict(spec, n_tokens=session.n_tokens, token_correlation=correlation, backward=True)
-    q = found.second_moment.to_numpy()
-    jacobian = found.jacobian_deviation.sel(definition=list(DEFINITIONS)).to_numpy()
+        found = predict(spec, n_tokens=session.n_tokens, token_correlation=correlation)
+    q, c = found.second_moment.to_numpy(), np.clip(found.token_correlation.to_numpy(), 0, 1)
+    before, between_branches = SITES.index("resid_pre"), SITES.index("resid_mid")
+    profile = jacobian_profile(
+        spec,
+        n_tokens=session.n_tokens,
+        second_moment=q[1:, before],
+        token_correlation=c[1:, before],
+        middle_second_moment=q[1:, between_branches],
+        middle_token_correlation=c[1:, between_branches],
+    )
+    jacobian = np.concatenate([np.full((1, len(DEFINITIONS)), np.nan), profile])
     cosines = np.array([1.0, *(block_cosine(spec, *row) for row in q[1:, [SITES.index(s) for s in SITES[:4]]])])
     log_cosines = np.cumsum(np.log(cosines))
     between = np.exp(-np.abs(log_cosines[:, None] - log_cosines[None]))
-    causal = skipped_layer_effect(spec, n_tokens=min(session.n_tokens, MAX_TOKENS), token_correlation=correlation)
+    causal = skipped_layer_effect(spec, n_tokens=min(session.n_tokens, CAUSAL_TOKENS), token_correlation=correlation)
     later = np.triu(np.ones_like(causal, dtype=bool), 1)
     rows = causal.sum(axis=1) / np.maximum(later.sum(axis=1), 1)
     nothing = np.full((1, len(BRANCHES)), np.nan)

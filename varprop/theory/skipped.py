@@ -64,15 +64,22 @@ def skipped_layer_effect(
         carried = _carried(spec) * before
         states.append(np.block([[after, carried], [carried, before]]))
         for skipped, state in enumerate(states):
-            rules = GramRecursion(spec, state, heads, documents)
-            copies = np.broadcast_to(state, (rules.n_recursions, *state.shape))  # each draws heads of its own
-            _, attn, _, mlp, following = (site.mean(axis=0) for site in block(copies, layer, frame, rules))
+            rules = _AveragedHeads(spec, state, heads, documents)
+            _, attn, _, mlp, following = (site[0] for site in block(state[None], layer, frame, rules))
             added = (_carried(spec) - 1) ** 2 * state + _passed(spec) * attn + mlp
             own, other, cross = (added[quarter].diagonal() for quarter in _quarters(n_tokens))
             gap = np.sqrt(np.clip(own + other - 2 * cross, 0, None))
             effect[skipped, layer - 1] = gap.mean() / np.sqrt(own).mean()
             states[skipped] = following
     return effect
+
+
+class _AveragedHeads(GramRecursion):
+    """Attention averaged over all heads that a recursion would draw in copies of the state."""
+
+    def attention(self, state: np.ndarray, layer: int) -> np.ndarray:
+        copies = np.broadcast_to(state, (self.n_recursions, *state.shape[1:]))
+        return super().attention(copies, layer).mean(axis=0, keepdims=True)
 
 
 def _carried(spec: ModelSpec) -> float:
