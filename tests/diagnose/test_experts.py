@@ -152,6 +152,34 @@ def test_a_dense_model_has_none(family: str) -> None:
     assert experts(one) == {}
 
 
+class SingleExperts(nn.Module):
+    """A mixture as transformers 4 kept it: a router beside a list of experts."""
+
+    def __init__(self, n: int = N_EXPERTS) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, n, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gate(x).softmax(dim=-1)
+        return sum(gates[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))  # type: ignore
+
+
+def test_experts_kept_as_single_modules_are_refused() -> None:
+    model: Any = make("llama")
+    model.model.layers[1].mlp = SingleExperts()
+    one = session(model)
+    line = "experts='SingleExperts' is single modules; expected stacked weights, as transformers 5 keeps them"
+    for score in (experts, expert_ablation, released.defects_of):
+        with pytest.raises(UnsuitedError, match=f"^{line}$"):
+            score(one)
+    model.model.layers[1].mlp = SingleExperts(1)
+    assert experts(session(model)) == {}
+    model.model.layers[1].mlp = SingleExperts(3)
+    model.model.layers[1].mlp.gate = nn.Linear(WIDTH, WIDTH)  # no router of these
+    assert experts(session(model)) == {}
+
+
 def test_the_router_is_told_from_the_gates() -> None:
     one = session(make("deepseek_v3"))
     captured = one.capture(slice(0, 2))

@@ -212,6 +212,10 @@ def test_standard_errors_are_those_of_means_over_sequences() -> None:
     assert found["loss_mean_stderr"] == pytest.approx(found["loss"].std(ddof=1) / np.sqrt(len(x)), rel=0.14)
 
 
+def test_sinks_are_counted() -> None:
+    assert isinstance(moments(session_of(zoo.make("llama")))["sink_count"][1], int)
+
+
 def test_losses_are_weighted_by_targets() -> None:
     """Sequences with no, one and five targets: the mean over targets is not that over sequences."""
     targets = torch.full_like(TOKENS, -100)

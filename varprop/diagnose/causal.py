@@ -26,9 +26,10 @@ def causal(session: Session) -> Variables:
     causal_effect (s, l) = sum_t |delta'_l - delta_l| / sum_t |delta_l| over all tokens of all sequences: the ratio of
     means of arXiv 2603.15389; 0 for l <= s. causal_effect_max = max_t |delta'_l - delta_l| / |delta_l|: the maximum of
     ratios of arXiv 2505.13898. causal_effect_null: the former where the skipped layer is put back, from the same walk:
-    what rounding alone does. causal_layer_score (s): mean of row s over l > s; causal_score: mean over all pairs s < l,
-    and causal_score_mean_row the mean over the L - 1 rows of their means: the paper gives a number for a model without
-    saying which mean it is. Layers count from 1; entries of layer 0 are NaN.
+    what rounding alone does. causal_layer_score (s): mean of row s over l > s, NaN for the last layer, which has none
+    behind it; causal_score: mean over all pairs s < l, and causal_score_mean_row the mean over the L - 1 rows of their
+    means: the paper gives a number for a model without saying which mean it is. Layers count from 1; entries of layer
+    0 are NaN.
     Source: reference formulas above. Checked by: tests/diagnose/test_causal.py, loops over the model's own layers.
     """
     arrays = session.each_batch("causal", lambda captured: _of_batch(session, captured))
@@ -57,7 +58,7 @@ def causal(session: Session) -> Variables:
     }
     if n_layers > 1:
         by_layer = [
-            np.append(f, 0.0)
+            np.append(f, np.nan)
             for f in (rows(change.mean(0), size.mean(0)), stderr(rows, change, size, seed=session.seed))
         ]
         variables |= {

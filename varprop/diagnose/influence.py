@@ -42,10 +42,10 @@ def influence(session: Session) -> Variables:
     sequence. layer_similarity: cosine between the means over all tokens of x_k and x_l, the paper's (arXiv 2603.15389).
     Scalars. effective_layers_block_influence = (sum_l b_l)^2 / sum_l b_l^2, the participation ratio of the block
     influences b_l, 1..L. effective_depth_update_cosine: the last layer l < L whose mean update_cosine is negative
-    while that of layer l + 1 is not, 0 if there is none; effective_depth_cosine: the same of the mean of update_cosine
-    and the branch_cosine of attention and feed-forward (Hu et al. 2025, "What Affects the Effective Depth of Large
-    Language Models?", who count layers from 0).
-    Every one has <name>_stderr but for the median. Norms and cosines in float64 of streams in the model's type.
+    while that of layer l + 1 is not, 0 if there is none (layers count from 1, so no layer is meant);
+    effective_depth_cosine: the same of the mean of update_cosine and the branch_cosine of attention and feed-forward
+    (Hu et al. 2025, "What Affects the Effective Depth of Large Language Models?", who count layers from 0). Every one
+    has <name>_stderr but for the median. Norms and cosines in float64 of streams in the model's type.
     Checked by: tests/diagnose/test_influence.py, float64 numpy definitions.
     """
     seed, branches = session.seed, branches_apart(session)

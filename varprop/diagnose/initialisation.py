@@ -61,7 +61,7 @@ def initialisation(session: Session) -> Variables:
     between = np.exp(-np.abs(log_cosines[:, None] - log_cosines[None]))
     causal = skipped_layer_effect(spec, n_tokens=min(session.n_tokens, CAUSAL_TOKENS), token_correlation=correlation)
     later = np.triu(np.ones_like(causal, dtype=bool), 1)
-    rows = causal.sum(axis=1) / np.maximum(later.sum(axis=1), 1)
+    rows = causal.sum(axis=1) / np.where(later.any(axis=1), later.sum(axis=1), np.nan)
     nothing = np.full((1, len(BRANCHES)), np.nan)
     variables: Variables = {
         "second_moment": (("layer", "site"), q),

@@ -160,7 +160,7 @@ def _of_tokens(values: dict[str, Array], seed: int) -> Variables:
     """Quantiles and means over the tokens that are no sinks, and means over the sinks, from (L + 1, sites, S, T)."""
     sinks = sink_positions(torch.from_numpy(values["second_moment"][:, POST])).numpy()
     others = ~sinks if not sinks.all() else sinks
-    variables: Variables = {"sink_count": ((), float(sinks.sum()))}
+    variables: Variables = {"sink_count": ((), int(sinks.sum()))}
     for name, of_tokens in values.items():
         quantiles = token_quantiles(torch.from_numpy(of_tokens), torch.from_numpy(others)).numpy()
         if name in ("skewness", "excess_kurtosis"):

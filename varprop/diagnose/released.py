@@ -44,7 +44,10 @@ MICRO_BATCH = 2
 
 
 def defects_of(session: Session) -> tuple[str, ...]:
-    """The defects that the released code has for a model like this one, with its own settings."""
+    """The defects that the released code has for a model like this one, with its own settings.
+
+    Raises `UnsuitedError` as `experts.is_mixture` does.
+    """
     is_dense = not any(corrected_experts.is_mixture(layer) for layer in session.replay.layers)
     recorded = ("row_shift", "final_norm") if is_dense else ()
     divided = ("elementwise",) if session.option("elementwise_micro_batch") else ()
@@ -54,8 +57,8 @@ def defects_of(session: Session) -> tuple[str, ...]:
 def causal(session: Session, defects: Collection[str] | None = None) -> Variables:
     """causal_effect (s, l) as released: row_shift and final_norm; its means over l > s and over all pairs.
 
-    defects: some of `DEFECTS`; None = `defects_of`. causal_layer_score of the last layer is 0, where the code prints
-    nan; causal_score: it states no number for a model, this is the mean over all pairs s < l.
+    defects: some of `DEFECTS`; None = `defects_of`. causal_layer_score of the last layer is NaN, as in the code;
+    causal_score: it states no number for a model, this is the mean over all pairs s < l.
     Checked by: tests/diagnose/test_released.py, lists of recorded streams of models without the layer.
     """
     given = defects_of(session) if defects is None else defects
@@ -63,7 +66,7 @@ def causal(session: Session, defects: Collection[str] | None = None) -> Variable
     arrays = session.each_batch(key, lambda captured: _changes(session.replay, captured, given))
     n_layers = session.replay.n_layers
     later = np.triu(np.ones((n_layers, n_layers)), 1)
-    counts = np.maximum(later.sum(axis=-1), 1)
+    counts = np.where(later.any(axis=-1), later.sum(axis=-1), np.nan)
 
     def effect(change: np.ndarray, size: np.ndarray) -> np.ndarray:
         return np.pad(ratio(change, size[..., None, :]), ((0, 0), (1, 0), (1, 0)), constant_values=np.nan)
@@ -224,7 +227,7 @@ def _summary(rows: np.ndarray, seed: int) -> dict[str, float]:
     gaps = (rows - np.eye(d_model)).reshape(n_sequences, -1)
     weights = resample_weights(n_sequences, seed)
     resampled = np.sqrt(np.maximum(np.einsum("ra,ab,rb->r", weights, gaps @ gaps.T, weights), 0)) / d_model
-    factor = (n_sequences / (n_sequences - 1)) ** 0.5 if n_sequences > 1 else 0.0
+    factor = (n_sequences / (n_sequences - 1)) ** 0.5 if n_sequences > 1 else np.nan
     return {
         "jacobian_norm": float(np.linalg.norm(gaps.mean(axis=0)) / d_model),
         "jacobian_norm_stderr": float(resampled.std(ddof=1) * factor),

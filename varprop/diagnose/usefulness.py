@@ -45,6 +45,7 @@ def usefulness(session: Session) -> Variables:
     linear_r_squared (layer): share of the variance of the update that the map gives on the sequences of the fit;
     linear_update_rank: participation ratio of the covariance of the update that it gives.
     Standard errors: over the sequences of the evaluation, the same ones with and without; the maps are taken as given.
+    Of few sequences they are uncertain, and that of a share of layers is 0 where no resample changes it.
     Layers count from 1; entries of layer 0 are NaN. Raises `UnsuitedError` for a model without logits and for one
     sequence, `ArgumentError` for a share outside (0, 1).
     Source: reference formulas above. Checked by: tests/diagnose/test_usefulness.py, lstsq and the model with that layer
@@ -70,9 +71,12 @@ def usefulness(session: Session) -> Variables:
 def _warn_of_few(n_tokens: int, d_model: int) -> None:
     if n_tokens >= FEW * d_model:
         return
-    times = f"about {1 / (1 - d_model / n_tokens):.2g}" if n_tokens > d_model + 1 else "any number of"
-    message = f"usefulness: {n_tokens} tokens for maps of {d_model} neurons; held out, their residual is {times} times"
-    warnings.warn(f"{message} that of the best maps", AccuracyWarning, stacklevel=3)
+    if n_tokens > d_model + 1:
+        residual = f"held out, their residual is about {1 / (1 - d_model / n_tokens):.2g} times that of the best maps"
+    else:
+        residual = "the maps are underdetermined"
+    message = f"usefulness: {residual}: {n_tokens} fit tokens for {d_model} neurons"
+    warnings.warn(f"{message}; use at least {FEW} times d_model", AccuracyWarning, stacklevel=3)
 
 
 def split(session: Session) -> tuple[slice, slice]:
