@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tests.diagnose.zoo import MIXTURES, VOCABULARY, each_family, enlarged, make, tokens
+from tests.diagnose.zoo import MIXTURES, VOCABULARY, WIDTH, each_family, enlarged, make, tokens
 from tests.reference.specs import SPECS
-from varprop.diagnose import Batch, Replay, Session, bootstrap, measure
+from varprop.diagnose import Batch, Replay, Session, bootstrap, measure, released
+from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts, experts_modules, is_mixture, n_experts, routing
 from varprop.diagnose.session import Variables
+from varprop.errors import UnsuitedError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS, N_EXPERTS, N_LAYERS = 3, 10, 4, 3

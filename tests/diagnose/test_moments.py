@@ -245,7 +245,7 @@ def test_streams_of_models_whose_branches_cannot_be_told_apart() -> None:
 
 
 def test_the_result_is_valid_and_labelled() -> None:
-    found = measure(zoo.make("bert"), TOKENS, scores="moments")
+    found = measure(zoo.make("bert"), Batch.causal(TOKENS), scores="moments")
     assert found["quantile"].values.tolist() == list(QUANTILES)
     assert found.second_moment.dims == ("layer", "site")
     assert found.branch_correlation.sel(layer=1, branch="mlp").size == 1
