@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import Array, mean_itself, ratio, with_stderr
+from varprop.diagnose.layers import PAIRS
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.sites import branches_apart, each_layer, few_rows
@@ -19,7 +20,6 @@ from varprop.results import BRANCHES
 
 LAYERS = ("layer",)
 OF_BRANCHES = ("layer", "branch")
-PAIRS = ("source_layer", "target_layer")
 ENDS = {"attn": ("resid_pre", "attn_out", "resid_mid"), "mlp": ("resid_mid", "mlp_out", "resid_post")}
 """Branch -> the stream before it, what it adds and the stream after it."""
 OF_LAYERS = ("block_influence", "relative_update", "update_cosine", "relative_update_l1", "update_norm")

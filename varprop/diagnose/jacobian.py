@@ -17,6 +17,7 @@ from torch import Tensor
 from varprop.diagnose.jacobian_products import exact_tokens, mean_rows, probe_tokens, unchanged
 from varprop.diagnose.jacobian_spectrum import spectral_norms
 from varprop.diagnose.jacobian_statistics import BY_DEFINITION, BY_PART, relative_stderr, summary
+from varprop.diagnose.layers import from_1
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.errors import ArgumentError, require
@@ -184,7 +185,7 @@ def _variables(found: Sequence[Arrays], parts: Sequence[str]) -> Variables:
     variables: Variables = {}
     for name in found[0]:
         values = np.stack([arrays[name] for arrays in found]).astype(np.float64)
-        over_layers = np.concatenate([np.full_like(values[:1], np.nan), values])
+        over_layers = from_1(values)
         dims = ("definition",) if name in BY_DEFINITION else ()
         if name not in BY_PART:
             variables[name] = (("layer",), over_layers)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import Array, mean_itself, ratio, with_stderr
+from varprop.diagnose.layers import PAIRS
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.sites import branches_apart, each_layer, few_rows
@@ -31,7 +32,6 @@ from varprop.results import BRANCHES, SITES
 
 AT_SITES = ("layer", "site")
 OF_BRANCHES = ("layer", "branch")
-PAIRS = ("source_layer", "target_layer")
 PRE, POST = SITES.index("resid_pre"), SITES.index("resid_post")
 OF_SEQUENCES = ("token_correlation", "outlier_share_z3", "token_outlier_share_z3", "outlier_energy_share_top10")
 """What is measured of each sequence and site at once."""

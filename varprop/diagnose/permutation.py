@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.pairs import Array, Pairs, draw_pairs
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
 from varprop.errors import ArgumentError, require
 
-PAIRS = ("source_layer", "target_layer")
 FEWEST_SEQUENCES = 8
 """That a standard error is first taken from, where it decides whether more are added."""
 DECAY = 0.9
@@ -138,8 +138,8 @@ class Sampled:
         for values in by_lag:
             values[0] = 0.0  # a layer in its own place
         return {
-            "permutation_layer_score": (("layer",), np.insert(by_layer[0], 0, np.nan)),
-            "permutation_layer_score_stderr": (("layer",), np.insert(by_layer[1], 0, np.nan)),
+            "permutation_layer_score": (("layer",), from_1(by_layer[0])),
+            "permutation_layer_score_stderr": (("layer",), from_1(by_layer[1])),
             "permutation_layer_pairs": (("layer",), np.insert(of_layer.sum(axis=1), 0, 0)),
             "permutation_by_lag": (("lag",), by_lag[0]),
             "permutation_by_lag_stderr": (("lag",), by_lag[1]),

@@ -31,13 +31,13 @@ from varprop.diagnose import experts as corrected_experts
 from varprop.diagnose import permutation as corrected_permutation
 from varprop.diagnose.bootstrap import ratio, resample_weights, with_stderr
 from varprop.diagnose.jacobian_products import Graph, n_copies
+from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.normal_equations import NormalEquations
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.usefulness import evaluated, fit, split
 from varprop.diagnose.wavefront import Affine, Program, Skip, walk
 
-PAIRS = ("source_layer", "target_layer")
 DEFECTS = ("row_shift", "final_norm", "transposed", "in_sample", "elementwise")
 MICRO_BATCH = 2
 """Of the released Jacobian."""
@@ -176,7 +176,7 @@ def _jacobians(session: Session, chosen: Sequence[Collection[str]]) -> list[Vari
 
 def _over_layers(by_layer: list[dict[str, float]]) -> Variables:
     variables: Variables = {
-        name: (("layer",), np.array([np.nan, *(found[name] for found in by_layer)])) for name in by_layer[0]
+        name: (("layer",), from_1(np.array([found[name] for found in by_layer]))) for name in by_layer[0]
     }
     share = float(np.mean([found["jacobian_diagonal_mean"] > 0.5 for found in by_layer]))
     return variables | {"jacobian_identity_share": ((), share)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import stderr
+from varprop.diagnose.layers import from_1
 from varprop.diagnose.normal_equations import Fit, NormalEquations
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
@@ -57,8 +58,8 @@ def usefulness(session: Session) -> Variables:
     count = (first.stop - first.start) * session.n_tokens
     _warn_of_few(count, session.replay.d_model)
     variables: Variables = {
-        "linear_r_squared": (("layer",), _from_1(np.array([found.r_squared for found in fitted]))),
-        "linear_update_rank": (("layer",), _from_1(np.array([found.rank for found in fitted]))),
+        "linear_r_squared": (("layer",), from_1(np.array([found.r_squared for found in fitted]))),
+        "linear_update_rank": (("layer",), from_1(np.array([found.rank for found in fitted]))),
         "usefulness_fit_tokens": ((), np.asarray(count)),
         CURVE: ((CURVE,), np.array(THRESHOLDS)),
         **evaluated(session, maps, rest, ""),
@@ -157,8 +158,8 @@ def evaluated(
     losses = arrays["loss"], arrays["count"]
     means = [values.mean(axis=0) for values in losses]
     for name, statistic in by_layer.items():
-        variables[name + ending] = (("layer",), _from_1(statistic(*means)))
-        variables[f"{name}{ending}_stderr"] = (("layer",), _from_1(stderr(statistic, *losses, seed=session.seed)))
+        variables[name + ending] = (("layer",), from_1(statistic(*means)))
+        variables[f"{name}{ending}_stderr"] = (("layer",), from_1(stderr(statistic, *losses, seed=session.seed)))
     for name, (dims, statistic) in others.items():
         variables[name + ending] = (dims, statistic(*means))
         variables[f"{name}{ending}_stderr"] = (dims, stderr(statistic, *losses, seed=session.seed))
@@ -178,8 +179,3 @@ def loss_increase(loss: np.ndarray, count: np.ndarray) -> np.ndarray:
 def above(loss: np.ndarray, threshold: float) -> np.ndarray:
     """Share of programs whose loss is more than `threshold` times that of the model."""
     return (loss[..., :-1] > threshold * loss[..., -1:]).mean(axis=-1)
-
-
-def _from_1(values: np.ndarray) -> np.ndarray:
-    """Values of layers 1..L as those of layers 0..L, NaN at layer 0."""
-    return np.insert(values, 0, np.nan)
