@@ -108,16 +108,12 @@ def is_mixture(layer: nn.Module) -> bool:
 def _single_experts(layer: nn.Module) -> str:
     """The class of a module with a list of equal modules and a router of as many rows; empty if there is none."""
     for module in layer.modules():
-        rows = {len(part._parameters["weight"]) for part in module.children() if _has_matrix(part)}
+        weights = [part._parameters.get("weight") for part in module.children()]
+        rows = {len(weight) for weight in weights if weight is not None and weight.ndim == 2}
         for part in module.children():
             if isinstance(part, nn.ModuleList) and len(part) in rows - {1} and len({type(each) for each in part}) == 1:
                 return type(module).__name__
     return ""
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2
 
 
 class Routing(NamedTuple):
