@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varprop import hf, presets
-from varprop.diagnose import measure
-from varprop.diagnose.open import mask_token_of, open_model, quiet, require_length, vocab_size_of
+from varprop.diagnose import mask_token_of, measure, open_model, require_length, vocab_size_of
+from varprop.diagnose.open import quiet
 from varprop.diagnose.text import masked
 from varprop.errors import ArgumentError
 from varprop.nn import Transformer
