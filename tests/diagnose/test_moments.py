@@ -212,6 +212,10 @@ def test_standard_errors_are_those_of_means_over_sequences() -> None:
     assert found["loss_mean_stderr"] == pytest.approx(found["loss"].std(ddof=1) / np.sqrt(len(x)), rel=0.14)
 
 
+def test_sinks_are_counted() -> None:
+    assert isinstance(moments(session_of(zoo.make("llama")))["sink_count"][1], int)
+
+
 def test_losses_are_weighted_by_targets() -> None:
     """Sequences with no, one and five targets: the mean over targets is not that over sequences."""
     targets = torch.full_like(TOKENS, -100)
@@ -241,7 +245,7 @@ def test_streams_of_models_whose_branches_cannot_be_told_apart() -> None:
 
 
 def test_the_result_is_valid_and_labelled() -> None:
-    found = measure(zoo.make("bert"), TOKENS, scores="moments")
+    found = measure(zoo.make("bert"), Batch.causal(TOKENS), scores="moments")
     assert found["quantile"].values.tolist() == list(QUANTILES)
     assert found.second_moment.dims == ("layer", "site")
     assert found.branch_correlation.sel(layer=1, branch="mlp").size == 1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from varprop import results
-from varprop.diagnose.table import table
+from varprop.diagnose.table import profile, table
 
 ABOUT: dict[str, Any] = {"source": "checkpoint", "spec_json": "", "spec_id": "", "n_tokens": 8}
 
@@ -37,3 +37,16 @@ def test_layers_sites_and_scalars() -> None:
 
 def test_without_layers() -> None:
     assert table(results.new({"loss_mean": ((), 3.0)}, **ABOUT)) == "loss_mean 3"
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    """The causal score of the last layer, and standard errors of one sequence."""
+    variables = {
+        "causal_layer_score": (("layer",), [np.nan, 0.5, np.nan]),
+        "causal_layer_score_stderr": (("layer",), [np.nan, np.nan, np.nan]),
+        "causal_score": ((), 0.5),
+        "causal_score_stderr": ((), np.nan),
+    }
+    result = results.new(variables, **ABOUT)
+    assert profile(result, "causal_layer_score") == ["", "0.5", ""]
+    assert "±" not in table(result)

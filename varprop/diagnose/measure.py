@@ -90,7 +90,8 @@ def measure(
     """The named scores of `model` on `sequences`, a result with source "checkpoint".
 
     model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
-    measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, or "all" or
+    measured in. sequences: token ids (S, T), or a `Batch` with targets, which a masked
+    language model needs. scores: names of `SCORES`, or "all" or
     "standard" (`STANDARD`), of which those that the model lacks something for are left out with a warning.
     definition: "paper" = as the paper defines them, the defects of its code mended; "released" = as its code computes
     them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
@@ -99,7 +100,7 @@ def measure(
     says otherwise.
     Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite.
     """
-    batch = as_batch(sequences)
+    batch = as_batch(sequences, model)
     names = chosen(scores, definition)
     require_options(options or {})
     replay = Replay(model, None)
@@ -141,10 +142,16 @@ def measure(
     )
 
 
-def as_batch(sequences: Batch | torch.Tensor | np.ndarray) -> Batch:
-    """Token ids (S, T) as a batch whose targets are the next tokens; `ArgumentError` for other shapes and types."""
+def as_batch(sequences: Batch | torch.Tensor | np.ndarray, model: nn.Module | None = None) -> Batch:
+    """Token ids (S, T) as a batch whose targets are the next tokens.
+
+    Raises `ArgumentError` for other shapes and types, and for ids where `model` is a masked language model.
+    """
     if isinstance(sequences, Batch):
         return sequences
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    expected = "a Batch, as text.sequences(..., mask_token=mask_token_of(model, tokens)) gives"
+    require(not masked, ArgumentError, "sequences", "token ids", "without targets of a masked language model", expected)
     tokens = torch.as_tensor(sequences)
     good = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32, torch.uint16) and tokens.shape[1] >= 2
     shape = f"{tuple(tokens.shape)} {tokens.dtype}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import Array, mean_itself, ratio, with_stderr
+from varprop.diagnose.layers import PAIRS
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.sites import branches_apart, each_layer, few_rows
@@ -31,7 +32,6 @@ from varprop.results import BRANCHES, SITES
 
 AT_SITES = ("layer", "site")
 OF_BRANCHES = ("layer", "branch")
-PAIRS = ("source_layer", "target_layer")
 PRE, POST = SITES.index("resid_pre"), SITES.index("resid_post")
 OF_SEQUENCES = ("token_correlation", "outlier_share_z3", "token_outlier_share_z3", "outlier_energy_share_top10")
 """What is measured of each sequence and site at once."""
@@ -160,7 +160,7 @@ def _of_tokens(values: dict[str, Array], seed: int) -> Variables:
     """Quantiles and means over the tokens that are no sinks, and means over the sinks, from (L + 1, sites, S, T)."""
     sinks = sink_positions(torch.from_numpy(values["second_moment"][:, POST])).numpy()
     others = ~sinks if not sinks.all() else sinks
-    variables: Variables = {"sink_count": ((), float(sinks.sum()))}
+    variables: Variables = {"sink_count": ((), int(sinks.sum()))}
     for name, of_tokens in values.items():
         quantiles = token_quantiles(torch.from_numpy(of_tokens), torch.from_numpy(others)).numpy()
         if name in ("skewness", "excess_kurtosis"):
