@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
@@ -62,7 +63,7 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
     layers (bars of neighbouring orders side by side; of random orders mean and range). Bars are 95 % intervals, 1.96
     standard errors of the result; dashed lines what theory expects of the network at initialisation
     (`<name>_at_initialisation`). The lines above the panels name model, text and what bars mean. Several results
-    stand side by side, a column each, with one scale for lines; panels that not all of them have come last, one after
+    stand side by side (of two, two panels a row), with one scale for lines; panels that not all of them have come last, one after
     the other. Checked by: tests/plot/test_diagnosis.py. Raises `ArgumentError` where nothing can be drawn.
     """
     n = len(datasets)
@@ -70,14 +71,14 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
     places = sorted((row for row in places if row), key=lambda row: len(row) < n)  # stable: those of all results first
     if not places:
         raise ArgumentError(f"datasets={list(datasets)} hold no score of layers; expected results of diagnose.measure")
-    figure, cells = new_figure(sum(map(len, places)), columns=n if n > 1 else min(3, len(places)))
+    figure, cells = new_figure(sum(map(len, places)), columns=4 if n == 2 else n if n > 1 else 3)
     free = iter(cells)
     orders: dict[str, Any] = {}
     for row in places:
         drawn = [next(free) for _ in row]
         for axes, (panel, name) in zip(drawn, row, strict=True):
             panel.draw(axes, datasets[name])
-            axes.set_title(f"{name}: {panel.title}" if n > 1 else panel.title, fontsize=9)
+            axes.set_title(f"{name}\n{panel.title}" if n > 1 else panel.title, fontsize=9)
             if panel.label is not None:
                 orders |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         if not row[0][0].is_map:
@@ -91,7 +92,7 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
         about: dict[str, Any] = {"fontsize": 7, "title_fontsize": 8, "frameon": False}
         figure.legend(orders.values(), orders, title=title, loc="outside lower center", ncols=columns, **about)
     lines = [about_result(name, dataset) for name, dataset in datasets.items()]
-    figure.suptitle("\n".join([*lines, BARS]), fontsize=9 if n_columns > 1 else 7)
+    figure.suptitle("\n".join([*lines, BARS]), fontsize=9 if n_columns > 1 else 6)
     return figure
 
 
@@ -141,7 +142,9 @@ def _small(axes: Axes) -> None:
         formatter.set_useOffset(False)
     handles, names = axes.get_legend_handles_labels()
     if axes.get_legend() is not None:
-        unique = dict(zip(names, handles, strict=True))  # one entry for all definitions of the theory
+        unique: dict[str, Any] = dict(zip(names, handles, strict=True))
+        if unique.pop(THEORY, None) is not None:  # last, and one entry for all definitions
+            unique[THEORY] = Line2D([], [], color="0.5", ls="--", lw=1)
         about: dict[str, Any] = {"fontsize": 7, "frameon": False, "columnspacing": 1.0, "borderaxespad": 0.0}
         axes.legend(unique.values(), unique, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, **about)
 
@@ -152,12 +155,16 @@ def _power(value: float, _: object = None) -> str:
         return f"{value:g}"
     exponent = int(np.floor(np.log10(value) + 1e-9))
     factor = round(value / 10.0**exponent)
-    return f"${'' if factor == 1 else rf'{factor} \times '}10^{{{exponent}}}$"
+    times = "" if factor == 1 else rf"{factor} \times "
+    return f"${times}10^{{{exponent}}}$"
 
 
 def _share_scale(row: list[Axes]) -> None:
-    """One vertical scale for all panels of a row."""
+    """One vertical scale for all panels of a row, linear where one of them cannot be logarithmic."""
     log_if_wide(row)
+    if len({axes.get_yscale() for axes in row}) > 1:
+        for axes in row:
+            axes.set_yscale("linear")
     low, high = zip(*(axes.get_ylim() for axes in row), strict=True)
     for axes in row:
         axes.set_ylim(min(low), max(high))
@@ -253,8 +260,9 @@ def _pruning(removal: str) -> Callable[[Axes, xr.Dataset], None]:
             shift = 0.6 * ((place + 0.5) / len(styles) - 0.5)  # so that bars of different orders stand side by side
             y, bars = (each.sel(removed_by=name).to_numpy() for each in (values, errors))
             about: dict[str, Any] = {"color": colour, "ls": style, "lw": 1.6 if name == "greedy" else 0.9}
-            axes.plot(x, np.append(base, y), label=name.replace("_", " "), zorder=3, **about)
-            axes.errorbar(x[1:] + shift, y, Z * bars, fmt="none", ecolor=colour, elinewidth=0.7, zorder=2)
+            beside = np.append(0, x[1:] + shift)
+            axes.plot(beside, np.append(base, y), label=name.replace("_", " "), zorder=3, **about)
+            axes.errorbar(beside[1:], y, Z * bars, fmt="none", ecolor=colour, elinewidth=0.7, zorder=2)
         decorate(axes, "layers removed", "loss (nats per token)")
         log_if_wide([axes])
 
@@ -313,13 +321,13 @@ PANELS = (
     ),
     Panel("causal matrix", ("causal_effect",), _map("causal_effect", "relative change"), is_map=True),
     Panel(
-        "causal matrix, theory at initialisation",
+        "causal matrix at initialisation, theory",
         ("causal_effect_at_initialisation",),
         _map("causal_effect_at_initialisation", "relative change"),
         is_map=True,
     ),
     Panel(
-        "layer skipped: mean over later layers",
+        "mean effect on later layers",
         ("causal_layer_score",),
         _one_profile("causal_layer_score", "relative change"),
     ),
