@@ -198,7 +198,7 @@ def nan(folder: Path) -> None:
         (["--scores", "causal,magic"], "scores='magic' is unknown"),
         (["--option", "n_probes=many"], "n_probes='many' is outside the domain"),
         (["--option", "n_probes=3"], "n_probes=3 is outside the domain; expected 0 or an integer >= 4"),
-        (["--scores", "pruning", "--option", "most_removed=9"], "most_removed=9 is outside the domain; expected 0 to 2"),
+        (["--scores", "pruning", "--option", "most_removed=9"], "most_removed=9 is outside the domain; expected 0 to 3, the model"),
         (["--option", "probes=1"], "options='probes' is unknown"),
         (["--option", "n_probes"], "--option='n_probes' is not an assignment"),
         (["--length", "65"], "length=65 is beyond the model's positions; expected at most 64"),
