@@ -127,7 +127,7 @@ def test_bad_input_found_late_leaves_no_parts(folder: Path, capsys: pytest.Captu
     words = ["diagnose", "model", *SMALL[2:], "--out", "x.nc"]
     late = ["--scores", "causal,usefulness", "--n-sequences", 1]  # found when the causal part is done
     assert_refused([*words, *late], "sequences=1 is too few for usefulness", folder, capsys)
-    assert main(list(map(str, words + ["--scores", "causal"]))) == 0
+    assert main(list(map(str, [*words, "--scores", "causal"]))) == 0
 
 
 def test_what_was_done_is_kept_where_the_memory_did_not_suffice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,10 @@ def nan(folder: Path) -> None:
         (["--scores", "causal,magic"], "scores='magic' is unknown"),
         (["--option", "n_probes=many"], "n_probes='many' is outside the domain"),
         (["--option", "n_probes=3"], "n_probes=3 is outside the domain; expected 0 or an integer >= 4"),
-        (["--scores", "pruning", "--option", "most_removed=9"], "most_removed=9 is outside the domain; expected 0 to 3, the model"),
+        (
+            ["--scores", "pruning", "--option", "most_removed=9"],
+            "most_removed=9 is outside the domain; expected 0 to 3, the model",
+        ),
         (["--option", "probes=1"], "options='probes' is unknown"),
         (["--option", "n_probes"], "--option='n_probes' is not an assignment"),
         (["--length", "65"], "length=65 is beyond the model's positions; expected at most 64"),

@@ -36,7 +36,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    scores = "\n".join(f"  {name}: {(score.__doc__ or name).splitlines()[0]}" for name, score in diagnose.SCORES.items())
+    scores = "\n".join(
+        f"  {name}: {(score.__doc__ or name).splitlines()[0]}" for name, score in diagnose.SCORES.items()
+    )
     others = ", ".join(f"{name}{'' if name in diagnose.SCORES else ' (this alone)'}" for name in diagnose.RELEASED)
     settings = "\n".join(
         f"  {name}={json.dumps(option.default)}: {option.meaning} ({option.domain.text})"

@@ -98,9 +98,11 @@ def measure(
     definition: "paper" = as the paper defines them, the defects of its code mended; "released" = as its code computes
     them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
     the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
-    options: of single scores (`varprop.diagnose.options`); they are stored as JSON, defaults too. Every standard error is over sequences unless its score
-    says otherwise.
-    Raises `ArgumentError` for unknown names, variables that two scores give, models that cannot be replayed, activations that are not finite.
+    options: of single scores (`varprop.diagnose.options`). Every standard error is over sequences unless its score
+    says otherwise. Attributes hold the options as JSON, defaults too, and the memory; parts of scores of your own are
+    not told apart by their code.
+    Raises `ArgumentError` for unknown names, variables that two scores give, models that cannot be replayed,
+    activations that are not finite.
     """
     batch = as_batch(sequences)
     wanted = chosen(scores, definition)
@@ -177,10 +179,8 @@ def chosen(scores: Sequence[str | Score] | Score | str, definition: str) -> dict
         "all": list(table),
         "standard": [name for name in STANDARD if name in table],
     }
-    if isinstance(scores, str):
-        given = groups.get(scores, [scores])
-    else:
-        given = [scores] if callable(scores) else list(scores)
+    single = isinstance(scores, str) or callable(scores)
+    given = groups.get(str(scores), [scores]) if single else list(scores)
     own: dict[str, Score] = {}
     for score in given:
         if callable(score):

@@ -1,4 +1,4 @@
-"""Settings of single scores: name -> default, meaning and domain. The one list that Python and the command line read."""
+"""Settings of single scores: default, meaning and domain by name. Python and the command line both read this list."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ OPTIONS = {
     "jacobian_spectral_steps": Option(
         8, "steps of Lanczos for the spectral norm, with attention weights T x T; 0 = none", COUNT
     ),
-    "permutation_pairs": Option(
-        48, "pairs of layers that are swapped, stratified by their distance; 0 = all", SEVERAL
-    ),
+    "permutation_pairs": Option(48, "pairs of layers that are swapped, stratified by their distance; 0 = all", SEVERAL),
     "permutation_tokens": Option(1024, "tokens that a swap is first tried on: so many whole sequences", POSITIVE),
     "permutation_stderr": Option(
         0.0, "relative standard error of each pair that more sequences are added for; 0 = none are", ERROR

@@ -63,8 +63,8 @@ def plot_diagnosis(datasets: Mapping[str, xr.Dataset]) -> Figure:
     layers (bars of neighbouring orders side by side; of random orders mean and range). Bars are 95 % intervals, 1.96
     standard errors of the result; dashed lines what theory expects of the network at initialisation
     (`<name>_at_initialisation`). The lines above the panels name model, text and what bars mean. Several results
-    stand side by side (of two, two panels a row), with one scale for lines; panels that not all of them have come last, one after
-    the other. Checked by: tests/plot/test_diagnosis.py. Raises `ArgumentError` where nothing can be drawn.
+    stand side by side (of two, two panels a row), with one scale for lines; panels that not all of them have come last,
+    one after the other. Checked by: tests/plot/test_diagnosis.py. Raises `ArgumentError` where nothing can be drawn.
     """
     n = len(datasets)
     places = [[(p, name) for name, dataset in datasets.items() if p.exists(dataset)] for p in PANELS]
