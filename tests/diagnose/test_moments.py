@@ -183,6 +183,18 @@ def test_batches_and_chunks_do_not_change_the_numbers() -> None:
         np.testing.assert_allclose(value, whole[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+def test_outliers_have_errors_over_sequences() -> None:
+    """Those of a mean: the standard deviation over sequences over sqrt(S), to the noise of 400 resamples."""
+    model, tokens = zoo.make("llama", torch.float64), zoo.tokens(12, 12)
+    found = values(moments(session_of(model, tokens)))
+    alone = [values(moments(session_of(model, row[None]))) for row in tokens]
+    names = ("outlier_share_z3", "token_outlier_share_z3", "outlier_energy_share_top10", "massive_activation_ratio")
+    for name in names:
+        each = np.stack([one[name] for one in alone])
+        expected = each.std(axis=0, ddof=1) / len(tokens) ** 0.5
+        np.testing.assert_allclose(found[f"{name}_stderr"], expected, rtol=0.25, atol=1e-12, err_msg=name)
+
+
 def test_massive_activations_are_kept_apart() -> None:
     """One token id with an embedding 100 times as large."""
     model: Any = zoo.make("llama", torch.float64)
