@@ -94,7 +94,8 @@ def measure(
     model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
     measured in. sequences: token ids (S, T), or a `Batch` with targets, which a masked language model needs. scores:
     names of `SCORES`, or "all" or "standard" (`STANDARD`), of which those that the model lacks something for are left
-    out with a warning; and scores of your own, functions `Session -> Variables` known by their __name__, which come last in the order given.
+    out with a warning; and scores of your own, functions `Session -> Variables` known by their __name__, which come
+    last in the order given.
     definition: "paper" = as the paper defines them, the defects of its code mended; "released" = as its code computes
     them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
     the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
