@@ -30,6 +30,7 @@ from varprop.diagnose.moments import moments
 from varprop.diagnose.options import require_options
 from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import Batch, Replay
+from varprop.diagnose.replicates import warn_of_few
 from varprop.diagnose.screening import screening
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
@@ -96,7 +97,7 @@ def measure(
     them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
     the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
     options: of single scores (`varprop.diagnose.options`). Every standard error is over sequences unless its score
-    says otherwise.
+    says otherwise; where those are fewer than 8 an `AccuracyWarning` names the score (`varprop.diagnose.replicates`).
     Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite.
     """
     batch = as_batch(sequences)
@@ -118,13 +119,20 @@ def measure(
         attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
     variables = session.found
     table = SCORES if definition == "paper" else RELEASED
+    with_errors: list[str] = []
     for name in names:
         try:
-            variables.update(table[name](session))
+            found = table[name](session)
         except (UnsuitedError, AssumptionError) as error:
             if not isinstance(scores, str) or scores not in GROUPS:
                 raise
             warnings.warn(f"{name} is left out: {error}", LeftOutWarning, stacklevel=2)
+            continue
+        variables.update(found)
+        if any(variable.endswith("_stderr") for variable in found):
+            with_errors.append(name)
+    if definition == "paper":
+        warn_of_few(session, with_errors)
     coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     return results.new(
         variables,
