@@ -28,11 +28,14 @@ def test_every_number_of_pairs_can_be_drawn(n_layers: int) -> None:
         assert all(pairs.holds(layer).any() for layer in range(1, n_layers + 1))
 
 
-def test_strata_are_ordered_by_distance_and_layer_1_is_apart() -> None:
+def test_strata_are_ordered_by_distance_and_the_ends_are_apart() -> None:
     pairs = draw_pairs(20, 40, np.random.default_rng(0))
-    with_first = pairs.first == 1
-    assert not set(pairs.stratum[with_first]) & set(pairs.stratum[~with_first])
-    for group in (with_first & pairs.drawn, ~with_first & pairs.drawn):
+    with_first, with_last = pairs.first == 1, (pairs.first > 1) & (pairs.second == 20)
+    groups = [with_first, with_last, ~with_first & ~with_last]
+    for one, other in itertools.combinations(groups, 2):
+        assert not set(pairs.stratum[one]) & set(pairs.stratum[other])
+    for group in (each & pairs.drawn for each in groups):
+        assert group.sum() >= 5
         lags = [pairs.lag[group & (pairs.stratum == h)] for h in sorted(set(pairs.stratum[group]))]
         assert all(a.max() <= b.min() for a, b in itertools.pairwise(lags))
 

@@ -29,7 +29,7 @@ from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
 from varprop.diagnose.options import require_options
 from varprop.diagnose.permutation import permutation
-from varprop.diagnose.replay import Batch, Replay
+from varprop.diagnose.replay import IGNORED, Batch, Replay
 from varprop.diagnose.replicates import warn_of_few
 from varprop.diagnose.screening import screening
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
@@ -116,7 +116,11 @@ def measure(
     spec = spec_of(model)
     session = Session(replay, batch, seed, folder, progress, options or {}, spec)
     if replay.has_loss:
-        attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
+        with_targets = (batch.targets != IGNORED).any(dim=1).nonzero()[:2, 0]
+        expected = "a target in one of the sequences"
+        require(len(with_targets) > 0, ArgumentError, "targets", 0, "too few for a loss", expected)
+        first = Batch(batch.tokens[with_targets].to(replay.device), batch.targets[with_targets].to(replay.device))
+        attributes["replay_error"] = replay.check(first)
     variables = session.found
     table = SCORES if definition == "paper" else RELEASED
     with_errors: list[str] = []
