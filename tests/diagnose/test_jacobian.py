@@ -430,7 +430,9 @@ def test_a_layer_that_is_the_identity() -> None:
     found = values(session(Toy(scale=0.0), toy_tokens(3, 4), n_probes=4, jacobian_stderr=0.01))
     for name, array in found.items():
         ones = ("jacobian_diagonal_mean", "jacobian_identity_share", "jacobian_spectral_norm")
-        known = {"jacobian_n_probes": 4.0, "jacobian_frobenius_norm": 6**0.5} | dict.fromkeys(ones, 1.0)
+        known = {"jacobian_n_probes": 4.0, "jacobian_sequences": 3, "jacobian_frobenius_norm": 6**0.5} | dict.fromkeys(
+            ones, 1.0
+        )
         np.testing.assert_allclose(array[1:] if array.ndim else array, known.get(name, 0.0), atol=1e-12, err_msg=name)
 
 

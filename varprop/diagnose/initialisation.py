@@ -36,8 +36,7 @@ def initialisation(session: Session) -> Variables:
     matrices of jacobian_sequences sequences before it takes the norm, which makes it smaller by what differs between
     sequences: of a feed-forward, a token's own share falls from 1 / T to 1 / (S T), and pairs of tokens of different
     sequences come in, whose correlation the closed form does not know. To compare exactly, measure one sequence.
-    causal_effect and its means: `theory.skipped_layer_effect`, at
-    `CAUSAL_TOKENS` tokens at most.
+    causal_effect and its means: `theory.skipped_layer_effect`, at `CAUSAL_TOKENS` tokens at most.
     Losses have no closed form, nor have the scores made of them; at initialisation they are those of no model at all.
     Raises `UnsuitedError` for a model whose spec is not known (`hf.spec_of`), `AssumptionError` where theory ends.
     Checked by: tests/diagnose/test_initialisation.py, random networks.

@@ -33,7 +33,7 @@ def summary(rows: Array, probes: Array | None, tokens: dict[str, Array], seed: i
     Checked by: tests/diagnose/test_jacobian.py, whole Jacobians and means over all signs.
     """
     rows = rows.astype(np.float64)
-    found = _deviations(rows, probes is None, tokens, seed) | _split_half(rows, probes is None)
+    found: dict[str, Any] = _deviations(rows, probes is None, tokens, seed) | _split_half(rows, probes is None)
     value, error = found["jacobian_deviation"][0, TOKEN_MEAN], found["jacobian_deviation_stderr"][0, TOKEN_MEAN]
     norm = np.sqrt(value / rows.shape[-1])
     over_sequences = found["jacobian_deviation_sequence_stderr"][0, TOKEN_MEAN]
