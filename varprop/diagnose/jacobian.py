@@ -54,8 +54,8 @@ def jacobian(session: Session) -> Variables:
     too, as `measure.probe_jacobian_deviation` does, from a quarter as many probes of their own, at most 16.
     <name>_stderr is over probes, for these sequences (jackknife for the statistics of the diagonal);
     <name>_sequence_stderr over sequences, for these probes: of token_mean and jacobian_norm the linearised one,
-    psi_b = 2 <mean, A_b - mean> / D for A_b = J_b - I of a sequence (a bootstrap of the square of a mean of so few is
-    1.7 times too wide and more), of own_token and all_sources by the bootstrap, of split_half by the jackknife, from
+    psi_b = 2 <mean, A_b - mean> / D for A_b = J_b - I of a sequence (too wide by up to 1.4 where the mean is all
+    noise, a bootstrap of the square by 2.5 to 4), of own_token and all_sources by the bootstrap, of split_half by the jackknife, from
     three sequences on. jacobian_norm has both: _stderr, 0 where it is exact, and _sequence_stderr. What another text
     and other probes would give varies by both, the root of the sum of squares. jacobian_sequences: how many sequences
     there were. 0 probes, or as many as neurons: exact, one product for each neuron; then own_token and all_sources
