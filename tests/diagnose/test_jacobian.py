@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from varprop.diagnose import Replay, Session, measure
 from varprop.diagnose import jacobian_products as products_module
-from varprop.diagnose.bootstrap import stderr
 from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.jacobian_products import probe_tokens
 from varprop.diagnose.jacobian_spectrum import largest_singular_value, mean_jacobian
@@ -303,17 +302,35 @@ def test_the_error_of_the_norm_is_of_probes_and_sequences(exact: bool) -> None:
 
 
 def test_standard_errors_over_sequences() -> None:
-    """The bootstrap of the mean matrix itself, to rounding; of split_half the jackknife in a loop."""
+    """The linearised one written out; of split_half the jackknife in a loop."""
     matrices = synthetic(6, 5, 1.0, 0)
     found = summary(matrices, None, no_tokens(6), 3)
-    expected = stderr(lambda mean: (mean**2).sum(axis=(-2, -1)) / 5, matrices[:, 0], seed=3)
+    mean = matrices.mean(axis=0)
+    psi = [2 * (mean * (one - mean)).sum() / 5 for one in matrices]
+    expected = (np.square(psi).sum() / 5 / 6) ** 0.5
     np.testing.assert_allclose(found["jacobian_deviation_sequence_stderr"][0, 2], expected, rtol=1e-10)
+    norm = (found["jacobian_deviation"][0, 2] / 5) ** 0.5
+    np.testing.assert_allclose(found["jacobian_norm_sequence_stderr"], expected / (2 * norm * 5), rtol=1e-10)
     left = []
     for b in range(6):
         kept = np.delete(matrices, b, axis=0)
         left.append(summary(kept, None, no_tokens(5), 0)["jacobian_deviation_split_half"][0])
     expected = np.sqrt(5 / 6 * ((np.array(left) - np.mean(left)) ** 2).sum())
     np.testing.assert_allclose(found["jacobian_deviation_split_half_sequence_stderr"][0], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("n_sequences, allowed", [(2, 0.35), (4, 0.3), (8, 0.25)])
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_standard_errors_over_few_sequences_are_as_wide_as_the_truth(
+    n_sequences: int, allowed: float, noise: float
+) -> None:
+    """Root mean square of what is stated over the spread of 1,000 draws; of the square of a mean and of its root."""
+    rows = [summary(synthetic(n_sequences, 8, noise, seed), None, no_tokens(n_sequences), 0) for seed in range(1000)]
+    for name in ("jacobian_deviation", "jacobian_norm"):
+        values, errors = (
+            np.array([np.ravel(row[f"{name}{ending}"])[-1] for row in rows]) for ending in ("", "_sequence_stderr")
+        )
+        assert np.sqrt((errors**2).mean()) / values.std() == pytest.approx(1, abs=allowed), name
 
 
 @zoo.each_family("llama", "olmoe", "bert")
@@ -429,7 +446,9 @@ def test_a_layer_that_is_the_identity() -> None:
     found = values(session(Toy(scale=0.0), toy_tokens(3, 4), n_probes=4, jacobian_stderr=0.01))
     for name, array in found.items():
         ones = ("jacobian_diagonal_mean", "jacobian_identity_share", "jacobian_spectral_norm")
-        known = {"jacobian_n_probes": 4.0, "jacobian_frobenius_norm": 6**0.5} | dict.fromkeys(ones, 1.0)
+        known = {"jacobian_n_probes": 4.0, "jacobian_sequences": 3, "jacobian_frobenius_norm": 6**0.5} | dict.fromkeys(
+            ones, 1.0
+        )
         np.testing.assert_allclose(array[1:] if array.ndim else array, known.get(name, 0.0), atol=1e-12, err_msg=name)
 
 

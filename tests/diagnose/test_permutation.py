@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from varprop.diagnose import Batch, Replay, Session, measure
 from varprop.diagnose.bootstrap import ratio, stderr
 from varprop.diagnose.pairs import Pairs, draw_pairs
 from varprop.diagnose.permutation import Sampled, permutation, sample
-from varprop.errors import ArgumentError
+from varprop.errors import AccuracyWarning, ArgumentError
 from varprop.nn import Transformer
 from varprop.spec import ModelSpec
 
@@ -304,6 +305,52 @@ def test_errors_after_sequential_sampling(tolerance: float, noise: float, monkey
     assert abs(off.mean()) < 0.5 * off.std()
     assert np.sqrt(np.mean(np.square(ratios))) < 1.25
     assert np.mean(saved) > 0.5
+
+
+def noisy(change: float, rng: np.random.Generator) -> Sampled:
+    """All 28 pairs with one true change and independent noise: of standard error 0.01 over 32 sequences."""
+    base = np.full(32, 10.0)
+    swapped = base[:, None] * (1 + change + 0.01 * 32**0.5 * rng.normal(size=(32, 28)))
+    return Sampled(draw_pairs(8, 0, rng), swapped, np.ones((32, 28), dtype=bool), base, base)
+
+
+@pytest.mark.parametrize("errors, raw, rest", [(0, 0.798, 0.35), (0.5, 0.397, -0.05), (2, 0.014, -0.31), (20, 0, 0)])
+def test_noise_made_positive(errors: float, raw: float, rest: float) -> None:
+    """Bias of mean and total, in standard errors of a pair whose true change is so many of these; 28 times 200 pairs,
+    so that a mean is known to 0.014. raw: of |z + errors| with z normal, by quadrature; rest: of
+    sqrt(max((z + errors)^2 - s^2, 0)) with s^2 of 31 degrees of freedom, by 200,000 draws."""
+    rng = np.random.default_rng(0)
+    found = [noisy(0.01 * errors, rng).scalars() for _ in range(200)]
+    for name, scale in (("mean", 1), ("total", 28 / 8)):
+        for ending, bias in (("", raw), ("_debiased", rest)):
+            values = [row[f"permutation_{name}{ending}"][1] for row in found]
+            assert np.mean(values) / scale / 0.01 - errors == pytest.approx(bias, abs=0.06)
+    share = np.mean([row["permutation_noise_share"][1] for row in found])
+    assert share == pytest.approx({0: 0.95, 0.5: 0.93, 2: 0.5, 20: 0}[errors], abs=0.03)
+
+
+def test_standard_error_without_the_bias() -> None:
+    """Of changes that are far from 0, where it is that of the mean."""
+    rng = np.random.default_rng(0)
+    found = [noisy(0.2, rng).scalars() for _ in range(300)]
+    values, errors = (np.array([row[f"permutation_mean_debiased{end}"][1] for row in found]) for end in ("", "_stderr"))
+    assert (errors**2).mean() == pytest.approx(values.var(), rel=0.35)
+
+
+def test_scores_of_noise_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is said where the changes are large, or the noise is not known."""
+    session = session_of(zoo.make("llama"), zoo.tokens())
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr("varprop.diagnose.permutation.sample", lambda _: noisy(0.0, rng))
+    with pytest.warns(AccuracyWarning, match=r"9\d% of the swapped pairs are under 2 standard errors"):
+        permutation(session)
+    monkeypatch.setattr("varprop.diagnose.permutation.sample", lambda _: noisy(0.2, rng))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        permutation(session)
+    monkeypatch.undo()
+    one = permutation(session_of(zoo.make("llama"), zoo.tokens()[:1]))
+    assert not any("debiased" in name or "noise_share" in name for name in one)
 
 
 def test_a_killed_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,9 @@ def test_options_and_first_sequences() -> None:
     assert given.option("n_probes") == OPTIONS["n_probes"][0]
     given.options = {"n_probes": 3}
     assert given.option("n_probes") == 3
-    assert [given.first_sequences(n).stop for n in (1, 8, 17, 10**6)] == [1, 1, 2, 5]
+    assert [given.first_sequences(n).stop for n in (1, 8, 17, 10**6)] == [2, 2, 2, 5]
+    assert given.first_sequences(1, fewest=1).stop == 1
+    assert session(n_sequences=1).first_sequences(8).stop == 1
 
 
 def test_fewer_sequences_at_a_time_where_the_memory_is_short() -> None:

@@ -13,7 +13,8 @@ from torch.nn import functional
 from tests.diagnose import zoo
 from varprop import presets
 from varprop.diagnose import Batch, Limits, Replay, Session, measure
-from varprop.diagnose.usefulness import THRESHOLDS, fit, split, usefulness
+from varprop.diagnose.replay import IGNORED
+from varprop.diagnose.usefulness import THRESHOLDS, evaluated, fit, loss_ratio, split, usefulness
 from varprop.errors import AccuracyWarning, ArgumentError, UnsuitedError
 from varprop.nn import Transformer
 
@@ -198,3 +199,36 @@ def test_bad_input() -> None:
     headless = session_of(zoo.make("llama").get_submodule("model"))
     with pytest.raises(UnsuitedError, match="without logits"):
         usefulness(headless)
+
+
+def test_sequences_without_targets_are_left_out() -> None:
+    """Losses and errors are those of the same sequences without them, and finite; a loss of nothing is refused."""
+    tokens = zoo.tokens(6, N_TOKENS, 1)
+    full = Batch.causal(tokens)
+    targets = torch.cat([full.targets, torch.full_like(full.targets[:2], IGNORED)])
+    model = zoo.make("llama")
+    padded = Batch(torch.cat([tokens, tokens[:2]]), targets)
+    maps = fit(Session(Replay(model), full), slice(0, 3))
+    expected = evaluated(Session(Replay(model), full), maps, slice(3, 6))
+    found = evaluated(Session(Replay(model), padded), maps, slice(3, 8))
+    for name, (_, values) in expected.items():
+        np.testing.assert_allclose(found[name][1], values, rtol=1e-5, err_msg=name)
+    with pytest.raises(ArgumentError, match="targets=0 is too few for a loss"):
+        evaluated(Session(Replay(model), padded), maps, slice(6, 8))
+
+
+def test_a_loss_of_0_has_no_ratio() -> None:
+    assert loss_ratio(np.array([[2.0, 3.0, 2.0], [1.0, 1.0, 0.0]]), np.ones(2)).tolist() == [[1.0, 1.5], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("scores", [("usefulness",), ("ablation",), ("influence", "pruning"), ("expert_ablation",)])
+def test_scores_of_losses_where_most_sequences_lack_targets(scores: tuple[str, ...]) -> None:
+    """So that resamples without a target would be drawn."""
+    full = Batch.causal(zoo.tokens(6, N_TOKENS, 1))
+    targets = full.targets.clone()
+    targets[[0, 1, 3, 4]] = IGNORED
+    family = "olmoe" if "expert_ablation" in scores else "llama"
+    options = {"expert_tokens": 10**6, "most_removed": 1}
+    found = measure(zoo.make(family), Batch(full.tokens, targets), scores=scores, options=options)
+    errors = [name for name in found.data_vars if str(name).endswith("_stderr")]
+    assert errors

@@ -14,7 +14,7 @@ from varprop.diagnose.layers import from_1
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.sites import branches_apart
-from varprop.diagnose.usefulness import loss_ratio
+from varprop.diagnose.usefulness import loss_ratio, with_targets
 from varprop.diagnose.wavefront import Affine, Op, Program, ReplaceBranch, Run, Skip, walk
 
 WHOLE = ("skip", "mean", "null")
@@ -30,9 +30,9 @@ def ablation(session: Session) -> Variables:
     adds nothing, and the rest of the layer is computed from the stream without it; mean_attn, mean_mlp: it adds its own
     mean. null: the layer itself is put in its place by the same route, which is what rounding alone does. What a branch
     adds is taken after its norm and multiplier, before a norm of the sum (Post-LN). Models whose branches cannot be
-    told apart have no interventions on them, and a `BranchesWarning` says so. Standard errors: over sequences, the same
-    ones in both losses; the means are taken as given. Layers count from 1; entries of layer 0 are NaN. Raises
-    `UnsuitedError` for a model without logits.
+    told apart have no interventions on them, and a `BranchesWarning` says so. Standard errors: over the sequences with
+    targets, the same ones in both losses; the means are taken as given. Layers count from 1; entries of layer 0 are
+    NaN. Raises `UnsuitedError` for a model without logits.
     Checked by: tests/diagnose/test_ablation.py, the model with hooks on its own modules.
     """
     replay = session.replay
@@ -45,7 +45,7 @@ def ablation(session: Session) -> Variables:
     def of_batch(captured: Captured) -> dict[str, Tensor]:
         return {"loss": walk(replay, captured, programs).mT, "count": replay.count(captured.batch)}
 
-    arrays = session.each_batch("ablation", of_batch)
+    arrays = with_targets(session.each_batch("ablation", of_batch))
 
     def ratios(loss: np.ndarray, count: np.ndarray) -> np.ndarray:
         found = loss_ratio(loss, count)

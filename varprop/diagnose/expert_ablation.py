@@ -17,7 +17,7 @@ from varprop.diagnose.bootstrap import stderr
 from varprop.diagnose.experts import INPUTS, experts_modules, is_mixture, n_experts, routing_of
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
-from varprop.diagnose.usefulness import loss_ratio
+from varprop.diagnose.usefulness import loss_ratio, with_targets
 from varprop.diagnose.wavefront import Program, Run, walk
 from varprop.errors import ArgumentError, UnsuitedError, require
 from varprop.nn.block import Block
@@ -31,9 +31,9 @@ def expert_ablation(session: Session) -> Variables:
     as before, no other expert steps in and the other gates are not renormalised. Shared experts stay. NaN in layers
     without a mixture. expert_ablation_null: how far from 1 the ratio is where the first mixture itself is put in its
     place by the same route, which is what rounding alone does. Cost: a network for each expert of each mixture.
-    Standard errors: over sequences, the same ones in both losses; zero where there is only one. Raises `UnsuitedError`
-    for a model without logits or without experts that are stacked in one module, as those of transformers 5 and ours
-    are, `ArgumentError` where mixtures have different numbers of experts.
+    Standard errors: over the sequences with targets, the same ones in both losses; zero where there is only one.
+    Raises `UnsuitedError` for a model without logits or without experts that are stacked in one module, as those of
+    transformers 5 and ours are, `ArgumentError` where mixtures have different numbers of experts.
     Checked by: tests/diagnose/test_expert_ablation.py, the model with that expert's output matrix set to zero.
     """
     replay = session.replay
@@ -51,7 +51,7 @@ def expert_ablation(session: Session) -> Variables:
         return {"loss": walk(replay, captured, programs).mT, "count": replay.count(captured.batch)}
 
     sequences = session.first_sequences(session.option("expert_tokens"))
-    arrays = session.each_batch("expert-ablation", of_batch, sequences)
+    arrays = with_targets(session.each_batch("expert-ablation", of_batch, sequences))
 
     def table(ratios: np.ndarray) -> np.ndarray:
         found = np.full((replay.n_layers + 1, size), np.nan)

@@ -33,7 +33,8 @@ def experts(session: Session) -> Variables:
 
     expert_load (layer, expert): share of the expert in all assignments of a token to an expert, NaN in layers without
     a mixture. The others are means over sequences of what `varprop.measure` defines for one: gate_second_moment,
-    expert_load_concentration (1/E when balanced; of T tokens it is larger by about (1 - 1/E) / (K T) than of all text),
+    expert_load_concentration (1/E when balanced; of T tokens, K different experts each, it is then larger by about
+    (1 - 1/E) / (K T) * (E - K) / (E - 1) = (1 - K/E) / (K T), as if tokens were independent),
     router_entropy (nats, over all experts; absent where the router is not found), and gate_sum, the mean over tokens of
     the sum of a token's gates. A layer without a mixture counts as one expert with gate 1. Nothing for a model
     without a mixture. Raises `UnsuitedError` where experts are kept as single modules (`is_mixture`).

@@ -31,8 +31,12 @@ def initialisation(session: Session) -> Variables:
     jacobian_deviation and jacobian_norm. Branches are orthogonal to the stream, so branch_correlation is 0, and with v
     the second moment of a branch, q that of the stream which it is added to and k the skip multiplier, the cosine of
     the streams before and after the sum is (1 + v / (k^2 q))^(-1/2): block_influence and angular_distance are made of
-    products of these, exact as d_model grows. causal_effect and its means: `theory.skipped_layer_effect`, at
-    `CAUSAL_TOKENS` tokens at most.
+    products of these, exact as d_model grows.
+    jacobian_deviation of token_mean, and jacobian_norm, are those of one sequence. The measurement averages the
+    matrices of jacobian_sequences sequences before it takes the norm, which makes it smaller by what differs between
+    sequences: of a feed-forward, a token's own share falls from 1 / T to 1 / (S T), and pairs of tokens of different
+    sequences come in, whose correlation the closed form does not know. To compare exactly, measure one sequence.
+    causal_effect and its means: `theory.skipped_layer_effect`, at `CAUSAL_TOKENS` tokens at most.
     Losses have no closed form, nor have the scores made of them; at initialisation they are those of no model at all.
     Raises `UnsuitedError` for a model whose spec is not known (`hf.spec_of`), `AssumptionError` where theory ends.
     Checked by: tests/diagnose/test_initialisation.py, random networks.

@@ -54,12 +54,16 @@ def jacobian(session: Session) -> Variables:
     from products J^T v, one v for all output tokens; own_token and all_sources, whose noise is averaged over tokens
     too, as `measure.probe_jacobian_deviation` does, from a quarter as many probes of their own, at most 16.
     <name>_stderr is over probes, for these sequences (jackknife for the statistics of the diagonal);
-    <name>_sequence_stderr over sequences, for these probes, by the bootstrap (split_half: jackknife, from three
-    sequences on). jacobian_norm_stderr is of both, sqrt(probes^2 + sequences^2), NaN of one sequence. 0 probes, or as
-    many as neurons: exact, one product for each neuron; then own_token and all_sources are exact where T D <= 2^14, and
-    from 16 probes elsewhere. `jacobian_stderr` > 0: probes are doubled until token_mean's relative standard error over
-    probes is not above it; jacobian_n_probes (layer) is how many that took, 0 = exact. Products are taken in the
-    model's type, sums in at least float32: what bfloat16 rounds of (J - I)^T v is of the size of v.
+    <name>_sequence_stderr over sequences, for these probes: of token_mean and jacobian_norm the linearised one, psi_b =
+    2 <mean, A_b - mean> / D for A_b = J_b - I of a sequence (too wide by up to 1.4 where the mean is all noise, a
+    bootstrap of the square by 2.5 to 4), of own_token and all_sources by the bootstrap, of split_half by the jackknife,
+    from three sequences on. jacobian_norm_stderr is of both, the root of the sum of
+    squares, NaN of one sequence; jacobian_norm_sequence_stderr of the latter. jacobian_sequences: how many sequences
+    there were. 0 probes, or as many as neurons: exact, one product for each neuron; then own_token and
+    all_sources are exact where T D <= 2^14, and from 16 probes elsewhere. `jacobian_stderr` > 0: probes are doubled
+    until token_mean's relative standard error over probes is not above it; jacobian_n_probes (layer) is how many that
+    took, 0 = exact. Products are taken in the model's type, sums in at least float32: what bfloat16 rounds of (J - I)^T
+    v is of the size of v.
     Layers count from 1; entries of layer 0 are NaN.
     Source: diagonal estimate, Bekas, Kokiopoulou and Saad (2007). Checked by: tests/diagnose/test_jacobian.py, whole
     Jacobians by torch.autograd.functional.jacobian.
@@ -81,7 +85,7 @@ def jacobian(session: Session) -> Variables:
         layers = range(start, min(start + size, replay.n_layers))
         found += _measured(session, sequences, layers, parts, 0 if exact else n_probes)
     largest = spectral_norms(session, None if not exact else [arrays.pop("matrix") for arrays in found])
-    return _variables(found, parts) | largest
+    return _variables(found, parts) | largest | {"jacobian_sequences": ((), sequences.stop)}
 
 
 def _measured(

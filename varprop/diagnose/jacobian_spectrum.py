@@ -105,7 +105,7 @@ def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> V
 
 def _estimated(session: Session, n_steps: int) -> dict[str, Tensor]:
     n_tokens = min(SPECTRAL_TOKENS, session.option("jacobian_tokens"))
-    captured = session.capture(session.first_sequences(n_tokens))
+    captured = session.capture(session.first_sequences(n_tokens, fewest=1))
     start = random_signs((session.replay.d_model,), session.rng("jacobian spectrum")).double().to(session.replay.device)
     values, residuals = [], []
     for layer in range(session.replay.n_layers):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from varprop.diagnose.bootstrap import resample_weights, stderr
+from varprop.diagnose.bootstrap import stderr
 from varprop.measure.jacobian import DEFINITIONS
 
 Array = NDArray[np.float64]
@@ -33,12 +33,15 @@ def summary(rows: Array, probes: Array | None, tokens: dict[str, Array], seed: i
     Checked by: tests/diagnose/test_jacobian.py, whole Jacobians and means over all signs.
     """
     rows = rows.astype(np.float64)
-    found = _deviations(rows, probes is None, tokens, seed) | _split_half(rows, probes is None)
+    found: dict[str, Any] = _deviations(rows, probes is None, tokens, seed) | _split_half(rows, probes is None)
     value = found["jacobian_deviation"][0, TOKEN_MEAN]
     errors = (found[f"jacobian_deviation_{end}"][0, TOKEN_MEAN] for end in ("stderr", "sequence_stderr"))
     error = np.hypot(*errors)
     norm = np.sqrt(value / rows.shape[-1])
-    found |= {"jacobian_norm": norm, "jacobian_norm_stderr": error * norm / (2 * value) if value > 0 else 0.0}
+    over_sequences = found["jacobian_deviation_sequence_stderr"][0, TOKEN_MEAN]
+    found["jacobian_norm"] = norm
+    for name, of_square in (("jacobian_norm_stderr", error), ("jacobian_norm_sequence_stderr", over_sequences)):
+        found[name] = of_square * norm / (2 * value) if value > 0 else 0.0
     mean = rows[:, 0].mean(axis=0)
     if probes is None:
         return found | _exact(mean) | {"jacobian_n_probes": 0, "matrix": mean}
@@ -52,17 +55,14 @@ def relative_stderr(found: dict[str, Any]) -> float:
 
 
 def _deviations(rows: Array, exact: bool, tokens: dict[str, Array], seed: int) -> dict[str, Array]:
-    n_sequences, n_parts = rows.shape[:2]
+    n_parts = rows.shape[1]
     scale = _scale(rows, exact)
     values, over_probes, over_sequences = (np.zeros((n_parts, len(DEFINITIONS))) for _ in range(3))
-    weights = resample_weights(n_sequences, seed)
     for place, name in enumerate(DEFINITIONS):
         if name == "token_mean":
             of_probes = scale * np.square(rows.mean(axis=0)).sum(axis=-1)  # (P, k)
             gram = scale * np.einsum("apkd,bpkd->pab", rows, rows, optimize=True) / rows.shape[2]
-            resampled = np.einsum("ra,pab,rb->rp", weights, gram, weights, optimize=True)
-            factor = (n_sequences / (n_sequences - 1)) ** 0.5 if n_sequences > 1 else np.nan
-            over_sequences[:, place] = resampled.std(axis=0, ddof=1) * factor
+            over_sequences[:, place] = _stderr_of_mean(2 * gram.mean(axis=2))  # of psi_b, but for a constant
             over_probes[:, place] = 0.0 if exact else _stderr_of_mean(of_probes)
         else:
             of_probes = tokens[name].mean(axis=0)

@@ -31,7 +31,8 @@ from varprop.diagnose.limits import GIBIBYTE, Limits
 from varprop.diagnose.moments import moments
 from varprop.diagnose.options import require_options, with_defaults
 from varprop.diagnose.permutation import permutation
-from varprop.diagnose.replay import Batch, Replay
+from varprop.diagnose.replay import IGNORED, Batch, Replay
+from varprop.diagnose.replicates import warn_of_few
 from varprop.diagnose.screening import screening
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
@@ -100,8 +101,9 @@ def measure(
     them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
     the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
     options: of single scores (`varprop.diagnose.options`). Every standard error is over sequences unless its score
-    says otherwise. Attributes hold the options as JSON, defaults too, and the memory; parts of scores of your own are
-    not told apart by their code.
+    says otherwise; where those are fewer than 8 an `AccuracyWarning` names the score (`varprop.diagnose.replicates`).
+    Attributes hold the options as JSON, defaults too, and the memory; parts of scores of your own are not told apart by
+    their code.
     Raises `ArgumentError` for unknown names, variables that two scores give, models that cannot be replayed,
     activations that are not finite.
     """
@@ -127,8 +129,13 @@ def measure(
     spec = spec_of(model)
     session = Session(replay, batch, seed, folder, progress, options or {}, spec)
     if replay.has_loss:
-        attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
+        with_targets = (batch.targets != IGNORED).any(dim=1).nonzero()[:2, 0]
+        expected = "a target in one of the sequences"
+        require(len(with_targets) > 0, ArgumentError, "targets", 0, "too few for a loss", expected)
+        first = Batch(batch.tokens[with_targets].to(replay.device), batch.targets[with_targets].to(replay.device))
+        attributes["replay_error"] = replay.check(first)
     variables = session.found
+    with_errors: list[str] = []
     for name, score in wanted.items():
         try:
             found = score(session)
@@ -140,6 +147,10 @@ def measure(
         twice = sorted(found.keys() & variables.keys())
         require(not twice, ArgumentError, f"variables of score {name}", twice, "there already", "names of their own")
         variables.update(found)
+        if any(variable.endswith("_stderr") for variable in found):
+            with_errors.append(name)
+    if definition == "paper":
+        warn_of_few(session, with_errors)
     coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     return results.new(
         variables,

@@ -46,7 +46,9 @@ def moments(session: Session) -> Variables:
     averaged. Each with <name>_stderr.
     Sinks are judged on the streams of all sequences (`measure.sink_positions`), sink_count of them, the S first
     positions included. second_moment_quantile, variance_quantile (levels `measure.QUANTILES`), skewness_median,
-    excess_kurtosis_median: over the tokens that are no sinks (all, if there are no others).
+    excess_kurtosis_median: over the tokens that are no sinks (all, if there are no others), between two tokens by
+    linear interpolation. The medians that sinks and massive_activation_ratio are judged by are the lower middle one of
+    an even number.
     second_moment_without_sinks, variance_without_sinks: means over the same tokens, with stderr. sink_second_moment,
     sink_variance: means over the sinks.
     Outliers, of each sequence, averaged, with stderr. outlier_share_z3: share of its T D entries with |x - mean| > 3

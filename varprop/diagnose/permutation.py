@@ -9,6 +9,7 @@ Letters: `P` swapped pairs, `B` sequences of a batch, `S` all sequences, `L` lay
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,16 @@ from varprop.diagnose.pairs import Array, Pairs, draw_pairs
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
-from varprop.errors import ArgumentError, require
+from varprop.errors import AccuracyWarning, ArgumentError, require
 
 FEWEST_SEQUENCES = 8
 """That a standard error is first taken from, where it decides whether more are added."""
 DECAY = 0.9
 """Of the weight of a layer, for each layer before it, in the paper's weighted mean."""
+NOISE = 2.0
+"""Standard errors; the change of a pair with less may be noise."""
+NOISY_SHARE = 0.5
+"""Share of such pairs from which on their mean is one of noise."""
 
 
 def permutation(session: Session) -> Variables:
@@ -45,9 +50,10 @@ def permutation(session: Session) -> Variables:
     0.9^(i-1) in it). permutation_by_lag (lag): mean of the pairs of distance j - i, 0 at distance 0.
     permutation_layer_pairs and permutation_lag_pairs: of how many swapped pairs these are means; a mean of none is NaN.
 
-    permutation_total = sum over pairs i < j of P_ij, over L: what it costs, to first order, to swap every layer once
-    with a partner drawn from all layers, itself included. The mean is this times 2 / (L - 1), so it falls as 1 / L in
-    two cases in which nothing that the network does has changed with its depth, while the total stays:
+    permutation_total = sum over pairs i < j of P_ij, over L: what it costs, to first order, to make L / 2 swaps, each
+    of two layers drawn at random with replacement (of a layer with itself it is 0). The mean is this times 2 / (L - 1),
+    so it falls as 1 / L in two cases in which nothing that the network does has changed with its depth, while the total
+    stays:
     (a) only pairs with layer 1 (or with a fixed number of layers) matter: L - 1 of the L (L - 1) / 2 pairs, each of
     score p, give the mean 2 p / L and the total p (1 - 1 / L);
     (b) the same function of depth is cut into finer steps: each layer is replaced by k copies that add 1 / k of what it
@@ -58,12 +64,19 @@ def permutation(session: Session) -> Variables:
     pairs with layer 1 have; 2 / L if they are like the others.
 
     Which pairs: option `permutation_pairs`, all or drawn (`varprop.diagnose.pairs`). Standard errors are over
-    sequences, and over pairs for what is a sum over drawn ones. That of a score is the signed change's (linearised),
-    so it does not shrink where the score touches 0; there the score, an absolute value, is larger in the mean than
-    without noise. Which sequences: the first `permutation_tokens`; with `permutation_stderr` > 0 the pairs whose
-    standard error is more than this part of their score get as many again, until all are used. permutation_runs:
-    sequences run with a swap; permutation_runs_saved: share of the runs that are saved beside giving every pair as
-    many as the neediest one.
+    sequences, and over pairs for what is a sum over drawn ones. That of a score is the signed change's (linearised), so
+    it does not shrink where the score touches 0. There the score, an absolute value, is larger in the mean than without
+    noise, by up to 0.8 standard errors for a pair whose true change is 0, and so are all means and totals; more pairs
+    do not help, more sequences do. permutation_noise_share: share of the swapped pairs whose score is under 2 of its
+    standard errors; an `AccuracyWarning` says so above a half. permutation_mean_debiased and
+    permutation_total_debiased: of sqrt(max(P_ij^2 - stderr_ij^2, 0)) in place of P_ij, which leaves a bias of 0.37
+    standard errors of the pair where its change is 0, about 0 where it is half a standard error, and -0.3 to -0.2 at 1
+    to 3 (normal noise): the truth is mostly between the two values. Their standard errors are those of signed changes
+    too: too large for pairs below 1 standard error, at most a tenth too small at 2 to 3. These three are absent with
+    one sequence, whose noise is not known. Which sequences: the first `permutation_tokens`; with `permutation_stderr` >
+    0 the pairs whose standard error is more than this part of their score get as many again, until all are used.
+    permutation_runs: sequences run with a swap; permutation_runs_saved: share of the runs that are saved beside giving
+    every pair as many as the neediest one.
 
     Empty for a model of one layer. Raises `ArgumentError` for a model without logits, a loss that is not finite.
     Source: reference formulas above; total derived here. Checked by: tests/diagnose/test_permutation.py, forward passes
@@ -73,7 +86,17 @@ def permutation(session: Session) -> Variables:
     if session.replay.n_layers == 1:
         return {}
     found = sample(session)
-    return found.matrices() | found.groups() | found.scalars()
+    scalars = found.scalars()
+    _warn_of_noise(scalars)
+    return found.matrices() | found.groups() | scalars
+
+
+def _warn_of_noise(scalars: Variables) -> None:
+    share = float(scalars["permutation_noise_share"][1]) if "permutation_noise_share" in scalars else 0.0
+    if share > NOISY_SHARE:
+        message = f"permutation: {share:.0%} of the swapped pairs are under {NOISE:g} standard errors"
+        remedy = "more permutation_tokens, or permutation_stderr above 0, make it smaller"
+        warnings.warn(f"{message}: mean and total are largely noise made positive; {remedy}", AccuracyWarning, 3)
 
 
 @dataclass(frozen=True)
@@ -160,9 +183,13 @@ class Sampled:
             "permutation_first_share": ((), share),
             "permutation_first_share_stderr": ((), share_error),
         }
-        coefficients = {"mean": one / pairs.n_all, "weighted": decayed, "total": one / n_layers}
-        for name, coefficient in coefficients.items():
-            value, error = pairs.estimate(coefficient, scores, influence)
+        sums = {"mean": (one / pairs.n_all, scores), "weighted": (decayed, scores), "total": (one / n_layers, scores)}
+        if len(self.base) > 1:
+            debiased = np.sqrt(np.maximum(scores**2 - self.stderr**2, 0.0))
+            sums |= {f"{name}_debiased": (sums[name][0], debiased) for name in ("mean", "total")}
+            variables["permutation_noise_share"] = ((), float((scores < NOISE * self.stderr).mean()))
+        for name, (coefficient, values) in sums.items():
+            value, error = pairs.estimate(coefficient, values, influence)
             variables |= {f"permutation_{name}": ((), value), f"permutation_{name}_stderr": ((), error)}
         return variables | {
             "permutation_null": ((), abs(self.null.sum() / self.base.sum() - 1)),

@@ -16,6 +16,7 @@ from torch import Tensor
 from varprop.diagnose.bootstrap import stderr
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
+from varprop.diagnose.usefulness import with_targets
 from varprop.diagnose.wavefront import Op, Program, Skip, walk
 from varprop.errors import ArgumentError, require
 
@@ -45,11 +46,13 @@ def pruning(
     judged on). The same order serves both kinds of removal. pruning_base_loss: of the model. pruning_order
     (removed_by, n_removed): the layer, 1..L, that goes at each step. pruning_mean_increase (removed_by, removal):
     mean over 1..K removed layers of the loss less the model's; pruning_behind_best: the same less that of the best
-    order, and pruning_rank: its place among the orders, 1 = best. Every standard error is of the difference stated,
-    over sequences, the same ones for both terms; pruning_loss_stderr is that of pruning_loss - pruning_base_loss. It
-    takes the orders as given: with the ranking's own noise they would vary. Raises `ArgumentError` for a model
-    without logits, rankings of other shapes or with NaN. Source: definitions above. Checked by:
-    tests/diagnose/test_pruning.py, forward passes of models without those layers.
+    order, and pruning_rank: its place among the orders, 1 = best. The best is picked on the sequences that it is
+    compared on, so it looks better than it is, and behind_best is too large by as much; with its error it is no test of
+    one order against the best. Every standard error is of the difference stated, over the sequences with targets, the
+    same ones for both terms; pruning_loss_stderr is that of pruning_loss - pruning_base_loss. It takes the orders as
+    given: with the ranking's own noise they would vary. Raises `ArgumentError` for a model without logits, rankings of
+    other shapes or with NaN. Source: definitions above. Checked by: tests/diagnose/test_pruning.py, forward passes of
+    models without those layers.
     """
     replay, n_layers = session.replay, session.replay.n_layers
     replay.require_loss("pruning")
@@ -120,7 +123,7 @@ def _losses(
         return {"loss": walk(session.replay, captured, programs).T, "count": session.replay.count(captured.batch)}
 
     digest = hashlib.sha256(repr([(removal, sorted(gone)) for removal, gone in numbers]).encode()).hexdigest()[:8]
-    arrays = session.each_batch(f"pruning-{digest}", of_batch, rows)
+    arrays = with_targets(session.each_batch(f"pruning-{digest}", of_batch, rows))
     return arrays["loss"][:, which], arrays["loss"][:, -1], arrays["count"]
 
 

@@ -61,9 +61,12 @@ class Session:
         """The setting of a single score."""
         return self.options.get(name, OPTIONS[name].default)
 
-    def first_sequences(self, n_tokens: int) -> slice:
-        """So many whole sequences, from the first, that they have about `n_tokens` tokens; at least one."""
-        return slice(0, min(self.n_sequences, max(1, n_tokens // self.n_tokens)))
+    def first_sequences(self, n_tokens: int, fewest: int = 2) -> slice:
+        """So many whole sequences, from the first, that they have about `n_tokens` tokens; at least `fewest` or all.
+
+        Two, since one has no standard error over sequences.
+        """
+        return slice(0, min(self.n_sequences, max(fewest, n_tokens // self.n_tokens)))
 
     def rng(self, name: str) -> torch.Generator:
         """Random numbers of their own for everything that has a name; on the CPU."""

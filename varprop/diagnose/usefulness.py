@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varprop.diagnose.bootstrap import stderr
+from varprop.diagnose.bootstrap import ratio, stderr
 from varprop.diagnose.layers import from_1
 from varprop.diagnose.normal_equations import Fit, NormalEquations
 from varprop.diagnose.replay import Captured
-from varprop.diagnose.session import Session, Variables
+from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.wavefront import Affine, Program, walk
 from varprop.errors import AccuracyWarning, ArgumentError, UnsuitedError, require
 
@@ -45,8 +45,9 @@ def usefulness(session: Session) -> Variables:
     d_model; an `AccuracyWarning` says so below `FEW` times.
     linear_r_squared (layer): share of the variance of the update that the map gives on the sequences of the fit;
     linear_update_rank: participation ratio of the covariance of the update that it gives.
-    Standard errors: over the sequences of the evaluation, the same ones with and without; the maps are taken as given.
-    Of few sequences they are uncertain, and that of a share of layers is 0 where no resample changes it.
+    Standard errors: over the sequences of the evaluation that have targets, the same ones with and without; the maps
+    are taken as given. Those of usefulness and usefulness_curve are of counts of layers: resamples say about 0 unless
+    some layer's ratio is within its own error of the threshold; read usefulness_loss_ratio_stderr beside it.
     Layers count from 1; entries of layer 0 are NaN. Raises `UnsuitedError` for a model without logits and for one
     sequence, `ArgumentError` for a share outside (0, 1).
     Source: reference formulas above. Checked by: tests/diagnose/test_usefulness.py, lstsq and the model with that layer
@@ -146,7 +147,7 @@ def evaluated(
     def of_batch(captured: Captured) -> dict[str, Tensor]:
         return {"loss": walk(replay, captured, programs).mT, "count": replay.count(captured.batch)}
 
-    arrays = session.each_batch(f"{part}{ending}", of_batch, sequences)
+    arrays = with_targets(session.each_batch(f"{part}{ending}", of_batch, sequences))
     threshold = session.option("usefulness_loss_ratio")
     by_layer: dict[str, Statistic] = {"usefulness_loss_ratio": loss_ratio, "usefulness_loss_increase": loss_increase}
     others: dict[str, tuple[tuple[str, ...], Statistic]] = {
@@ -167,8 +168,19 @@ def evaluated(
 
 
 def loss_ratio(loss: np.ndarray, _: np.ndarray) -> np.ndarray:
-    """Summed loss (..., P + 1) of every program over that of the model, the last one: (..., P)."""
-    return loss[..., :-1] / loss[..., -1:]
+    """Summed loss (..., P + 1) of every program over that of the model, the last one: (..., P); 0 where that is 0."""
+    return ratio(loss[..., :-1], loss[..., -1:])
+
+
+def with_targets(arrays: Arrays) -> Arrays:
+    """The entries of sequences that have targets (count > 0): the others say nothing of a loss, nor of its error.
+
+    Raises `ArgumentError` where no sequence has one.
+    """
+    has = arrays["count"] > 0
+    expected = "a target in one of the sequences that the loss is of"
+    require(bool(has.any()), ArgumentError, "targets", 0, "too few for a loss", expected)
+    return {name: values[has] for name, values in arrays.items()}
 
 
 def loss_increase(loss: np.ndarray, count: np.ndarray) -> np.ndarray:
