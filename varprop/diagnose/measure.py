@@ -114,8 +114,7 @@ def measure(
         folder = prepare_parts(Path(parts), identity | {"options": dict(options or {}), "dtype": str(replay.dtype)})
     spec = spec_of(model)
     session = Session(replay, batch, seed, folder, progress, options or {}, spec)
-    if replay.has_loss:
-        attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
+    attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
     variables = session.found
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
