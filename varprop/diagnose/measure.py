@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ import xarray as xr
 from torch import nn
 
 from varprop import hf, results
+from varprop._version import __version__
 from varprop.diagnose import released
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.attention import attention
@@ -27,9 +30,10 @@ from varprop.diagnose.initialisation import initialisation
 from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.moments import moments
+from varprop.diagnose.open import require_length
 from varprop.diagnose.options import require_options
 from varprop.diagnose.permutation import permutation
-from varprop.diagnose.replay import Batch, Replay
+from varprop.diagnose.replay import IGNORED, Batch, Replay
 from varprop.diagnose.screening import screening
 from varprop.diagnose.session import Progress, Session, Variables, prepare_parts
 from varprop.diagnose.usefulness import usefulness
@@ -104,9 +108,7 @@ def measure(
     require_options(options or {})
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
-    highest = int(batch.tokens.max())
-    size = replay.vocab_size or highest + 1
-    require(highest < size, ArgumentError, "token id", highest, "beyond the vocabulary", f"ids below {size}")
+    require_input(replay, batch, seed, memory_gib)
     attributes = about(model) | {"definition": definition, "scores": ",".join(names)}
     folder = None
     if parts is not None:
@@ -196,6 +198,49 @@ def digest(batch: Batch) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter's name, shape and sum, so that parts of other weights are not taken for these."""
-    sums = [f"{name} {tuple(p.shape)} {float(p.detach().double().sum()):.17g}" for name, p in model.named_parameters()]
-    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
+    """A hash of what the numbers depend on, so that parts of another model are not taken for this one's.
+
+    Name, shape and sum of every parameter and buffer; the config without what only says where it comes from, or the
+    spec; the version of this package.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    sums = [f"{name} {tuple(x.shape)} {float(x.detach().double().sum()):.17g}" for name, x in tensors]
+    description: Any = getattr(model, "config", None)
+    if isinstance(model, Transformer):
+        config = model.spec.to_json()
+    else:
+        config = (
+            "" if description is None else json.dumps(_settings(description.to_dict()), sort_keys=True, default=str)
+        )
+    return hashlib.sha256("\n".join([__version__, config, *sums]).encode()).hexdigest()[:16]
+
+
+def _settings(config: Any) -> Any:
+    """A config, and those inside it, without where it comes from and without the cache, which no measurement has."""
+    if not isinstance(config, dict):
+        return config
+    left_out = ("use_cache", "_name_or_path", "transformers_version")
+    return {str(name): _settings(value) for name, value in config.items() if name not in left_out}
+
+
+def require_input(replay: Replay, batch: Batch, seed: int, memory_gib: float | None) -> None:
+    """`ArgumentError` for a seed, a memory, ids, targets or a length that the model cannot be measured with."""
+    require(seed >= 0, ArgumentError, "seed", seed, "negative", "an integer >= 0")
+    good = memory_gib is None or 0 < memory_gib < math.inf
+    require(good, ArgumentError, "memory_gib", memory_gib, "outside the domain", "a number of GiB > 0")
+    require_length(replay.model, batch.tokens.shape[1])
+    same = batch.targets.shape == batch.tokens.shape
+    require(same, ArgumentError, "targets", tuple(batch.targets.shape), "not those of the tokens", "their shape")
+    for name, ids in (("token id", batch.tokens), ("target", batch.targets[batch.targets != IGNORED])):
+        if ids.numel() == 0:
+            continue
+        lowest, highest = int(ids.min()), int(ids.max())
+        require(lowest >= 0, ArgumentError, name, lowest, "negative", "ids >= 0")
+        size = replay.vocab_size or _n_embeddings(replay.model) or highest + 1
+        require(highest < size, ArgumentError, name, highest, "beyond the vocabulary", f"ids below {size}")
+
+
+def _n_embeddings(model: nn.Module) -> int:
+    """Rows of the embedding of a transformers model; 0 for others."""
+    own: Any = getattr(model, "get_input_embeddings", None)
+    return 0 if own is None else int(getattr(own(), "num_embeddings", 0))

@@ -304,9 +304,13 @@ class Replay:
 
         Without a head: how far the last hidden states are, |replayed - own| / |own| over all tokens and neurons. Two
         variants of the first sequences go through together, as they do in every score. Raises `ArgumentError` where it
-        is more than rounding (`ROUNDING`), where the first sequences have no target, where the head is not finite.
+        is more than rounding (`ROUNDING`), where the first sequences have no target, the head is not finite, or
+        attention has random masks.
         """
         batch = batch.rows(slice(0, 2))
+        density = self._key_mask_density
+        wrong = "a random mask, drawn anew in every pass: no two passes are of one model"
+        require(density == 1, ArgumentError, "attention.key_mask_density", density, wrong, "1")
         if self.has_loss:
             n_targets, expected = int(self.count(batch).sum()), "one target or more in the first two sequences"
             require(n_targets > 0, ArgumentError, "targets", n_targets, "none in the first two sequences", expected)
@@ -328,6 +332,11 @@ class Replay:
         good = gap <= ROUNDING.get(self.dtype, 1e-4)
         require(good, ArgumentError, "architecture", self.architecture, f"replayed with {wrong}", expected)
         return gap
+
+    @property
+    def _key_mask_density(self) -> float:
+        attention = self.model.spec.attention if isinstance(self.model, Transformer) else None
+        return 1.0 if attention is None else attention.key_mask_density
 
     def _loss_gap(self, x: Tensor, batch: Batch) -> tuple[float, str]:
         """Of streams (V, B, T, D) after the last layer, and the two losses in words."""
