@@ -241,9 +241,17 @@ def test_models_whose_layers_cannot_be_stacked_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", KEY_MASKS)
-def test_layers_that_draw_random_numbers_are_refused(name: str) -> None:
+def test_random_masks_of_keys_are_refused(name: str) -> None:
     with pytest.raises(ArgumentError) as error:
         Replay(zoo.make_own(name)).check(Batch.causal(torch.arange(18).reshape(2, 9) % SPECS[name].vocab_size))
+    one_line(error, "attention.key_mask_density=", " is a random mask, drawn anew in every pass", "expected 1")
+
+
+def test_layers_that_draw_random_numbers_are_refused() -> None:
+    model = zoo.make("llama")
+    zoo.layers_of(model)[1].register_forward_hook(lambda _, args, output: output + 9 * torch.randn_like(output))
+    with pytest.raises(ArgumentError) as error:
+        Replay(model).check(batch())
     one_line(error, "is replayed with a loss of ", "expected layers that depend on nothing but their arguments")
 
 
