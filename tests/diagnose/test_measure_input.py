@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from varprop.diagnose.measure import fingerprint, measure
-from varprop.diagnose.replay import Batch
+from varprop.diagnose.replay import IGNORED, Batch
 from varprop.errors import ArgumentError, LeftOutWarning
 
 from . import zoo
@@ -75,6 +75,15 @@ def test_ids_beyond_the_embedding_of_a_model_without_a_head() -> None:
     rows[0, 0] = zoo.VOCABULARY
     with pytest.raises(ArgumentError, match="token id=96 is beyond the vocabulary; expected ids below 96"):
         measure(zoo.make("bert").base_model, rows, scores=["moments"])
+
+
+def test_sequences_without_a_target_may_come_first() -> None:
+    batch = Batch.causal(zoo.tokens())
+    batch.targets[:2] = IGNORED
+    assert measure(zoo.make("llama"), batch, scores=["weights"]).attrs["replay_error"] < 1e-6
+    batch.targets[2] = IGNORED
+    with pytest.raises(ArgumentError, match="targets=0 is too few for a loss"):
+        measure(zoo.make("llama"), batch, scores=["weights"])
 
 
 def test_positions_that_begin_behind_the_padding_id() -> None:

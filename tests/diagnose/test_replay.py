@@ -303,12 +303,12 @@ def test_what_is_not_finite_behind_the_layers_is_named() -> None:
     one_line(error, "loss=nan is what the head gives of finite streams")
 
 
-def test_no_target_in_the_first_sequences_is_said() -> None:
+def test_no_target_is_said() -> None:
     given = batch()
     given.targets[:2] = IGNORED
     with pytest.raises(ArgumentError) as error:
         Replay(zoo.make("llama")).check(given)
-    one_line(error, "targets=0 is none in the first two sequences")
+    one_line(error, "targets=0 is too few for a loss")
 
 
 @pytest.mark.parametrize("place,where", [(None, "first after the embedding"), (1, "first after layer 2")])

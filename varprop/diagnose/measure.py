@@ -101,7 +101,8 @@ def measure(
     the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
     options: of single scores (`varprop.diagnose.options`). Every standard error is over sequences unless its score
     says otherwise.
-    Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite.
+    Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite,
+    and input that the model has no place for (`require_input`).
     """
     batch = as_batch(sequences)
     names = chosen(scores, definition)
@@ -116,7 +117,8 @@ def measure(
         folder = prepare_parts(Path(parts), identity | {"options": dict(options or {}), "dtype": str(replay.dtype)})
     spec = spec_of(model)
     session = Session(replay, batch, seed, folder, progress, options or {}, spec)
-    attributes["replay_error"] = replay.check(session.capture(slice(0, 2)).batch)
+    first = int((batch.targets != IGNORED).any(dim=1).int().argmax())  # the first one with a target
+    attributes["replay_error"] = replay.check(session.capture(slice(first, first + 2)).batch)
     variables = session.found
     table = SCORES if definition == "paper" else RELEASED
     for name in names:
@@ -204,7 +206,7 @@ def fingerprint(model: nn.Module) -> str:
     spec; the version of this package.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    sums = [f"{name} {tuple(x.shape)} {float(x.detach().double().sum()):.17g}" for name, x in tensors]
+    sums = [f"{name} {tuple(x.shape)} {float(x.detach().sum(dtype=torch.float64)):.17g}" for name, x in tensors]
     description: Any = getattr(model, "config", None)
     if isinstance(model, Transformer):
         config = model.spec.to_json()

@@ -153,7 +153,7 @@ class Replay:
         """The stream before the first layer and the calls of all, from a pass in which the layers do nothing."""
         seen, n_tokens = self._calls(batch.tokens), batch.tokens.shape[1]
         if n_tokens not in self._of_each:
-            two, three = (self._calls(batch.tokens[:1].expand(n, -1)) for n in (2, 3))
+            two, three = (self._calls(batch.tokens[:1].repeat(n, 1)) for n in (2, 3))
             self._of_each[n_tokens] = [places_of_each(a[1], b[1]) for a, b in zip(two, three, strict=True)]
         calls = [
             shared(dataclasses.replace(call, of_each=places))
@@ -304,7 +304,7 @@ class Replay:
 
         Without a head: how far the last hidden states are, |replayed - own| / |own| over all tokens and neurons. Two
         variants of the first sequences go through together, as they do in every score. Raises `ArgumentError` where it
-        is more than rounding (`ROUNDING`), where the first sequences have no target, the head is not finite, or
+        is more than rounding (`ROUNDING`), where the sequences have no target, the head is not finite, or
         attention has random masks.
         """
         batch = batch.rows(slice(0, 2))
@@ -312,8 +312,8 @@ class Replay:
         wrong = "a random mask, drawn anew in every pass: no two passes are of one model"
         require(density == 1, ArgumentError, "attention.key_mask_density", density, wrong, "1")
         if self.has_loss:
-            n_targets, expected = int(self.count(batch).sum()), "one target or more in the first two sequences"
-            require(n_targets > 0, ArgumentError, "targets", n_targets, "none in the first two sequences", expected)
+            n_targets = int(self.count(batch).sum())
+            require(n_targets > 0, ArgumentError, "targets", n_targets, "too few for a loss", "one or more")
         captured = self.capture(batch)
         x = captured.start.expand(2, *captured.start.shape)
         try:
