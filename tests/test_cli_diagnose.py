@@ -20,7 +20,7 @@ from varprop.corpus.load import TOKENIZER
 from varprop.diagnose import causal
 from varprop.diagnose.open import open_model
 from varprop.diagnose.text import sequences
-from varprop.errors import LeftOutWarning
+from varprop.errors import LeftOutWarning, ShortMemoryError
 from varprop.nn import Transformer
 
 SMALL = ("--scores", "causal", "--n-sequences", 4, "--length", 16, "--device", "cpu", "--data", "text.txt")
@@ -119,7 +119,43 @@ def test_parts_of_another_measurement_are_left_alone(folder: Path, capsys: pytes
     capsys.readouterr()
     words = ["diagnose", "model", *SMALL, "--out", "x.nc", "--seed", 1]
     assert_refused(words, "parts='x.nc.parts' is of another measurement", folder, capsys)
+    assert_refused(words, "delete the folder, or choose another (--out)", folder, capsys)
     assert len(list(Path("x.nc.parts").iterdir())) == 2
+
+
+def test_bad_input_found_late_leaves_no_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["diagnose", "model", *SMALL[2:], "--out", "x.nc"]
+    late = ["--scores", "causal,usefulness", "--n-sequences", 1]  # found when the causal part is done
+    assert_refused([*words, *late], "sequences=1 is too few for usefulness", folder, capsys)
+    assert main(list(map(str, [*words, "--scores", "causal"]))) == 0
+
+
+def test_what_was_done_is_kept_where_the_memory_did_not_suffice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(session: Any) -> Any:
+        raise ShortMemoryError("memory=1 is too little; expected more")
+
+    monkeypatch.setitem(diagnose.SCORES, "usefulness", short)
+    assert run("model", *SMALL[2:], "--scores", "causal,usefulness", "--out", "x.nc") == 2
+    assert len(list(Path("x.nc.parts").glob("*.safetensors"))) == 1
+
+
+def test_scores_without_a_panel_or_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(LeftOutWarning, match=r"--figure='x.png' is not written: the scores weights have no panel"):
+        assert run("model", *SMALL[2:], "--scores", "weights", "--out", "x.nc", "--figure", "x.png") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("no table of these scores; variables: weight_norm, ")
+    assert said.endswith("wrote x.nc\n")
+    assert not Path("x.png").exists()
+
+
+def test_the_help_lists_scores_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    said = capsys.readouterr().out
+    for name, score in diagnose.SCORES.items():
+        assert f"\n  {name}: {str(score.__doc__).splitlines()[0]}\n" in said
+    assert "defects (this alone)" in said
+    assert "\n  n_probes=16: random directions" in said
 
 
 def test_a_run_of_ours_and_an_encoder(folder: Path) -> None:
@@ -161,6 +197,11 @@ def nan(folder: Path) -> None:
         (["--scores", "magic"], "scores='magic' is unknown; expected some of"),
         (["--scores", "causal,magic"], "scores='magic' is unknown"),
         (["--option", "n_probes=many"], "n_probes='many' is outside the domain"),
+        (["--option", "n_probes=3"], "n_probes=3 is outside the domain; expected 0 or an integer >= 4"),
+        (
+            ["--scores", "pruning", "--option", "most_removed=9"],
+            "most_removed=9 is outside the domain; expected 0 to 3, the model",
+        ),
         (["--option", "probes=1"], "options='probes' is unknown"),
         (["--option", "n_probes"], "--option='n_probes' is not an assignment"),
         (["--length", "65"], "length=65 is beyond the model's positions; expected at most 64"),

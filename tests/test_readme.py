@@ -57,6 +57,13 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert 16 == drawn.min() < drawn.max() == 48  # the rule ends points, as the text says
 
 
+def test_every_dimension_of_a_result_is_in_the_table_once() -> None:
+    section = README.split("\n## Results\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(names) == sorted(results.DIMENSIONS)
+
+
 def test_the_table_of_parts_is_complete_and_in_the_order_of_the_imports() -> None:
     rows = re.findall(r"^\| (`varprop/[^|]*) \|", README, re.MULTILINE)
     parts = [name for row in rows for name in re.findall(r"`varprop/(\w+)(?:/|\.py)`", row)]

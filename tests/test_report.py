@@ -136,6 +136,23 @@ def test_theory_is_joined_with_measurements_of_its_spec():
     assert [row[-1] for row in sections["Overview"].tables[0].rows] == ["agrees", "underpowered", "agrees"]
 
 
+@pytest.mark.parametrize("spec", [True, False])
+def test_the_scores_of_a_checkpoint_are_drawn(spec, tmp_path):
+    about = ABOUT if spec else {**ABOUT, "spec_json": "", "spec_id": ""}
+    layers = np.append(np.nan, np.ones(N_LAYERS))
+    variables = {"second_moment": (("layer", "site"), cells()), "block_influence": (("layer",), layers)}
+    found = results.new(variables, source="checkpoint", attributes={"n_sequences": 3}, **about)
+    without = results.new({"loss_mean": ((), 3.0)}, source="checkpoint", **about)
+    sections = {s.title: s for s in report_for({"model": found, "other": without})}
+    assert [title for title in sections if title.startswith("Diagnosis")] == ["Diagnosis: model"]
+    (figure,) = sections["Diagnosis: model"].figures
+    assert figure.axes[0].get_title() == "block influence"
+    (table,) = sections["Provenance"].tables
+    assert table.rows[0][3] == 3
+    assert table.caption == "replicates: networks, trainings or, of a checkpoint, sequences; 0 for a closed form"
+    write_report(tmp_path / "r.html", "Title", sections.values())
+
+
 def test_what_cannot_be_checked_says_why():
     data = {"t": theory(), "one": simulation(1), "long": simulation(n_tokens=9)}
     sections = {s.title: s for s in report_for(data)}

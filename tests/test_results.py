@@ -136,6 +136,43 @@ def test_overlaps_of_branches_do_not_exist_at_the_embedding():
         results.new({"block_overlap": (("source_layer", "target_layer"), blocks)}, source="training", **ABOUT)
 
 
+def test_scores_of_layers_that_were_not_measured_are_nan():
+    pairs = ("source_layer", "target_layer")
+    score, measured = np.full((3, 3), np.nan), np.zeros((3, 3), dtype=bool)
+    score[1, 1] = score[2, 2] = 0
+    variables = {"permutation_score": (pairs, score), "permutation_measured": (pairs, measured)}
+    results.new(variables, source="checkpoint", **ABOUT)
+    measured[1, 2] = True
+    with pytest.raises(SchemaError, match="permutation_score is nan at source_layer=1, target_layer=2"):
+        results.new(variables, source="checkpoint", **ABOUT)
+    with pytest.raises(SchemaError, match="permutation_score is nan"):
+        results.new({"permutation_score": (pairs, score)}, source="checkpoint", **ABOUT)
+    lags = {"permutation_by_lag": (("lag",), [0.0, np.nan, 2.0]), "permutation_lag_pairs": (("lag",), [0, 0, 1])}
+    results.new(lags, source="checkpoint", **ABOUT)
+    lags["permutation_lag_pairs"] = (("lag",), [0, 1, 1])
+    with pytest.raises(SchemaError, match="permutation_by_lag is nan at lag=1"):
+        results.new(lags, source="checkpoint", **ABOUT)
+
+
+@pytest.mark.parametrize("name", ["causal_layer_score", "causal_layer_score_at_initialisation"])
+def test_only_the_last_layer_has_none_behind_it(name):
+    results.new({name: (("layer",), [np.nan, 1.0, np.nan])}, source="checkpoint", **ABOUT)
+    with pytest.raises(SchemaError, match="is nan at layer=1"):
+        results.new({name: (("layer",), [np.nan, np.nan, 1.0])}, source="checkpoint", **ABOUT)
+    with pytest.raises(SchemaError, match="is nan at layer=2"):
+        results.new({"block_influence": (("layer",), [np.nan, 1.0, np.nan])}, source="checkpoint", **ABOUT)
+
+
+def test_an_unknown_standard_error_is_nan_all_over():
+    scores = {"score": (("layer",), [1.0, 2.0, 3.0]), "score_stderr": (("layer",), [np.nan, 0.0, np.nan])}
+    results.new(scores, source="checkpoint", **ABOUT)
+    scores["score_stderr"] = (("layer",), [np.nan, 0.1, np.nan])
+    with pytest.raises(SchemaError, match="score_stderr is nan at layer=2"):
+        results.new(scores, source="checkpoint", **ABOUT)
+    with pytest.raises(SchemaError, match="score is nan"):
+        results.new({"score": ((), np.nan)}, source="checkpoint", **ABOUT)
+
+
 @pytest.mark.parametrize("name, last", [("weight_norm", "matrix"), ("expert_load", "expert")])
 def test_layers_without_a_matrix_or_experts_are_nan_in_every_seed_and_step(name, last):
     array = np.ones((2, 3, 3, 4))

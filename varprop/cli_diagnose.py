@@ -11,10 +11,12 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -26,7 +28,7 @@ from varprop.diagnose.options import OPTIONS, require_options
 from varprop.diagnose.precision import spot_check
 from varprop.diagnose.table import table
 from varprop.diagnose.text import sequences
-from varprop.errors import ArgumentError, Stopped, VarpropError, require
+from varprop.errors import ArgumentError, LeftOutWarning, ShortMemoryError, Stopped, VarpropError, require
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -34,8 +36,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    settings = "\n".join(f"  {name}={json.dumps(default)}: {text}" for name, (default, text) in OPTIONS.items())
-    parser.epilog = f"Settings of --option and their defaults:\n{settings}"
+    scores = "\n".join(
+        f"  {name}: {(score.__doc__ or name).splitlines()[0]}" for name, score in diagnose.SCORES.items()
+    )
+    others = ", ".join(f"{name}{'' if name in diagnose.SCORES else ' (this alone)'}" for name in diagnose.RELEASED)
+    settings = "\n".join(
+        f"  {name}={json.dumps(option.default)}: {option.meaning} ({option.domain.text})"
+        for name, option in OPTIONS.items()
+    )
+    parser.epilog = (
+        f"Scores (standard = {', '.join(diagnose.STANDARD)}):\n{scores}\n"
+        f"With --definition released: {others}.\n\nSettings of --option and their defaults:\n{settings}"
+    ).replace("%", "%%")
     folder = "a model folder of Hugging Face's form, or a finished run"
     parser.add_argument("model", type=path, metavar="MODEL", help=folder)
     texts = "embedded, a .txt file, token ids in a .npy file, or a corpus in the model's tokens (default %(default)s)"
@@ -93,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             corpus_dir=arguments.corpus_dir,
         )
         about: dict[str, Any] = {"seed": arguments.seed, "memory_gib": arguments.memory, "options": options}
-        with _left_empty(parts), _bars() as progress:
+        with _none_left(parts), _bars() as progress:
             kept = {"parts": parts, "progress": progress, "definition": arguments.definition}
             dataset = diagnose.measure(model, batch, scores=names, **about, **kept)
             if arguments.spot_check:
@@ -107,9 +119,18 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(dataset))
     print(f"wrote {out}")
     if figure is not None:
-        plot.plot_diagnosis({Path(arguments.model).name: dataset}).savefig(figure)
-        print(f"wrote {figure}")
+        _draw(dataset, Path(arguments.model).name, figure)
     return 0
+
+
+def _draw(dataset: xr.Dataset, name: str, figure: Path) -> None:
+    """The figure, or a warning where these scores have no panel: the result is written already."""
+    if plot.has_panels(dataset):
+        plot.plot_diagnosis({name: dataset}).savefig(figure)
+        print(f"wrote {figure}")
+    else:
+        message = f"--figure={str(figure)!r} is not written: the scores {dataset.attrs['scores']} have no panel"
+        warnings.warn(message, LeftOutWarning, stacklevel=2)
 
 
 def _names(text: str) -> str | list[str]:
@@ -148,13 +169,18 @@ def _stopping(parts: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _left_empty(parts: Path) -> Iterator[None]:
-    """Bad input leaves no folder of parts behind that holds nothing done."""
+def _none_left(parts: Path) -> Iterator[None]:
+    """Bad input leaves no parts of this call behind, which would stand in the way of the corrected command.
+
+    Where the memory did not suffice the same command may go on later, so what is done is kept.
+    """
+    before = parts.exists()
     try:
         yield
-    except VarpropError:
-        if parts.is_dir() and not any(parts.glob("*.safetensors")):
-            shutil.rmtree(parts)
+    except VarpropError as error:
+        done = isinstance(error, ShortMemoryError) and any(parts.glob("*.safetensors"))
+        if not before and not done:
+            shutil.rmtree(parts, ignore_errors=True)
         raise
 
 

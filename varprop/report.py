@@ -163,7 +163,8 @@ def _check(outcome: Check) -> str:
 
 
 def report_for(datasets: Mapping[str, xr.Dataset], resolution: float = 0.05) -> list[Section]:
-    """A report from results by name: theory joined with every measurement of its spec, trainings, saved comparisons.
+    """A report from results by name: theory joined with every measurement of its spec, trainings, saved comparisons,
+    the layer scores of checkpoints.
 
     Measurements that cannot be checked (a single network, another number of tokens) are drawn, with the reason given.
     resolution: of the checks, as in `check`. The last section is the provenance of every result. Raises
@@ -185,6 +186,9 @@ def report_for(datasets: Mapping[str, xr.Dataset], resolution: float = 0.05) -> 
     comparable = {name: d for name, d in trained.items() if "variance" in d}
     if len(comparable) > 1:
         sections.append(Section("Growth of the variance, first and last step", figures=[plot.plot_growth(comparable)]))
+    diagnoses = {n: d for n, d in datasets.items() if d.attrs["source"] == "checkpoint" and plot.has_panels(d)}
+    for name, dataset in diagnoses.items():
+        sections.append(Section(f"Diagnosis: {name}", figures=[plot.plot_diagnosis({name: dataset})]))
     for name, dataset in datasets.items():
         if dataset.attrs["source"] == "comparison":
             outcome = Check(dataset)
@@ -270,9 +274,10 @@ def provenance(datasets: Mapping[str, xr.Dataset]) -> Table:
     rows = []
     for name, dataset in datasets.items():
         about, sizes = dataset.attrs, dataset.sizes
-        replicates = about.get("n_networks", sizes.get("network", sizes.get("seed", 0)))
+        replicates = about.get("n_networks", sizes.get("network", sizes.get("seed", about.get("n_sequences", 0))))
         commit = str(about["git_commit"])[:10] + (" (changed)" if about["git_dirty"] == "true" else "")
         numbers = (int(replicates), int(sizes.get("step", 0)), str(about["n_tokens"]), str(about["seed_entropy"]))
         told = (str(about["varprop_version"]), commit, str(about["command"]))
         rows.append((name, str(about["source"]), str(about["spec_id"]), *numbers, *told))
-    return Table(header, rows, "0 replicates: a closed form")
+    caption = "replicates: networks, trainings or, of a checkpoint, sequences; 0 for a closed form"
+    return Table(header, rows, caption)

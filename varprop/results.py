@@ -2,9 +2,11 @@
 
 Dimensions, variables and attributes are listed in `DIMENSIONS`, `VARIABLES` and `ATTRIBUTES`. Layer 0 is the embedding,
 where only the site `resid_post` exists: variables are NaN there at the other sites, and those of
-pairs of branches or blocks at either layer 0. A checkpoint whose branches cannot be told apart is NaN at every layer
-between `resid_pre` and `resid_post`. A variable over `matrix` or `expert` is NaN at the layers that lack the
-matrix or the experts, then in every seed and at every step.
+pairs of branches or blocks at either layer 0. A standard error of one sequence is NaN wherever it is not exactly 0, and
+the scores of `MEASURED` and those of the last layer that speak of later layers are NaN where they were not measured. A
+checkpoint whose branches cannot be told apart is NaN at every layer between `resid_pre` and `resid_post`. A variable
+over `matrix` or `expert` is NaN at the layers that lack the matrix or the experts, then in every seed and at every
+step.
 
 A grid holds points of different extent. Its integer variables `n_networks` and `last_layer`, over the axes, say which
 networks (labels below `n_networks`) and layers a point has; where points differ in another dimension, such as `step`,
@@ -64,6 +66,12 @@ VARIABLES = (
 """Variables of a simulation and of a grid of them."""
 MOMENTS = ("second_moment", "variance", "token_correlation")
 """Variables that every reader gives, floating point over layer and site."""
+MEASURED = {
+    **dict.fromkeys(("permutation_score", "permutation_log_change"), "permutation_measured"),
+    "permutation_layer_score": "permutation_layer_pairs",
+    "permutation_by_lag": "permutation_lag_pairs",
+}
+"""Score of a diagnosis -> the variable that is 0 or False where it was not measured."""
 EXTENT = {"network": ("n_networks", 0), "layer": ("last_layer", 1)}
 """Dimension -> the variable that says how far it goes at each point of a grid, and the label of its first entry."""
 HAS = "has_"
@@ -195,6 +203,7 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
     if "matrix" in values.dims or "expert" in values.dims:
         own = [dim for dim in values.dims if dim in DIMENSIONS and dim not in ("layer", "matrix")]
         absent = absent | missing.all(axis=tuple(values.dims.index(dim) for dim in own), keepdims=True)
+    absent = absent | _not_measured(dataset, name)
     if dataset.attrs["source"] == "comparison" and "verdict" in dataset and dataset.verdict.dims == values.dims:
         absent = absent | (dataset.verdict == "absent").to_numpy()
     for variable, dim, beyond in _beyond(dataset):
@@ -212,6 +221,20 @@ def _check_finite(dataset: xr.Dataset, name: str, where: str) -> None:
         index = np.argwhere(bad)[0]
         labels = ", ".join(f"{dim}={values[dim].values[i]}" for dim, i in zip(values.dims, index, strict=True))
         raise SchemaError(f"{where} is {array[tuple(index)]} at {labels}; expected a finite number")
+
+
+def _not_measured(dataset: xr.Dataset, name: str) -> np.ndarray:
+    """Where a score of a diagnosis, or its standard error, has no number; it broadcasts against its values."""
+    values = dataset[name]
+    score = name.removesuffix("_stderr")
+    absent = np.zeros((1,) * values.ndim, dtype=bool)
+    if score != name and not (values > 0).any():  # of one sequence no error is known but those that are exactly 0
+        return ~absent
+    if score.startswith("causal_layer_score") and "layer" in values.dims:  # nothing is behind the last layer
+        absent = _along(values, "layer", values.layer == values.layer.max())
+    if score in MEASURED and MEASURED[score] in dataset and dataset[MEASURED[score]].dims == values.dims:
+        absent = absent | (dataset[MEASURED[score]] == 0).to_numpy()
+    return absent
 
 
 def _beyond(dataset: xr.Dataset) -> Iterator[tuple[str, str, xr.DataArray]]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
+from varprop.diagnose import measure, table
 from varprop.diagnose.bootstrap import mean_itself, ratio, resample_weights, stderr, with_stderr
+from varprop.diagnose.measure import Definition
+
+from . import zoo
 
 RESAMPLING = 0.15
 """Relative: four times the error of a standard deviation over 400 resamples, 1 / sqrt(800)."""
@@ -33,8 +39,28 @@ def test_of_a_ratio_it_is_the_spread_over_many_draws() -> None:
     assert alone > 3 * claimed  # sequences are drawn together, numerator and denominator
 
 
-def test_of_one_sequence_it_is_zero() -> None:
-    assert (stderr(mean_itself, np.ones((1, 3))) == 0).all()
+def test_of_one_sequence_it_is_unknown() -> None:
+    assert np.isnan(stderr(mean_itself, np.ones((1, 3)))).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+@pytest.mark.parametrize("definition", ["paper", "released"])
+def test_a_model_on_one_sequence_has_no_errors_over_sequences(family: str, definition: Definition) -> None:
+    """Of every score that one sequence allows; only errors over probes, and what is exact, are numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = measure(zoo.make(family), zoo.tokens(1, 8), scores="all", definition=definition)
+    names = [str(name) for name in found.data_vars if str(name).endswith("_stderr")]
+    assert len(names) > 5
+    for name in names:
+        over_probes = name.startswith(("jacobian", "branch_jacobian")) and name != "jacobian_norm_stderr"
+        assert bool((found[name] > 0).any()) <= (over_probes and "sequence" not in name), name
+        value = found[name.removesuffix("_stderr").removesuffix("_sequence")]
+        if not over_probes and bool((value != 0).any()):
+            assert bool(found[name].isnull().any()), name
+    if definition == "paper":
+        assert "influence" in table(found)
+        assert "±" not in table(found)
 
 
 def test_resamples() -> None:

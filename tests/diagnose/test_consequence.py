@@ -28,6 +28,25 @@ def test_orders_are_those_of_the_scores() -> None:
     assert "permutation_layer_score" not in result.removed_by
 
 
+def test_the_last_layer_goes_last_by_the_causal_score() -> None:
+    result = measure(
+        Transformer(SPEC), TOKENS, scores=["causal", "pruning"], options={"most_removed": 4, "fit_share": 0.5}
+    )
+    scores = result.causal_layer_score.to_numpy()
+    assert np.isnan(scores[-1])
+    order = result.pruning_order.sel(removed_by="causal_layer_score").to_numpy().tolist()
+    assert order == [*(1 + np.argsort(scores[1:4])), 4]
+
+
+@pytest.mark.parametrize("n_pairs", [4, 0])
+def test_few_swapped_pairs_rank_no_layers(n_pairs: int) -> None:
+    spec = SPEC.with_fields(n_layers=6)
+    scores = ["influence", "permutation", "pruning"]
+    result = measure(Transformer(spec), TOKENS, scores=scores, options={"permutation_pairs": n_pairs})
+    assert ("permutation_layer_score" in result.removed_by) == (n_pairs == 0)
+    assert bool((result.permutation_layer_pairs[1:] < 2.5).any()) == (n_pairs == 4)
+
+
 def test_without_a_score_that_ranks() -> None:
     with pytest.raises(UnsuitedError, match="scores='pruning' is without a score that ranks layers"):
         measure(Transformer(SPEC), TOKENS, scores=["weights", "pruning"])

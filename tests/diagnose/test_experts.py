@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tests.diagnose.zoo import MIXTURES, VOCABULARY, each_family, enlarged, make, tokens
+from tests.diagnose.zoo import MIXTURES, VOCABULARY, WIDTH, each_family, enlarged, make, tokens
 from tests.reference.specs import SPECS
-from varprop.diagnose import Batch, Replay, Session, bootstrap, measure
+from varprop.diagnose import Batch, Replay, Session, bootstrap, measure, released
+from varprop.diagnose.expert_ablation import expert_ablation
 from varprop.diagnose.experts import experts, experts_modules, is_mixture, n_experts, routing
 from varprop.diagnose.session import Variables
+from varprop.errors import UnsuitedError
 from varprop.nn import Transformer
 
 N_SEQUENCES, N_TOKENS, N_EXPERTS, N_LAYERS = 3, 10, 4, 3
@@ -150,6 +152,34 @@ def test_a_dense_model_has_none(family: str) -> None:
     one = session(make(family))
     assert not any(experts_modules(layer) for layer in one.replay.layers)
     assert experts(one) == {}
+
+
+class SingleExperts(nn.Module):
+    """A mixture as transformers 4 kept it: a router beside a list of experts."""
+
+    def __init__(self, n: int = N_EXPERTS) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, n, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gate(x).softmax(dim=-1)
+        return sum(gates[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))  # type: ignore
+
+
+def test_experts_kept_as_single_modules_are_refused() -> None:
+    model: Any = make("llama")
+    model.model.layers[1].mlp = SingleExperts()
+    one = session(model)
+    line = "experts='SingleExperts' is single modules; expected stacked weights, as transformers 5 keeps them"
+    for score in (experts, expert_ablation, released.defects_of):
+        with pytest.raises(UnsuitedError, match=f"^{line}$"):
+            score(one)
+    model.model.layers[1].mlp = SingleExperts(1)
+    assert experts(session(model)) == {}
+    model.model.layers[1].mlp = SingleExperts(3)
+    model.model.layers[1].mlp.gate = nn.Linear(WIDTH, WIDTH)  # no router of these
+    assert experts(session(model)) == {}
 
 
 def test_the_router_is_told_from_the_gates() -> None:

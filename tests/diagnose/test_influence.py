@@ -166,7 +166,7 @@ def test_models_whose_branches_cannot_be_told_apart() -> None:
 
 
 def test_the_result_is_valid_and_labelled() -> None:
-    found = measure(zoo.make("esm"), TOKENS, scores="influence")
+    found = measure(zoo.make("esm"), Batch.causal(TOKENS), scores="influence")
     assert found.branch_influence.sel(layer=1, branch="attn").size == 1
     np.testing.assert_array_equal(found.angular_distance, found.angular_distance.values.T)
     assert float(found.angular_distance_stderr.max()) > 0

@@ -32,6 +32,7 @@ def test_a_random_network_has_what_is_expected(result: xr.Dataset) -> None:
     assert np.abs(values[pairs] / expected[pairs] - 1).max() < 0.12
     assert abs(result.causal_score.item() / result[f"causal_score{SUFFIX}"].item() - 1) < 0.06
     rows = result[f"causal_layer_score{SUFFIX}"].to_numpy()
+    assert np.isnan(rows[[0, -1]]).all()
     assert np.allclose(rows[1:-1], [expected[s, s + 1 :].mean() for s in range(3)])
 
 

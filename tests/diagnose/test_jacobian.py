@@ -280,10 +280,26 @@ def test_standard_errors_over_probes() -> None:
         for name, value in summary(rows, probes, no_tokens(3), 0).items():
             found.setdefault(name, []).append(np.ravel(value)[-1])
     exact = summary(matrices, None, no_tokens(3), 0)
-    for name in (*BY_PART, *ROOTS, "jacobian_diagonal_mean", "jacobian_norm"):
+    for name in (*BY_PART, *ROOTS, "jacobian_diagonal_mean"):
         draws, errors = np.array(found[name]), np.array(found[f"{name}_stderr"])
         assert 0.75 < (errors**2).mean() / draws.var() < 1.25, name
         assert abs(draws.mean() - np.ravel(exact[name])[-1]) < 0.25 * draws.std(), name
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_error_of_the_norm_is_of_probes_and_sequences(exact: bool) -> None:
+    matrices = synthetic(6, 12, 1.0, 0)
+    probes = None if exact else np.random.default_rng(1).choice([-1.0, 1.0], size=(24, 12))
+    rows = np.einsum("spij,ki->spkj", matrices, np.eye(12) if probes is None else probes)
+    found = summary(rows, probes, no_tokens(6), 3)
+    errors = [found[f"jacobian_deviation{end}"][0, 2] for end in ("_stderr", "_sequence_stderr")]
+    assert (errors[0] == 0) == exact
+    of_norm = np.sqrt(errors[0] ** 2 + errors[1] ** 2) / (2 * np.sqrt(found["jacobian_deviation"][0, 2] * 12))
+    np.testing.assert_allclose(found["jacobian_norm_stderr"], of_norm, rtol=1e-12)
+    if exact:
+        resampled = stderr(lambda mean: np.sqrt((mean**2).sum(axis=(-2, -1))) / 12, matrices[:, 0], seed=3)
+        np.testing.assert_allclose(found["jacobian_norm_stderr"], resampled, rtol=0.1)  # not linearised
+    assert np.isnan(summary(rows[:1], probes, no_tokens(1), 3)["jacobian_norm_stderr"])
 
 
 def test_standard_errors_over_sequences() -> None:

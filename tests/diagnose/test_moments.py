@@ -183,6 +183,18 @@ def test_batches_and_chunks_do_not_change_the_numbers() -> None:
         np.testing.assert_allclose(value, whole[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+def test_outliers_have_errors_over_sequences() -> None:
+    """Those of a mean: the standard deviation over sequences over sqrt(S), to the noise of 400 resamples."""
+    model, tokens = zoo.make("llama", torch.float64), zoo.tokens(12, 12)
+    found = values(moments(session_of(model, tokens)))
+    alone = [values(moments(session_of(model, row[None]))) for row in tokens]
+    names = ("outlier_share_z3", "token_outlier_share_z3", "outlier_energy_share_top10", "massive_activation_ratio")
+    for name in names:
+        each = np.stack([one[name] for one in alone])
+        expected = each.std(axis=0, ddof=1) / len(tokens) ** 0.5
+        np.testing.assert_allclose(found[f"{name}_stderr"], expected, rtol=0.25, atol=1e-12, err_msg=name)
+
+
 def test_massive_activations_are_kept_apart() -> None:
     """One token id with an embedding 100 times as large."""
     model: Any = zoo.make("llama", torch.float64)
@@ -210,6 +222,10 @@ def test_standard_errors_are_those_of_means_over_sequences() -> None:
     expected = (x**2).mean(axis=(1, 2)).std(ddof=1) / np.sqrt(len(x))
     assert found["second_moment_stderr"][2, SITES.index("mlp_out")] == pytest.approx(expected, rel=0.14)
     assert found["loss_mean_stderr"] == pytest.approx(found["loss"].std(ddof=1) / np.sqrt(len(x)), rel=0.14)
+
+
+def test_sinks_are_counted() -> None:
+    assert isinstance(moments(session_of(zoo.make("llama")))["sink_count"][1], int)
 
 
 def test_losses_are_weighted_by_targets() -> None:
@@ -241,7 +257,7 @@ def test_streams_of_models_whose_branches_cannot_be_told_apart() -> None:
 
 
 def test_the_result_is_valid_and_labelled() -> None:
-    found = measure(zoo.make("bert"), TOKENS, scores="moments")
+    found = measure(zoo.make("bert"), Batch.causal(TOKENS), scores="moments")
     assert found["quantile"].values.tolist() == list(QUANTILES)
     assert found.second_moment.dims == ("layer", "site")
     assert found.branch_correlation.sel(layer=1, branch="mlp").size == 1

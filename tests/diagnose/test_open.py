@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varprop import hf, presets
-from varprop.diagnose.open import mask_token_of, open_model, quiet, require_length, vocab_size_of
+from varprop.diagnose import mask_token_of, measure, open_model, require_length, vocab_size_of
+from varprop.diagnose.open import quiet
+from varprop.diagnose.text import masked
 from varprop.errors import ArgumentError
 from varprop.nn import Transformer
 
@@ -217,3 +219,13 @@ def test_lengths_and_mask_tokens_that_are_not_there(tmp_path: Path) -> None:
         mask_token_of(model, tokens)
     model.config.mask_token_id = 7
     assert mask_token_of(model, None) == 7
+
+
+def test_ids_alone_are_no_sequences_for_a_masked_language_model() -> None:
+    model, tokens = zoo.make("bert"), zoo.tokens(2, 8)
+    line = "sequences='token ids' is without targets of a masked language model; expected a Batch, as .*mask_token_of"
+    with pytest.raises(ArgumentError, match=line):
+        measure(model, tokens, scores="influence")
+    batch = masked(tokens, 7, slice(0, 8), 0)
+    assert measure(model, batch, scores="influence").sizes["layer"] == 4
+    assert measure(zoo.make("llama"), tokens, scores="influence").sizes["layer"] == 4

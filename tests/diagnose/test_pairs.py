@@ -111,12 +111,12 @@ def test_strata_beat_simple_random_sampling() -> None:
 
 
 def test_mean_of_a_group_of_which_some_pairs_are_swapped() -> None:
-    """Two of three: the error of a simple random sample; one of two: with the spread of all swapped pairs; none: 0."""
+    """Two of three: the error of a simple random sample; one of two: with the spread of all pairs; none: NaN."""
     each = np.arange(3)
     pairs = Pairs(4, np.array([1, 1, 2]), np.array([2, 3, 3]), each * 0, each < 9, np.array([6]))
     members = np.array([[True, True, False], [False, False, True], [False, False, False]])
     scores = np.array([0.1, 0.5, 0.9])
     means, errors = pairs.group_means(members, np.array([3.0, 2.0, 1.0]), scores, np.zeros((1, 3)))
-    assert means == pytest.approx([0.3, 0.9, 0])
-    variances = [(1 / 2 - 1 / 3) * scores[:2].var(ddof=1), (1 - 1 / 2) * scores.var(ddof=1), 0]
-    assert errors == pytest.approx(np.sqrt(variances))
+    assert means == pytest.approx([0.3, 0.9, np.nan], nan_ok=True)
+    variances = [(1 / 2 - 1 / 3) * scores[:2].var(ddof=1), (1 - 1 / 2) * scores.var(ddof=1), np.nan]
+    assert errors == pytest.approx(np.sqrt(variances), nan_ok=True)

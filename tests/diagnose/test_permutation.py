@@ -198,7 +198,7 @@ def test_the_papers_means_as_totals() -> None:
     assert (means * (depths - 1) / 2).round(1).tolist() == [5.4, 5.3, 5.0, 4.7]
 
 
-def test_drawn_pairs_are_measured_and_the_others_are_zero() -> None:
+def test_drawn_pairs_are_measured_and_the_others_are_unknown() -> None:
     model = zoo.make("llama", n_layers=6)
     tokens = zoo.tokens(3, 6)
     everything = permutation(session_of(model, tokens))
@@ -206,9 +206,19 @@ def test_drawn_pairs_are_measured_and_the_others_are_zero() -> None:
     measured = found["permutation_measured"][1]
     assert 6 <= np.triu(measured).sum() < 15
     assert (found["permutation_sequences"][1] == 3 * measured).all()
-    same = np.where(measured[1:, 1:], everything["permutation_score"][1][1:, 1:], 0)
+    same = np.where(measured[1:, 1:] | np.eye(6, dtype=bool), everything["permutation_score"][1][1:, 1:], np.nan)
+    assert (np.diag(same) == 0).all()
     np.testing.assert_allclose(found["permutation_score"][1][1:, 1:], same, rtol=0, atol=1e-6)
     assert found["permutation_mean_stderr"][1] > 0
+
+
+def test_lags_without_a_swapped_pair_are_unknown() -> None:
+    found = permutation(session_of(zoo.make("llama", n_layers=8), zoo.tokens(3, 6), permutation_pairs=4))
+    n_pairs = found["permutation_lag_pairs"][1]
+    assert (n_pairs[1:] == 0).any()
+    for name in ("permutation_by_lag", "permutation_by_lag_stderr"):
+        np.testing.assert_array_equal(np.isnan(found[name][1][1:]), n_pairs[1:] == 0)
+        assert found[name][1][0] == 0
 
 
 def test_sequences_are_added_for_the_pairs_that_need_them() -> None:

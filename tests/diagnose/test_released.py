@@ -57,6 +57,7 @@ def test_causal_is_what_comes_of_the_recorded_streams(family: str) -> None:
             expected[s, l] = np.linalg.norm(changed - own, axis=-1).mean() / np.linalg.norm(own, axis=-1).mean()
     np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
     assert (found[:, -1] == 0).all()
+    assert np.isnan(released.causal(given)["causal_layer_score"][1][[0, 5]]).all()
     assert found[2, 3] > 0
     assert (found[2, :3] == 0).all()
 

@@ -140,7 +140,10 @@ def test_parts_of_another_measurement_are_not_taken(tmp_path: Path) -> None:
     assert prepare_parts(tmp_path / "parts", {"seed": 0}) == folder
     with pytest.raises(ArgumentError) as error:
         prepare_parts(tmp_path / "parts", {"seed": 1})
-    assert "of another measurement (model, text or options); expected the folder of this" in str(error.value)
+    assert (
+        "of another measurement (model, text or options); expected those of this one: delete the folder, or choose"
+        in str(error.value)
+    )
 
 
 def test_numbers_that_are_not_finite_name_the_layer() -> None:

@@ -2,7 +2,7 @@
 
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.measure import RELEASED, SCORES, STANDARD, measure
-from varprop.diagnose.open import open_model
+from varprop.diagnose.open import mask_token_of, open_model, require_length, vocab_size_of
 from varprop.diagnose.precision import precision_gap, spot_check
 from varprop.diagnose.replay import Batch, Captured, Replay
 from varprop.diagnose.session import Session
@@ -19,11 +19,14 @@ __all__ = [
     "Limits",
     "Replay",
     "Session",
+    "mask_token_of",
     "measure",
     "open_model",
     "precision_gap",
+    "require_length",
     "sequences",
     "spot_check",
     "table",
+    "vocab_size_of",
     "walk",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import stderr
+from varprop.diagnose.layers import from_1
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.sites import branches_apart
@@ -54,8 +55,8 @@ def ablation(session: Session) -> Variables:
     error = stderr(ratios, *losses, seed=session.seed)
     return {
         "intervention": (("intervention",), list(names)),
-        "ablation_loss_ratio": (dims, _from_1(ratios(*(values.mean(axis=0) for values in losses)))),
-        "ablation_loss_ratio_stderr": (dims, _from_1(error)),
+        "ablation_loss_ratio": (dims, from_1(ratios(*(values.mean(axis=0) for values in losses)))),
+        "ablation_loss_ratio_stderr": (dims, from_1(error)),
     }
 
 
@@ -94,8 +95,3 @@ def _add_branches(replay: Replay, captured: Captured, layer: int, sums: dict[str
         return added
 
     replay.layer(layer, captured.streams[layer][None], captured, watch)
-
-
-def _from_1(values: np.ndarray) -> np.ndarray:
-    """(L, I) as (L + 1, I), NaN at layer 0."""
-    return np.pad(values, ((1, 0), (0, 0)), constant_values=np.nan)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from varprop.diagnose.attention_rows import attention_rows
 from varprop.diagnose.bootstrap import ratio, stderr
+from varprop.diagnose.layers import from_1
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.errors import ArgumentError, require
@@ -69,10 +70,10 @@ def attention(session: Session) -> Variables:
                 continue
             own = (*dims, "attention_threshold") if name in BY_THRESHOLD else dims
             for suffix, table in zip(("", "_stderr"), of_name, strict=True):
-                variables[pattern.format(name) + suffix] = (own, _from_1(table))
+                variables[pattern.format(name) + suffix] = (own, from_1(table))
         keys = pattern.format("effective_keys")
-        variables[keys] = (dims, _from_1(_effective_keys(values.mean(axis=0))))
-        variables[f"{keys}_stderr"] = (dims, _from_1(stderr(_effective_keys, values, seed=session.seed)))
+        variables[keys] = (dims, from_1(_effective_keys(values.mean(axis=0))))
+        variables[f"{keys}_stderr"] = (dims, from_1(stderr(_effective_keys, values, seed=session.seed)))
     return variables
 
 
@@ -97,11 +98,6 @@ def _split(*tables: np.ndarray) -> dict[str, list[np.ndarray]]:
 
 def _effective_keys(means: np.ndarray) -> np.ndarray:
     return ratio(means[..., TOTAL_MASS] ** 2, means[..., CONCENTRATION])
-
-
-def _from_1(table: np.ndarray) -> np.ndarray:
-    """A table over layers 1..L as one over 0..L, NaN at layer 0."""
-    return np.concatenate([np.full_like(table[:1], np.nan), table])
 
 
 @torch.no_grad()

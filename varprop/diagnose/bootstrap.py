@@ -27,11 +27,12 @@ def resample_weights(n_sequences: int, seed: int, n_resamples: int = N_RESAMPLES
 
 
 def stderr(statistic: Callable[..., Array], *per_sequence: Array, seed: int = 0) -> Array:
-    """Standard deviation over resamples of `statistic(mean_1, mean_2, ...)`, of its shape; zeros for one sequence.
+    """Standard deviation over resamples of `statistic(mean_1, mean_2, ...)`, of its shape; NaN for one sequence.
 
     per_sequence: arrays (S, ...) whose means over the S sequences the statistic is a function of. It is called with
     means that have a leading axis of resamples. The factor sqrt(S / (S - 1)) makes the standard error of a mean
-    unbiased in its square.
+    unbiased in its square. Of few sequences S it is itself known to about 1 / sqrt(2 (S - 1)) of it, and a share of
+    layers above a threshold that no resample crosses has an error of 0: of 2 sequences take neither for certain.
     Checked by: tests/diagnose/test_bootstrap.py, the standard error of a mean and of a ratio.
 
     >>> values = np.random.default_rng(0).normal(size=(400, 3))
@@ -44,7 +45,7 @@ def stderr(statistic: Callable[..., Array], *per_sequence: Array, seed: int = 0)
     blocks = np.array_split(weights, len(weights) // 20)
     found = np.concatenate([statistic(*(np.tensordot(w, values, axes=1) for values in per_sequence)) for w in blocks])
     if n_sequences == 1:
-        return np.zeros_like(found[0])
+        return np.full_like(found[0], np.nan)
     return found.std(axis=0, ddof=1) * (n_sequences / (n_sequences - 1)) ** 0.5
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import ratio, stderr
+from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, Skip, walk
 from varprop.errors import ArgumentError
-
-PAIRS = ("source_layer", "target_layer")
 
 
 def causal(session: Session) -> Variables:
@@ -27,9 +26,10 @@ def causal(session: Session) -> Variables:
     causal_effect (s, l) = sum_t |delta'_l - delta_l| / sum_t |delta_l| over all tokens of all sequences: the ratio of
     means of arXiv 2603.15389; 0 for l <= s. causal_effect_max = max_t |delta'_l - delta_l| / |delta_l|: the maximum of
     ratios of arXiv 2505.13898. causal_effect_null: the former where the skipped layer is put back, from the same walk:
-    what rounding alone does. causal_layer_score (s): mean of row s over l > s; causal_score: mean over all pairs s < l,
-    and causal_score_mean_row the mean over the L - 1 rows of their means: the paper gives a number for a model without
-    saying which mean it is. Layers count from 1; entries of layer 0 are NaN.
+    what rounding alone does. causal_layer_score (s): mean of row s over l > s, NaN for the last layer, which has none
+    behind it; causal_score: mean over all pairs s < l, and causal_score_mean_row the mean over the L - 1 rows of their
+    means: the paper gives a number for a model without saying which mean it is. Layers count from 1; entries of layer
+    0 are NaN.
     Source: reference formulas above. Checked by: tests/diagnose/test_causal.py, loops over the model's own layers.
     """
     arrays = session.each_batch("causal", lambda captured: _of_batch(session, captured))
@@ -51,19 +51,19 @@ def causal(session: Session) -> Variables:
         return rows(change, size).mean(axis=-1)
 
     variables: Variables = {
-        "causal_effect": (PAIRS, _from_1(matrix)),
-        "causal_effect_stderr": (PAIRS, _from_1(stderr(effect, change, size, seed=session.seed))),
-        "causal_effect_max": (PAIRS, _from_1(arrays["largest"].max(axis=0))),
+        "causal_effect": (PAIRS, from_1(matrix, 2)),
+        "causal_effect_stderr": (PAIRS, from_1(stderr(effect, change, size, seed=session.seed), 2)),
+        "causal_effect_max": (PAIRS, from_1(arrays["largest"].max(axis=0), 2)),
         "causal_effect_null": ((), effect(null, size).max()),
     }
     if n_layers > 1:
         by_layer = [
-            np.append(f, 0.0)
+            np.append(f, np.nan)
             for f in (rows(change.mean(0), size.mean(0)), stderr(rows, change, size, seed=session.seed))
         ]
         variables |= {
-            "causal_layer_score": (("layer",), np.insert(by_layer[0], 0, np.nan)),
-            "causal_layer_score_stderr": (("layer",), np.insert(by_layer[1], 0, np.nan)),
+            "causal_layer_score": (("layer",), from_1(by_layer[0])),
+            "causal_layer_score_stderr": (("layer",), from_1(by_layer[1])),
         }
         for name, scalar in (("causal_score", score), ("causal_score_mean_row", mean_row)):
             variables[name] = ((), scalar(change.mean(0), size.mean(0)))
@@ -102,8 +102,3 @@ def _of_batch(session: Session, captured: Captured) -> dict[str, Tensor]:
 
 def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _from_1(matrix: np.ndarray) -> np.ndarray:
-    """A matrix over layers 1..L as one over 0..L, NaN at layer 0."""
-    return np.pad(matrix, ((1, 0), (1, 0)), constant_values=np.nan)

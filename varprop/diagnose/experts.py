@@ -18,7 +18,7 @@ from torch.nn import functional
 from varprop.diagnose.bootstrap import ratio, stderr
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, UnsuitedError, require
 from varprop.measure import expert_load, expert_load_concentration, gate_second_moment, router_entropy
 from varprop.nn.block import Block
 
@@ -36,7 +36,7 @@ def experts(session: Session) -> Variables:
     expert_load_concentration (1/E when balanced; of T tokens it is larger by about (1 - 1/E) / (K T) than of all text),
     router_entropy (nats, over all experts; absent where the router is not found), and gate_sum, the mean over tokens of
     the sum of a token's gates. A layer without a mixture counts as one expert with gate 1. Nothing for a model
-    without a mixture.
+    without a mixture. Raises `UnsuitedError` where experts are kept as single modules (`is_mixture`).
     Checked by: tests/diagnose/test_experts.py, the routers and gates written as loops.
     """
     replay = session.replay
@@ -71,7 +71,7 @@ def experts_modules(layer: nn.Module) -> list[nn.Module]:
 
     They hold the experts' weights as stacks (E, ., .) and are called as (hidden_states, index (B T, K), gates (B T,
     K)), by position or by names that families differ in; a row is a token, sequence by sequence. Empty for a layer
-    without a mixture and for one that keeps its experts as single modules.
+    without a mixture.
     """
     return [module for module in layer.modules() if _stacks(module) and _n_inputs(module) == INPUTS]
 
@@ -94,8 +94,26 @@ def routing_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, T
 
 
 def is_mixture(layer: nn.Module) -> bool:
-    """Whether a layer has routed experts, of ours or of transformers."""
-    return layer.spec.is_moe(layer.layer) if isinstance(layer, Block) else bool(experts_modules(layer))
+    """Whether a layer has routed experts, of ours or of transformers.
+
+    Raises `UnsuitedError` for experts that are kept as single modules beside a router, as transformers 4 kept them.
+    """
+    if isinstance(layer, Block):
+        return layer.spec.is_moe(layer.layer)
+    name = _single_experts(layer)
+    require(not name, UnsuitedError, "experts", name, "single modules", "stacked weights, as transformers 5 keeps them")
+    return bool(experts_modules(layer))
+
+
+def _single_experts(layer: nn.Module) -> str:
+    """The class of a module with a list of equal modules and a router of as many rows; empty if there is none."""
+    for module in layer.modules():
+        weights = [part._parameters.get("weight") for part in module.children()]
+        rows = {len(weight) for weight in weights if weight is not None and weight.ndim == 2}
+        for part in module.children():
+            if isinstance(part, nn.ModuleList) and len(part) in rows - {1} and len({type(each) for each in part}) == 1:
+                return type(module).__name__
+    return ""
 
 
 class Routing(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import Array, mean_itself, ratio, with_stderr
+from varprop.diagnose.layers import PAIRS
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.sites import branches_apart, each_layer, few_rows
@@ -19,7 +20,6 @@ from varprop.results import BRANCHES
 
 LAYERS = ("layer",)
 OF_BRANCHES = ("layer", "branch")
-PAIRS = ("source_layer", "target_layer")
 ENDS = {"attn": ("resid_pre", "attn_out", "resid_mid"), "mlp": ("resid_mid", "mlp_out", "resid_post")}
 """Branch -> the stream before it, what it adds and the stream after it."""
 OF_LAYERS = ("block_influence", "relative_update", "update_cosine", "relative_update_l1", "update_norm")
@@ -42,10 +42,10 @@ def influence(session: Session) -> Variables:
     sequence. layer_similarity: cosine between the means over all tokens of x_k and x_l, the paper's (arXiv 2603.15389).
     Scalars. effective_layers_block_influence = (sum_l b_l)^2 / sum_l b_l^2, the participation ratio of the block
     influences b_l, 1..L. effective_depth_update_cosine: the last layer l < L whose mean update_cosine is negative
-    while that of layer l + 1 is not, 0 if there is none; effective_depth_cosine: the same of the mean of update_cosine
-    and the branch_cosine of attention and feed-forward (Hu et al. 2025, "What Affects the Effective Depth of Large
-    Language Models?", who count layers from 0).
-    Every one has <name>_stderr but for the median. Norms and cosines in float64 of streams in the model's type.
+    while that of layer l + 1 is not, 0 if there is none (layers count from 1, so no layer is meant);
+    effective_depth_cosine: the same of the mean of update_cosine and the branch_cosine of attention and feed-forward
+    (Hu et al. 2025, "What Affects the Effective Depth of Large Language Models?", who count layers from 0). Every one
+    has <name>_stderr but for the median. Norms and cosines in float64 of streams in the model's type.
     Checked by: tests/diagnose/test_influence.py, float64 numpy definitions.
     """
     seed, branches = session.seed, branches_apart(session)

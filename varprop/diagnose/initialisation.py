@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 
+from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.session import Session, Variables
 from varprop.errors import AccuracyWarning, UnsuitedError
 from varprop.results import BRANCHES, SITES
@@ -17,7 +18,6 @@ from varprop.theory.jacobian import DEFINITIONS
 from varprop.theory.skipped import skipped_layer_effect
 
 SUFFIX = "_at_initialisation"
-PAIRS = ("source_layer", "target_layer")
 CAUSAL_TOKENS = 32
 """Positions of the causal closed form, whose cost grows with L^2 T^3; it hardly depends on them."""
 
@@ -55,28 +55,27 @@ def initialisation(session: Session) -> Variables:
         middle_second_moment=q[1:, between_branches],
         middle_token_correlation=c[1:, between_branches],
     )
-    jacobian = np.concatenate([np.full((1, len(DEFINITIONS)), np.nan), profile])
+    jacobian = from_1(profile)
     cosines = np.array([1.0, *(block_cosine(spec, *row) for row in q[1:, [SITES.index(s) for s in SITES[:4]]])])
     log_cosines = np.cumsum(np.log(cosines))
     between = np.exp(-np.abs(log_cosines[:, None] - log_cosines[None]))
     causal = skipped_layer_effect(spec, n_tokens=min(session.n_tokens, CAUSAL_TOKENS), token_correlation=correlation)
     later = np.triu(np.ones_like(causal, dtype=bool), 1)
-    rows = causal.sum(axis=1) / np.maximum(later.sum(axis=1), 1)
-    nothing = np.full((1, len(BRANCHES)), np.nan)
+    rows = causal.sum(axis=1) / np.where(later.any(axis=1), later.sum(axis=1), np.nan)
     variables: Variables = {
         "second_moment": (("layer", "site"), q),
         "variance": (("layer", "site"), q * (1 - 1 / spec.d_model)),
         "token_correlation": (("layer", "site"), found.token_correlation.to_numpy()),
         "branch_correlation": (
             ("layer", "branch"),
-            np.concatenate([nothing, np.zeros((spec.n_layers, len(BRANCHES)))]),
+            from_1(np.zeros((spec.n_layers, len(BRANCHES)))),
         ),
         "jacobian_deviation": (("layer", "definition"), jacobian),
         "jacobian_norm": (("layer",), np.sqrt(jacobian[:, DEFINITIONS.index("token_mean")] / spec.d_model)),
-        "block_influence": (("layer",), np.array([np.nan, *(1 - cosines[1:])])),
+        "block_influence": (("layer",), from_1(1 - cosines[1:])),
         "angular_distance": (PAIRS, np.arccos(np.clip(between, 0, 1)) / math.pi),
-        "causal_effect": (PAIRS, np.pad(causal, ((1, 0), (1, 0)), constant_values=np.nan)),
-        "causal_layer_score": (("layer",), np.array([np.nan, *rows])),
+        "causal_effect": (PAIRS, from_1(causal, 2)),
+        "causal_layer_score": (("layer",), from_1(rows)),
     }
     if spec.n_layers > 1:
         variables["causal_score"] = ((), causal.sum() / later.sum())

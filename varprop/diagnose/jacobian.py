@@ -17,6 +17,7 @@ from torch import Tensor
 from varprop.diagnose.jacobian_products import exact_tokens, mean_rows, probe_tokens, unchanged
 from varprop.diagnose.jacobian_spectrum import spectral_norms
 from varprop.diagnose.jacobian_statistics import BY_DEFINITION, BY_PART, relative_stderr, summary
+from varprop.diagnose.layers import from_1
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.errors import ArgumentError, require
@@ -54,11 +55,11 @@ def jacobian(session: Session) -> Variables:
     too, as `measure.probe_jacobian_deviation` does, from a quarter as many probes of their own, at most 16.
     <name>_stderr is over probes, for these sequences (jackknife for the statistics of the diagonal);
     <name>_sequence_stderr over sequences, for these probes, by the bootstrap (split_half: jackknife, from three
-    sequences on). 0 probes, or as many as neurons: exact, one product for each neuron; then own_token and all_sources
-    are exact where T D <= 2^14, and from 16 probes elsewhere. `jacobian_stderr` > 0: probes are doubled until
-    token_mean's relative standard error over probes is not above it; jacobian_n_probes (layer) is how many that took,
-    0 = exact. Products are taken in the model's type, sums in at least float32: what bfloat16 rounds of (J - I)^T v is
-    of the size of v.
+    sequences on). jacobian_norm_stderr is of both, sqrt(probes^2 + sequences^2), NaN of one sequence. 0 probes, or as
+    many as neurons: exact, one product for each neuron; then own_token and all_sources are exact where T D <= 2^14, and
+    from 16 probes elsewhere. `jacobian_stderr` > 0: probes are doubled until token_mean's relative standard error over
+    probes is not above it; jacobian_n_probes (layer) is how many that took, 0 = exact. Products are taken in the
+    model's type, sums in at least float32: what bfloat16 rounds of (J - I)^T v is of the size of v.
     Layers count from 1; entries of layer 0 are NaN.
     Source: diagonal estimate, Bekas, Kokiopoulou and Saad (2007). Checked by: tests/diagnose/test_jacobian.py, whole
     Jacobians by torch.autograd.functional.jacobian.
@@ -184,7 +185,7 @@ def _variables(found: Sequence[Arrays], parts: Sequence[str]) -> Variables:
     variables: Variables = {}
     for name in found[0]:
         values = np.stack([arrays[name] for arrays in found]).astype(np.float64)
-        over_layers = np.concatenate([np.full_like(values[:1], np.nan), values])
+        over_layers = from_1(values)
         dims = ("definition",) if name in BY_DEFINITION else ()
         if name not in BY_PART:
             variables[name] = (("layer",), over_layers)

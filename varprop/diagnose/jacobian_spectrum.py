@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from varprop.diagnose.layers import from_1
 from varprop.diagnose.limits import GIBIBYTE
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
@@ -103,7 +104,7 @@ def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> V
     else:
         return {}
     return {
-        name: (("layer",), np.insert(found[key], 0, np.nan))
+        name: (("layer",), from_1(found[key]))
         for name, key in (("jacobian_spectral_norm", "value"), ("jacobian_spectral_norm_residual", "residual"))
     }
 

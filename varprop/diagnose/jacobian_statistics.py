@@ -34,7 +34,9 @@ def summary(rows: Array, probes: Array | None, tokens: dict[str, Array], seed: i
     """
     rows = rows.astype(np.float64)
     found = _deviations(rows, probes is None, tokens, seed) | _split_half(rows, probes is None)
-    value, error = found["jacobian_deviation"][0, TOKEN_MEAN], found["jacobian_deviation_stderr"][0, TOKEN_MEAN]
+    value = found["jacobian_deviation"][0, TOKEN_MEAN]
+    errors = (found[f"jacobian_deviation_{end}"][0, TOKEN_MEAN] for end in ("stderr", "sequence_stderr"))
+    error = np.hypot(*errors)
     norm = np.sqrt(value / rows.shape[-1])
     found |= {"jacobian_norm": norm, "jacobian_norm_stderr": error * norm / (2 * value) if value > 0 else 0.0}
     mean = rows[:, 0].mean(axis=0)
@@ -59,7 +61,7 @@ def _deviations(rows: Array, exact: bool, tokens: dict[str, Array], seed: int) -
             of_probes = scale * np.square(rows.mean(axis=0)).sum(axis=-1)  # (P, k)
             gram = scale * np.einsum("apkd,bpkd->pab", rows, rows, optimize=True) / rows.shape[2]
             resampled = np.einsum("ra,pab,rb->rp", weights, gram, weights, optimize=True)
-            factor = (n_sequences / (n_sequences - 1)) ** 0.5 if n_sequences > 1 else 0.0
+            factor = (n_sequences / (n_sequences - 1)) ** 0.5 if n_sequences > 1 else np.nan
             over_sequences[:, place] = resampled.std(axis=0, ddof=1) * factor
             over_probes[:, place] = 0.0 if exact else _stderr_of_mean(of_probes)
         else:

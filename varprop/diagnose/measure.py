@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import warnings
@@ -28,10 +29,10 @@ from varprop.diagnose.experts import experts
 from varprop.diagnose.influence import influence
 from varprop.diagnose.initialisation import initialisation
 from varprop.diagnose.jacobian import jacobian
-from varprop.diagnose.limits import Limits
+from varprop.diagnose.limits import GIBIBYTE, Limits
 from varprop.diagnose.moments import moments
 from varprop.diagnose.open import require_length
-from varprop.diagnose.options import require_options
+from varprop.diagnose.options import require_options, with_defaults
 from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import IGNORED, Batch, Replay
 from varprop.diagnose.screening import screening
@@ -83,7 +84,7 @@ def measure(
     model: nn.Module,
     sequences: Batch | torch.Tensor | np.ndarray,
     *,
-    scores: Sequence[str] | str = "standard",
+    scores: Sequence[str | Score] | Score | str = "standard",
     definition: Definition = "paper",
     seed: int = 0,
     memory_gib: float | None = None,
@@ -94,22 +95,31 @@ def measure(
     """The named scores of `model` on `sequences`, a result with source "checkpoint".
 
     model: of Hugging Face's transformers or a `varprop.nn.Transformer`, on the device and in the type that it is
-    measured in. sequences: token ids (S, T), or a `Batch` with targets. scores: names of `SCORES`, or "all" or
-    "standard" (`STANDARD`), of which those that the model lacks something for are left out with a warning.
+    measured in. sequences: token ids (S, T), or a `Batch` with targets, which a masked language model needs. scores:
+    names of `SCORES`, or "all" or "standard" (`STANDARD`), of which those that the model lacks something for are left
+    out with a warning; and scores of your own, functions `Session -> Variables` known by their __name__, which come
+    last in the order given.
     definition: "paper" = as the paper defines them, the defects of its code mended; "released" = as its code computes
     them (`varprop.diagnose.released`), for those of the scores that it has. memory_gib: what a score may hold beside
     the weights. parts: a folder where what is done is kept, so that a killed measurement goes on; it is left there.
     options: of single scores (`varprop.diagnose.options`). Every standard error is over sequences unless its score
-    says otherwise.
-    Raises `ArgumentError` for unknown names, models that cannot be replayed, activations that are not finite,
-    and input that the model has no place for (`require_input`).
+    says otherwise. Attributes hold the options as JSON, defaults too, and the memory; parts of scores of your own are
+    not told apart by their code.
+    Raises `ArgumentError` for unknown names, variables that two scores give, models that cannot be replayed,
+    activations that are not finite, and input that the model has no place for (`require_input`).
     """
-    batch = as_batch(sequences)
-    names = chosen(scores, definition)
+    batch = as_batch(sequences, model)
+    wanted = chosen(scores, definition)
+    names = list(wanted)
     require_options(options or {})
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
     require_input(replay, batch, seed, memory_gib)
+    settings = {"options": json.dumps(with_defaults(options or {})), "memory_gib": replay.limits.memory / GIBIBYTE}
+    if "pruning" in names:
+        most = with_defaults(options or {})["most_removed"]
+        domain = f"0 to {replay.n_layers}, the model's layers"
+        require(most <= replay.n_layers, ArgumentError, "most_removed", most, "outside the domain", domain)
     attributes = about(model) | {"definition": definition, "scores": ",".join(names)}
     folder = None
     if parts is not None:
@@ -120,14 +130,17 @@ def measure(
     first = int((batch.targets != IGNORED).any(dim=1).int().argmax())  # the first one with a target
     attributes["replay_error"] = replay.check(session.capture(slice(first, first + 2)).batch)
     variables = session.found
-    table = SCORES if definition == "paper" else RELEASED
-    for name in names:
+    for name, score in wanted.items():
         try:
-            variables.update(table[name](session))
+            found = score(session)
         except (UnsuitedError, AssumptionError) as error:
             if not isinstance(scores, str) or scores not in GROUPS:
                 raise
             warnings.warn(f"{name} is left out: {error}", LeftOutWarning, stacklevel=2)
+            continue
+        twice = sorted(found.keys() & variables.keys())
+        require(not twice, ArgumentError, f"variables of score {name}", twice, "there already", "names of their own")
+        variables.update(found)
     coordinates = {name: variables.pop(name)[1] for name in list(variables) if variables[name][0] == (name,)}
     return results.new(
         variables,
@@ -140,14 +153,21 @@ def measure(
         dtype=str(replay.dtype).removeprefix("torch."),
         device=replay.device.type,
         attributes=attributes
+        | settings
         | {"n_sequences": session.n_sequences, "n_layers": replay.n_layers, "d_model": replay.d_model},
     )
 
 
-def as_batch(sequences: Batch | torch.Tensor | np.ndarray) -> Batch:
-    """Token ids (S, T) as a batch whose targets are the next tokens; `ArgumentError` for other shapes and types."""
+def as_batch(sequences: Batch | torch.Tensor | np.ndarray, model: nn.Module | None = None) -> Batch:
+    """Token ids (S, T) as a batch whose targets are the next tokens.
+
+    Raises `ArgumentError` for other shapes and types, and for ids where `model` is a masked language model.
+    """
     if isinstance(sequences, Batch):
         return sequences
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    expected = "a Batch, as text.sequences(..., mask_token=mask_token_of(model, tokens)) gives"
+    require(not masked, ArgumentError, "sequences", "token ids", "without targets of a masked language model", expected)
     tokens = torch.as_tensor(sequences)
     good = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32, torch.uint16) and tokens.shape[1] >= 2
     shape = f"{tuple(tokens.shape)} {tokens.dtype}"
@@ -157,27 +177,42 @@ def as_batch(sequences: Batch | torch.Tensor | np.ndarray) -> Batch:
     return Batch.causal(tokens.long())
 
 
-def chosen(scores: Sequence[str] | str, definition: str) -> list[str]:
-    """The names of the scores, in the order they are measured."""
+def chosen(scores: Sequence[str | Score] | Score | str, definition: str) -> dict[str, Score]:
+    """The scores by name, in the order they are measured: those of the table, then functions of the caller's own."""
     require(
         definition in ("paper", "released"), ArgumentError, "definition", definition, "unknown", "paper or released"
     )
     table = SCORES if definition == "paper" else RELEASED
-    groups: dict[Any, Sequence[str]] = {"all": tuple(table), "standard": [name for name in STANDARD if name in table]}
-    names = groups.get(scores, [scores]) if isinstance(scores, str) else list(scores)
-    for name in names:
-        require(name in table, ArgumentError, "scores", name, "unknown", "some of " + ", ".join(table))
-    return [name for name in table if name in names]
+    groups: dict[str, list[str | Score]] = {
+        "all": list(table),
+        "standard": [name for name in STANDARD if name in table],
+    }
+    single = isinstance(scores, str) or callable(scores)
+    given = groups.get(str(scores), [scores]) if single else list(scores)
+    own: dict[str, Score] = {}
+    for score in given:
+        if callable(score):
+            name = getattr(score, "__name__", type(score).__name__)
+            taken = name in table or name in own
+            require(not taken, ArgumentError, "scores", name, "the name of another score", "a name of its own")
+            own[name] = score
+        else:
+            require(score in table, ArgumentError, "scores", score, "unknown", "some of " + ", ".join(table))
+    return {name: score for name, score in table.items() if name in given} | own
 
 
 def about(model: nn.Module) -> dict[str, Any]:
     """What a result says of its model."""
     config = getattr(model, "config", None)
-    return {
+    found = {
         "architecture": type(model).__name__,
         "model_type": str(getattr(config, "model_type", "varprop")),
         "n_parameters": sum(p.numel() for p in model.parameters()),
     }
+    if type(model).__module__.startswith("transformers."):
+        found["transformers_version"] = importlib.metadata.version("transformers")
+        found["attention_implementation"] = str(getattr(config, "_attn_implementation", None))
+    return found
 
 
 def spec_of(model: nn.Module) -> ModelSpec | None:

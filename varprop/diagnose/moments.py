@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import Array, mean_itself, ratio, with_stderr
+from varprop.diagnose.layers import PAIRS
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Arrays, Session, Variables
 from varprop.diagnose.sites import branches_apart, each_layer, few_rows
@@ -31,7 +32,6 @@ from varprop.results import BRANCHES, SITES
 
 AT_SITES = ("layer", "site")
 OF_BRANCHES = ("layer", "branch")
-PAIRS = ("source_layer", "target_layer")
 PRE, POST = SITES.index("resid_pre"), SITES.index("resid_post")
 OF_SEQUENCES = ("token_correlation", "outlier_share_z3", "token_outlier_share_z3", "outlier_energy_share_top10")
 """What is measured of each sequence and site at once."""
@@ -49,9 +49,9 @@ def moments(session: Session) -> Variables:
     excess_kurtosis_median: over the tokens that are no sinks (all, if there are no others).
     second_moment_without_sinks, variance_without_sinks: means over the same tokens, with stderr. sink_second_moment,
     sink_variance: means over the sinks.
-    Outliers, of each sequence, averaged. outlier_share_z3: share of its T D entries with |x - mean| > 3 standard
-    deviations, mean and deviation over the same entries; token_outlier_share_z3: the same over the neurons of each
-    token, averaged over tokens. outlier_energy_share_top10: share of the sum of squares that the 10 largest of T D
+    Outliers, of each sequence, averaged, with stderr. outlier_share_z3: share of its T D entries with |x - mean| > 3
+    standard deviations, mean and deviation over the same entries; token_outlier_share_z3: the same over the neurons of
+    each token, averaged over tokens. outlier_energy_share_top10: share of the sum of squares that the 10 largest of T D
     entries have. massive_activation_ratio (layer): max |x| / median |x| over the T D entries of the stream.
     position_second_moment (layer, position): of the stream at the first positions (option `positions`), with stderr.
     branch_overlap, block_overlap: as `varprop.train.probe` defines them: mean over tokens of f_k . f_l / D.
@@ -78,8 +78,9 @@ def moments(session: Session) -> Variables:
         variables |= with_stderr("branch_correlation", OF_BRANCHES, mean_itself, correlations, seed=seed)
     variables |= _of_tokens(values, seed)
     for name in OF_SEQUENCES[1:]:
-        variables[name] = (AT_SITES, arrays[name].mean(axis=0))
-    variables["massive_activation_ratio"] = (("layer",), arrays["massive_activation_ratio"].mean(axis=0))
+        variables |= with_stderr(name, AT_SITES, mean_itself, arrays[name], seed=seed)
+    ratios = arrays["massive_activation_ratio"]
+    variables |= with_stderr("massive_activation_ratio", ("layer",), mean_itself, ratios, seed=seed)
     first = values["second_moment"][:, POST, :, : session.option("positions")]  # (L + 1, S, positions)
     first, dims = np.moveaxis(first, 1, 0), ("layer", "position")
     variables |= with_stderr("position_second_moment", dims, mean_itself, first, seed=seed)
@@ -160,7 +161,7 @@ def _of_tokens(values: dict[str, Array], seed: int) -> Variables:
     """Quantiles and means over the tokens that are no sinks, and means over the sinks, from (L + 1, sites, S, T)."""
     sinks = sink_positions(torch.from_numpy(values["second_moment"][:, POST])).numpy()
     others = ~sinks if not sinks.all() else sinks
-    variables: Variables = {"sink_count": ((), float(sinks.sum()))}
+    variables: Variables = {"sink_count": ((), int(sinks.sum()))}
     for name, of_tokens in values.items():
         quantiles = token_quantiles(torch.from_numpy(of_tokens), torch.from_numpy(others)).numpy()
         if name in ("skewness", "excess_kurtosis"):

@@ -81,7 +81,7 @@ class Pairs:
     def group_means(
         self, members: NDArray[np.bool_], sizes: Array, scores: Array, influence: Array
     ) -> tuple[Array, Array]:
-        """Means over groups of pairs and their standard errors, (G) each; zeros for groups without a swapped pair.
+        """Means over groups of pairs and their standard errors, (G) each; NaN for groups without a swapped pair.
 
         members: (G, P), which swapped pairs are of a group; sizes: (G), how many pairs it has in all. Exact where all
         are swapped. Otherwise the mean of the swapped ones weighted by what they stand for, with the standard error
@@ -97,7 +97,8 @@ class Pairs:
             n = int(which.sum())
             if 0 < n < size:
                 variance[group] += (1 / n - 1 / size) * (scores[which].var(ddof=1) if n > 1 else spread_of_all)
-        return weights @ scores, np.sqrt(variance)
+        empty = total[:, 0] == 0
+        return np.where(empty, np.nan, weights @ scores), np.where(empty, np.nan, np.sqrt(variance))
 
 
 def draw_pairs(n_layers: int, n_pairs: int, rng: np.random.Generator) -> Pairs:

@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.pairs import Array, Pairs, draw_pairs
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, walk
 from varprop.errors import ArgumentError, require
 
-PAIRS = ("source_layer", "target_layer")
 FEWEST_SEQUENCES = 8
 """That a standard error is first taken from, where it decides whether more are added."""
 DECAY = 0.9
@@ -36,13 +36,14 @@ def permutation(session: Session) -> Variables:
     l_ij is the loss of the model with layers i and j swapped, summed over the targets of some sequences, and l that of
     the model on the same sequences. permutation_score (i, j) = |l_ij - l| / l, symmetric (arXiv 2603.15389: a high
     score is a pair that may *not* be swapped); permutation_log_change = log(l_ij / l), signed. permutation_measured:
-    whether the pair was swapped; the others are 0. permutation_sequences: on how many sequences. permutation_null:
-    the score of layer 1 in place of layer 1 by the same route, what rounding alone does.
+    whether the pair was swapped; the others are NaN, and 0 on the diagonal, where nothing changes.
+    permutation_sequences: on how many sequences. permutation_null: the score of layer 1 in place of layer 1 by the same
+    route, what rounding alone does.
 
     permutation_mean: mean over all pairs, the paper's. permutation_weighted: mean over layers i = 1..L of 0.9^(i-1)
     times permutation_layer_score, the mean of the pairs that hold i (the released code's list has the factor
     0.9^(i-1) in it). permutation_by_lag (lag): mean of the pairs of distance j - i, 0 at distance 0.
-    permutation_layer_pairs and permutation_lag_pairs: of how many swapped pairs these are means; a mean of none is 0.
+    permutation_layer_pairs and permutation_lag_pairs: of how many swapped pairs these are means; a mean of none is NaN.
 
     permutation_total = sum over pairs i < j of P_ij, over L: what it costs, to first order, to swap every layer once
     with a partner drawn from all layers, itself included. The mean is this times 2 / (L - 1), so it falls as 1 / L in
@@ -101,12 +102,12 @@ class Sampled:
         """How far each sequence moves `change`, (S, P), scaled so that the sum of squares over S is its variance.
 
         psi_sp = (d_sp - R_p l_s) / (n_p mean l) sqrt(n_p / (n_p - 1)) with d the loss's change, R its ratio: the
-        linearised ratio of means. 0 with one sequence.
+        linearised ratio of means. NaN with one sequence.
         """
         n, base = self.n_used, self.base[:, None]
         mean = (self.used * base).sum(axis=0) / n
         moved = self.used * (self.swapped - base - self.change * base)
-        return moved / (n * mean) * np.sqrt(n / np.maximum(n - 1, 1))
+        return moved / (n * mean) * np.sqrt(n / np.where(n > 1, n - 1.0, np.nan))
 
     @property
     def stderr(self) -> Array:
@@ -134,9 +135,11 @@ class Sampled:
         scores, influence = np.abs(self.change), self.influence * np.sign(self.change)
         by_layer = self.pairs.group_means(of_layer, np.full(n_layers, n_layers - 1.0), scores, influence)
         by_lag = self.pairs.group_means(of_lag, (n_layers - lags).astype(float), scores, influence)
+        for values in by_lag:
+            values[0] = 0.0  # a layer in its own place
         return {
-            "permutation_layer_score": (("layer",), np.insert(by_layer[0], 0, np.nan)),
-            "permutation_layer_score_stderr": (("layer",), np.insert(by_layer[1], 0, np.nan)),
+            "permutation_layer_score": (("layer",), from_1(by_layer[0])),
+            "permutation_layer_score_stderr": (("layer",), from_1(by_layer[1])),
             "permutation_layer_pairs": (("layer",), np.insert(of_layer.sum(axis=1), 0, 0)),
             "permutation_by_lag": (("lag",), by_lag[0]),
             "permutation_by_lag_stderr": (("lag",), by_lag[1]),
@@ -168,12 +171,15 @@ class Sampled:
         }
 
     def _matrix(self, values: np.ndarray) -> np.ndarray:
-        """One number of each pair as a symmetric matrix over layers 0..L: NaN at layer 0, 0 where there is none."""
+        """One number of each pair as a symmetric matrix over layers 0..L.
+
+        Where there is none NaN, or 0 of counts and truth values; 0 for a layer with itself.
+        """
         n_layers = self.pairs.n_layers
-        matrix = np.zeros((n_layers + 1, n_layers + 1), dtype=values.dtype)
+        nothing = np.nan if values.dtype.kind == "f" else 0
+        matrix = np.full((n_layers + 1, n_layers + 1), nothing, dtype=values.dtype)
+        np.fill_diagonal(matrix[1:, 1:], 0)
         matrix[self.pairs.first, self.pairs.second] = matrix[self.pairs.second, self.pairs.first] = values
-        if values.dtype.kind == "f":
-            matrix[0], matrix[:, 0] = np.nan, np.nan
         return matrix
 
 

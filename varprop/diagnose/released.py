@@ -31,20 +31,23 @@ from varprop.diagnose import experts as corrected_experts
 from varprop.diagnose import permutation as corrected_permutation
 from varprop.diagnose.bootstrap import ratio, resample_weights, with_stderr
 from varprop.diagnose.jacobian_products import Graph, n_copies
+from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.normal_equations import NormalEquations
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.usefulness import evaluated, fit, split
 from varprop.diagnose.wavefront import Affine, Program, Skip, walk
 
-PAIRS = ("source_layer", "target_layer")
 DEFECTS = ("row_shift", "final_norm", "transposed", "in_sample", "elementwise")
 MICRO_BATCH = 2
 """Of the released Jacobian."""
 
 
 def defects_of(session: Session) -> tuple[str, ...]:
-    """The defects that the released code has for a model like this one, with its own settings."""
+    """The defects that the released code has for a model like this one, with its own settings.
+
+    Raises `UnsuitedError` as `experts.is_mixture` does.
+    """
     is_dense = not any(corrected_experts.is_mixture(layer) for layer in session.replay.layers)
     recorded = ("row_shift", "final_norm") if is_dense else ()
     divided = ("elementwise",) if session.option("elementwise_micro_batch") else ()
@@ -54,8 +57,8 @@ def defects_of(session: Session) -> tuple[str, ...]:
 def causal(session: Session, defects: Collection[str] | None = None) -> Variables:
     """causal_effect (s, l) as released: row_shift and final_norm; its means over l > s and over all pairs.
 
-    defects: some of `DEFECTS`; None = `defects_of`. causal_layer_score of the last layer is 0, where the code prints
-    nan; causal_score: it states no number for a model, this is the mean over all pairs s < l.
+    defects: some of `DEFECTS`; None = `defects_of`. causal_layer_score of the last layer is NaN, as in the code;
+    causal_score: it states no number for a model, this is the mean over all pairs s < l.
     Checked by: tests/diagnose/test_released.py, lists of recorded streams of models without the layer.
     """
     given = defects_of(session) if defects is None else defects
@@ -63,7 +66,7 @@ def causal(session: Session, defects: Collection[str] | None = None) -> Variable
     arrays = session.each_batch(key, lambda captured: _changes(session.replay, captured, given))
     n_layers = session.replay.n_layers
     later = np.triu(np.ones((n_layers, n_layers)), 1)
-    counts = np.maximum(later.sum(axis=-1), 1)
+    counts = np.where(later.any(axis=-1), later.sum(axis=-1), np.nan)
 
     def effect(change: np.ndarray, size: np.ndarray) -> np.ndarray:
         return np.pad(ratio(change, size[..., None, :]), ((0, 0), (1, 0), (1, 0)), constant_values=np.nan)
@@ -174,7 +177,7 @@ def _jacobians(session: Session, chosen: Sequence[Collection[str]]) -> list[Vari
 
 def _over_layers(by_layer: list[dict[str, float]]) -> Variables:
     variables: Variables = {
-        name: (("layer",), np.array([np.nan, *(found[name] for found in by_layer)])) for name in by_layer[0]
+        name: (("layer",), from_1(np.array([found[name] for found in by_layer]))) for name in by_layer[0]
     }
     share = float(np.mean([found["jacobian_diagonal_mean"] > 0.5 for found in by_layer]))
     return variables | {"jacobian_identity_share": ((), share)}
@@ -225,7 +228,7 @@ def _summary(rows: np.ndarray, seed: int) -> dict[str, float]:
     gaps = (rows - np.eye(d_model)).reshape(n_sequences, -1)
     weights = resample_weights(n_sequences, seed)
     resampled = np.sqrt(np.maximum(np.einsum("ra,ab,rb->r", weights, gaps @ gaps.T, weights), 0)) / d_model
-    factor = (n_sequences / (n_sequences - 1)) ** 0.5 if n_sequences > 1 else 0.0
+    factor = (n_sequences / (n_sequences - 1)) ** 0.5 if n_sequences > 1 else np.nan
     return {
         "jacobian_norm": float(np.linalg.norm(gaps.mean(axis=0)) / d_model),
         "jacobian_norm_stderr": float(resampled.std(ddof=1) * factor),

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from varprop.diagnose.bootstrap import ratio, stderr
+from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.replay import IGNORED, Captured, Replay
 from varprop.diagnose.session import Session, Variables
-
-PAIRS = ("source_layer", "target_layer")
 
 
 def screening(session: Session) -> Variables:
@@ -44,7 +43,7 @@ def screening(session: Session) -> Variables:
 
     sums = arrays["table"], arrays["loss"]
     matrix, error = change(*(values.mean(axis=0) for values in sums)), stderr(change, *sums, seed=session.seed)
-    padded = (np.pad(values, ((1, 0), (1, 0)), constant_values=np.nan) for values in (matrix, error))
+    padded = (from_1(values, 2) for values in (matrix, error))
     return dict(
         zip(("permutation_screening", "permutation_screening_stderr"), ((PAIRS, v) for v in padded), strict=True)
     )

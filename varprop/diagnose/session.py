@@ -59,7 +59,7 @@ class Session:
 
     def option(self, name: str) -> Any:
         """The setting of a single score."""
-        return self.options.get(name, OPTIONS[name][0])
+        return self.options.get(name, OPTIONS[name].default)
 
     def first_sequences(self, n_tokens: int) -> slice:
         """So many whole sequences, from the first, that they have about `n_tokens` tokens; at least one."""
@@ -181,7 +181,7 @@ def prepare_parts(folder: Path, identity: Mapping[str, Any]) -> Path:
     file = folder / "measurement.json"
     if file.is_file():
         same = file.read_bytes() == about.encode()
-        expected = "the folder of this measurement, or none"
+        expected = "those of this one: delete the folder, or choose another (--out)"
         require(same, ArgumentError, "parts", str(folder), "of another measurement (model, text or options)", expected)
         return folder
     folder.mkdir(parents=True, exist_ok=True)

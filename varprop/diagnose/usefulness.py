@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varprop.diagnose.bootstrap import stderr
+from varprop.diagnose.layers import from_1
 from varprop.diagnose.normal_equations import Fit, NormalEquations
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
@@ -45,6 +46,7 @@ def usefulness(session: Session) -> Variables:
     linear_r_squared (layer): share of the variance of the update that the map gives on the sequences of the fit;
     linear_update_rank: participation ratio of the covariance of the update that it gives.
     Standard errors: over the sequences of the evaluation, the same ones with and without; the maps are taken as given.
+    Of few sequences they are uncertain, and that of a share of layers is 0 where no resample changes it.
     Layers count from 1; entries of layer 0 are NaN. Raises `UnsuitedError` for a model without logits and for one
     sequence, `ArgumentError` for a share outside (0, 1).
     Source: reference formulas above. Checked by: tests/diagnose/test_usefulness.py, lstsq and the model with that layer
@@ -56,8 +58,8 @@ def usefulness(session: Session) -> Variables:
     count = (first.stop - first.start) * session.n_tokens
     _warn_of_few(count, session.replay.d_model)
     variables: Variables = {
-        "linear_r_squared": (("layer",), _from_1(np.array([found.r_squared for found in fitted]))),
-        "linear_update_rank": (("layer",), _from_1(np.array([found.rank for found in fitted]))),
+        "linear_r_squared": (("layer",), from_1(np.array([found.r_squared for found in fitted]))),
+        "linear_update_rank": (("layer",), from_1(np.array([found.rank for found in fitted]))),
         "usefulness_fit_tokens": ((), np.asarray(count)),
         CURVE: ((CURVE,), np.array(THRESHOLDS)),
         **evaluated(session, maps, rest, ""),
@@ -70,9 +72,12 @@ def usefulness(session: Session) -> Variables:
 def _warn_of_few(n_tokens: int, d_model: int) -> None:
     if n_tokens >= FEW * d_model:
         return
-    times = f"about {1 / (1 - d_model / n_tokens):.2g}" if n_tokens > d_model + 1 else "any number of"
-    message = f"usefulness: {n_tokens} tokens for maps of {d_model} neurons; held out, their residual is {times} times"
-    warnings.warn(f"{message} that of the best maps", AccuracyWarning, stacklevel=3)
+    if n_tokens > d_model + 1:
+        residual = f"held out, their residual is about {1 / (1 - d_model / n_tokens):.2g} times that of the best maps"
+    else:
+        residual = "the maps are underdetermined"
+    message = f"usefulness: {residual}: {n_tokens} fit tokens for {d_model} neurons"
+    warnings.warn(f"{message}; use at least {FEW} times d_model", AccuracyWarning, stacklevel=3)
 
 
 def split(session: Session) -> tuple[slice, slice]:
@@ -153,8 +158,8 @@ def evaluated(
     losses = arrays["loss"], arrays["count"]
     means = [values.mean(axis=0) for values in losses]
     for name, statistic in by_layer.items():
-        variables[name + ending] = (("layer",), _from_1(statistic(*means)))
-        variables[f"{name}{ending}_stderr"] = (("layer",), _from_1(stderr(statistic, *losses, seed=session.seed)))
+        variables[name + ending] = (("layer",), from_1(statistic(*means)))
+        variables[f"{name}{ending}_stderr"] = (("layer",), from_1(stderr(statistic, *losses, seed=session.seed)))
     for name, (dims, statistic) in others.items():
         variables[name + ending] = (dims, statistic(*means))
         variables[f"{name}{ending}_stderr"] = (dims, stderr(statistic, *losses, seed=session.seed))
@@ -174,8 +179,3 @@ def loss_increase(loss: np.ndarray, count: np.ndarray) -> np.ndarray:
 def above(loss: np.ndarray, threshold: float) -> np.ndarray:
     """Share of programs whose loss is more than `threshold` times that of the model."""
     return (loss[..., :-1] > threshold * loss[..., -1:]).mean(axis=-1)
-
-
-def _from_1(values: np.ndarray) -> np.ndarray:
-    """Values of layers 1..L as those of layers 0..L, NaN at layer 0."""
-    return np.insert(values, 0, np.nan)

@@ -6,7 +6,7 @@ Ito for series, cividis for values, purple and orange for ratios.
 """
 
 from varprop.plot.depth_map import plot_depth_map
-from varprop.plot.diagnosis import plot_diagnosis
+from varprop.plot.diagnosis import has_panels, plot_diagnosis
 from varprop.plot.heat_map import plot_heat_map
 from varprop.plot.profiles import plot_growth, plot_profiles
 from varprop.plot.qq import plot_qq
@@ -15,6 +15,7 @@ from varprop.plot.training import plot_training
 
 __all__ = [
     "VERDICT_STYLE",
+    "has_panels",
     "plot_depth_map",
     "plot_diagnosis",
     "plot_growth",
