@@ -221,6 +221,11 @@ def test_bad_input(words: list[str], message: str, folder: Path, capsys: pytest.
     assert_refused(["diagnose", "model", *SMALL, "--out", "x.nc", *words], message, folder, capsys)
 
 
+def test_the_figure_does_not_replace_the_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["diagnose", "model", *SMALL, "--out", "x.png", "--figure", "./x.png"]
+    assert_refused(words, "figure='x.png' is the file of the result (--out); expected another name", folder, capsys)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [

@@ -81,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is loaded
     out = files.writable(arguments.out)
     figure = None if arguments.figure is None else _figure_path(arguments.figure)
+    different = figure is None or figure.resolve() != out.resolve()
+    require(different, ArgumentError, "figure", str(figure), "the file of the result (--out)", "another name")
     options = assignments(arguments.option, "--option")
     require_options(options)
     good = arguments.memory is None or 0 < arguments.memory < math.inf

@@ -16,7 +16,7 @@ from varprop.diagnose import attention as module
 from varprop.diagnose.attention import attention, octave_starts
 from varprop.diagnose.attention_rows import attention_rows
 from varprop.diagnose.session import Variables
-from varprop.errors import ArgumentError
+from varprop.errors import UnsuitedError
 from varprop.measure import ATTENTION_THRESHOLDS
 from varprop.nn import Transformer
 
@@ -198,7 +198,7 @@ def test_refuses_layers_without_a_softmax() -> None:
     _ = captured.streams
     layer: Any = one.replay.layers[1]
     layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(ArgumentError, match="architecture='LlamaForCausalLM' is without softmax attention in layer 2"):
+    with pytest.raises(UnsuitedError, match="architecture='LlamaForCausalLM' is without softmax attention in layer 2"):
         list(attention_rows(one.replay, 1, captured))
 
 
@@ -208,14 +208,14 @@ def test_refuses_implementations_whose_masks_it_does_not_read() -> None:
     captured = one.capture(slice(0, 2))
     _ = captured.streams
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ArgumentError, match="attn_implementation='flex_attention' is unknown; expected sdpa or eager"):
+    with pytest.raises(UnsuitedError, match="attn_implementation='flex_attention' is unknown; expected sdpa or eager"):
         list(attention_rows(one.replay, 0, captured))
     assert model.config._attn_implementation == "flex_attention"
 
 
 def test_refuses_a_model_without_attention() -> None:
     model = Transformer(SPECS["feed_forward_only"].with_fields(vocab_size=VOCABULARY))
-    with pytest.raises(ArgumentError, match="attention=None is missing"):
+    with pytest.raises(UnsuitedError, match="attention=None is missing"):
         attention(session(model))
 
 

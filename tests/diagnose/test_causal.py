@@ -13,6 +13,7 @@ from varprop.diagnose.causal import causal
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.replay import Batch, Replay
 from varprop.diagnose.session import Session
+from varprop.errors import ArgumentError
 
 from . import zoo
 
@@ -129,3 +130,13 @@ def test_our_own_models() -> None:
         own, other = base[target].reshape(-1, width), changed[target].reshape(-1, width)
         expected = np.linalg.norm(other - own, axis=1).sum() / np.linalg.norm(own, axis=1).sum()
         np.testing.assert_allclose(found["causal_effect"][1][1, target + 1], expected, rtol=1e-10)
+
+
+def test_norms_that_overflow_are_said() -> None:
+    """Streams of 1e20 are finite in float32, their squares are not."""
+    model = zoo.make("llama")
+    with torch.no_grad():
+        zoo.layers_of(model)[1].mlp.down_proj.weight.mul_(1e20)
+    with pytest.raises(ArgumentError, match="activations='float32' are too large: norms of changes overflow"):
+        causal(session(model, zoo.tokens()))
+    assert np.isfinite(causal(session(model.double(), zoo.tokens()))["causal_score"][1])

@@ -182,6 +182,17 @@ def test_arguments_of_each_sequence_go_with_their_variants() -> None:
     assert Replay(Model()).check(one) < 1e-6
 
 
+def test_arguments_with_as_many_entries_as_there_are_sequences_are_not_theirs() -> None:
+    """MPT's bias (heads, 1, T) goes to every layer; with 4 heads its 4 entries are not those of 4 sequences."""
+    config = zoo.t.MptConfig(vocab_size=zoo.VOCABULARY, d_model=zoo.WIDTH, n_layers=zoo.N_LAYERS, n_heads=4)
+    model, rows = zoo.enlarged(zoo.t.MptForCausalLM(config)).double(), zoo.tokens(4, 10)
+    replay = Replay(model)
+    captured = replay.capture(Batch.causal(rows))
+    x = replayed(replay, captured.start.expand(2, -1, -1, -1), captured)
+    for variant in x:
+        torch.testing.assert_close(replay.logits(variant), zoo.logits(model, rows), rtol=0, atol=FLOAT32_NORMS)
+
+
 def one_line(error: pytest.ExceptionInfo[ArgumentError], *parts: str) -> None:
     message = str(error.value)
     assert "\n" not in message
@@ -230,9 +241,17 @@ def test_models_whose_layers_cannot_be_stacked_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", KEY_MASKS)
-def test_layers_that_draw_random_numbers_are_refused(name: str) -> None:
+def test_random_masks_of_keys_are_refused(name: str) -> None:
     with pytest.raises(ArgumentError) as error:
         Replay(zoo.make_own(name)).check(Batch.causal(torch.arange(18).reshape(2, 9) % SPECS[name].vocab_size))
+    one_line(error, "attention.key_mask_density=", " is a random mask, drawn anew in every pass", "expected 1")
+
+
+def test_layers_that_draw_random_numbers_are_refused() -> None:
+    model = zoo.make("llama")
+    zoo.layers_of(model)[1].register_forward_hook(lambda _, args, output: output + 9 * torch.randn_like(output))
+    with pytest.raises(ArgumentError) as error:
+        Replay(model).check(batch())
     one_line(error, "is replayed with a loss of ", "expected layers that depend on nothing but their arguments")
 
 
@@ -250,9 +269,46 @@ def test_an_encoder_without_a_head_has_streams_but_no_loss() -> None:
     replay = Replay(model)
     assert not replay.has_loss
     assert len(replay.capture(batch()).streams) == zoo.N_LAYERS + 1
+    assert replay.check(batch()) < 1e-6
     with pytest.raises(ArgumentError) as error:
-        replay.check(batch())
-    one_line(error, "'BertModel' is without logits (replay)", "expected a model with a language-model head")
+        replay.require_loss("causal")
+    one_line(error, "'BertModel' is without logits (causal)", "expected a model with a language-model head")
+
+
+@zoo.each_family("llama", "gemma3", "esm", "gpt2")
+def test_models_without_a_head_are_checked(family: str) -> None:
+    body = zoo.make(family).base_model
+    assert Replay(body).check(batch()) < 1e-6
+    zoo.layers_of(body)[1].register_forward_hook(
+        lambda _, __, out: (out[0] * len(out[0]), *out[1:]) if isinstance(out, tuple) else out * len(out)
+    )
+    with pytest.raises(ArgumentError, match=r"is replayed with last hidden states that are .* of their size from its"):
+        Replay(body).check(batch())
+
+
+def test_layers_that_hand_on_more_than_the_stream_are_refused() -> None:
+    """T5's first layer makes the bias of positions that all later ones add to their attention."""
+    small = dict(vocab_size=zoo.VOCABULARY, d_model=32, num_layers=3, num_heads=4, d_ff=48, d_kv=8)
+    with pytest.raises(ArgumentError) as error:
+        Replay(zoo.enlarged(zoo.t.T5EncoderModel(zoo.t.T5Config(**small)))).check(batch())
+    one_line(error, "'T5EncoderModel' is replayed with last hidden states that are ")
+
+
+def test_what_is_not_finite_behind_the_layers_is_named() -> None:
+    model = zoo.make("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(ArgumentError) as error:
+        Replay(model).check(batch())
+    one_line(error, "loss=nan is what the head gives of finite streams")
+
+
+def test_no_target_is_said() -> None:
+    given = batch()
+    given.targets[:2] = IGNORED
+    with pytest.raises(ArgumentError) as error:
+        Replay(zoo.make("llama")).check(given)
+    one_line(error, "targets=0 is too few for a loss")
 
 
 @pytest.mark.parametrize("place,where", [(None, "first after the embedding"), (1, "first after layer 2")])
@@ -278,6 +334,17 @@ def test_a_model_is_left_as_it_was() -> None:
     assert torch.equal(zoo.logits(model, zoo.tokens()), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_forward_that_a_layer_was_given_stays() -> None:
+    model = zoo.make("llama")
+    layer = zoo.layers_of(model)[1]
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: 2 * own(*args, **kwargs)
+    given, logits = layer.forward, zoo.logits(model, zoo.tokens())
+    assert Replay(model).check(batch()) < 1e-6
+    assert vars(layer)["forward"] is given
+    assert torch.equal(zoo.logits(model, zoo.tokens()), logits)
 
 
 @pytest.mark.gpu

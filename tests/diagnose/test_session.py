@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 from torch import Tensor
 
+from varprop.diagnose import session as module
 from varprop.diagnose.causal import causal
 from varprop.diagnose.limits import Limits
 from varprop.diagnose.options import OPTIONS
@@ -101,6 +105,34 @@ def test_a_damaged_part_is_computed_again(damage: bytes | None, tmp_path: Path) 
     found = session(tmp_path).each_batch("tokens", first_tokens, batch_size=2)["token"]
     np.testing.assert_array_equal(found, session().batch.tokens[:, 0])
     assert part.read_bytes() == whole
+
+
+@pytest.mark.parametrize("arrays", [{}, {"other": np.ones(2)}, {"token": np.ones(1)}])
+def test_a_part_without_its_arrays_is_computed_again(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    session(tmp_path).each_batch("tokens", first_tokens, batch_size=2)
+    part = tmp_path / "tokens-2-4.safetensors"
+    whole = part.read_bytes()
+    save_file(arrays, part)
+    found = session(tmp_path).each_batch("tokens", first_tokens, batch_size=2)["token"]
+    np.testing.assert_array_equal(found, session().batch.tokens[:, 0])
+    assert part.read_bytes() == whole
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(ArgumentError, match=r"tokens-0-5.safetensors' cannot be written .*No space left") as error:
+        session(tmp_path).each_batch("tokens", first_tokens)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_identity_is_that_of_another_measurement(tmp_path: Path) -> None:
+    (tmp_path / "measurement.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ArgumentError, match="of another measurement"):
+        prepare_parts(tmp_path, {"seed": 0})
 
 
 def test_parts_of_another_measurement_are_not_taken(tmp_path: Path) -> None:

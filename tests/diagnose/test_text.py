@@ -106,11 +106,11 @@ def test_a_corpus_directory_gives_its_held_out_part(folder: Path) -> None:
 
 
 def test_arrays_of_ids(folder: Path) -> None:
-    text = np.arange(100, dtype=np.uint16)
-    np.save("text.npy", text)
-    found = draw("text.npy", None, n_sequences=4)
-    assert sorted(found[:, 0].tolist()) == [0, 20, 40, 60]
-    assert (found - found[:, :1] == torch.arange(20)).all()
+    for kind in (np.uint16, np.uint64):
+        np.save("text.npy", np.arange(100, dtype=kind))
+        found = draw("text.npy", None, n_sequences=4)
+        assert sorted(found[:, 0].tolist()) == [0, 20, 40, 60]
+        assert (found - found[:, :1] == torch.arange(20)).all()
     rows = np.arange(240).reshape(8, 30)
     np.save("rows.npy", rows)
     found = draw("rows.npy", tokens_of(folder, begins=True), n_sequences=8, length=10)
@@ -135,6 +135,7 @@ def test_arrays_of_ids(folder: Path) -> None:
         ("floats.npy", {}, r"data='floats.npy' is no token ids \(\(3,\) float64\)"),
         ("negative.npy", {}, "token id=-2 is negative"),
         ("large.npy", {}, r"token id=\d+ is beyond the vocabulary; expected ids below 260"),
+        ("huge.npy", {}, "token id=9223372036854775813 is beyond any vocabulary"),
         ("rows.npy", {"length": 31}, "length=31 is longer than the sequences; expected at most 30"),
         ("rows.npy", {"n_sequences": 9}, "n_sequences=9 is more than the 8 sequences"),
         ("nowhere", {}, "corpus='nowhere' is unknown"),
@@ -144,6 +145,7 @@ def test_bad_input_is_one_line(data: str, options: dict[str, Any], message: str,
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     np.save("objects.npy", np.array([{}], dtype=object))
     np.save("floats.npy", np.ones(3))
+    np.save("huge.npy", np.full(300, 2**63 + 5, dtype=np.uint64))
     np.save("negative.npy", np.full(300, -2))
     np.save("large.npy", np.arange(260, 400))
     np.save("rows.npy", np.arange(240).reshape(8, 30))

@@ -40,7 +40,7 @@ def attention(session: Session) -> Variables:
     attention_*_by_position has some of them apart for the octaves of query positions: query_position is the first of
     0, 1, 2-3, 4-7, ... Layer 0 is NaN.
     Exact to the rounding of logits and softmax in float32, or float64 for a model in it. Memory: as `replay.limits`
-    say, whatever T, in every family whose own passes hold no T x T numbers. Raises `ArgumentError` for layers without
+    say, whatever T, in every family whose own passes hold no T x T numbers. Raises `UnsuitedError` for layers without
     softmax attention, and where it is neither sdpa nor eager.
     Source: effective keys arXiv 2603.15389; sinks arXiv 2309.17453. Checked by: tests/diagnose/test_attention.py,
     against the probabilities that eager implementations give.

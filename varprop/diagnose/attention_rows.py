@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from varprop.diagnose.replay import Captured, Replay
-from varprop.errors import ArgumentError, require
+from varprop.errors import ArgumentError, UnsuitedError, require
 from varprop.nn.attention import allowed_keys, sequence_probabilities
 from varprop.nn.block import KEY_MASK_STREAM, Block
 from varprop.nn.init import make_generator
@@ -48,7 +48,8 @@ def attention_rows(replay: Replay, index: int, captured: Captured) -> Iterator[R
     """The attention of layer `index` (0..L-1) in the sequences that were captured, in their order.
 
     Memory: queries and keys, until the next ones are asked for; families that make their own softmax hold its T x T
-    logits, as they do in every pass. Raises `ArgumentError` where no attention is found, where a mask has another form
+    logits, as they do in every pass. Raises `UnsuitedError` where no attention is found or another
+    implementation than sdpa and eager, `ArgumentError` where a mask has another form
     than those of sdpa and eager.
     """
     layer, stream = replay.layers[index], captured.streams[index]
@@ -59,7 +60,7 @@ def attention_rows(replay: Replay, index: int, captured: Captured) -> Iterator[R
     configs = {id(part.config): part.config for part in layer.modules() if hasattr(part, "config")}
     names = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
     for name in names.values():
-        require(name in ("sdpa", "eager", None), ArgumentError, "attn_implementation", name, "unknown", "sdpa or eager")
+        require(name in ("sdpa", "eager", None), UnsuitedError, "attn_implementation", name, "unknown", "sdpa or eager")
     eager = [configs[key] for key, name in names.items() if name == "eager"]
     for watching in (_as_implementation(eager, found), _Watch(found)):
         with watching, contextlib.suppress(_Seen):
@@ -68,14 +69,14 @@ def attention_rows(replay: Replay, index: int, captured: Captured) -> Iterator[R
             yield found[0]
             return
     wrong, expected = f"without softmax attention in layer {index + 1}", "attention in each, or other scores"
-    raise ArgumentError(f"architecture={replay.architecture!r} is {wrong}; expected {expected}")
+    raise UnsuitedError(f"architecture={replay.architecture!r} is {wrong}; expected {expected}")
 
 
 def _of_block(block: Block, stream: Tensor) -> Iterator[Rows]:
     """Sequence by sequence of a layer of ours. A key that only its random mask hides counts as one that may be seen."""
     spec, weights, n_tokens = block.spec, block.weights(), stream.shape[1]
     if spec.attention is None:
-        raise ArgumentError("attention=None is missing in this model; expected attention, or other scores")
+        raise UnsuitedError("attention=None is missing in this model; expected attention, or other scores")
     y = branch_input(stream, weights, spec, block.layer, "attention")
     allowed = allowed_keys(spec, block.layer, n_tokens, stream.device)
     visible = torch.full((n_tokens,), n_tokens, device=stream.device) if allowed is None else allowed.sum(dim=-1)

@@ -16,6 +16,7 @@ from varprop.diagnose.layers import PAIRS, from_1
 from varprop.diagnose.replay import Captured
 from varprop.diagnose.session import Session, Variables
 from varprop.diagnose.wavefront import Program, Run, Skip, walk
+from varprop.errors import ArgumentError
 
 
 def causal(session: Session) -> Variables:
@@ -92,6 +93,10 @@ def _of_batch(session: Session, captured: Captured) -> dict[str, Tensor]:
 
     skips: list[Program] = [{layer: Skip()} for layer in range(n_layers)]
     walk(replay, captured, [*skips, {0: Run(0)}], observe=observe, losses=False)
+    if not bool(torch.isfinite(size).all() & torch.isfinite(change).all()):
+        _ = captured.streams  # raises where the model itself is not finite
+        kind, expected = str(replay.dtype).removeprefix("torch."), "smaller ones, or float64"
+        raise ArgumentError(f"activations={kind!r} are too large: norms of changes overflow; expected {expected}")
     return {"change": change, "size": size, "largest": largest, "null": null}
 
 

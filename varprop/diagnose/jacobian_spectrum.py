@@ -5,6 +5,7 @@ Shape suffixes: `B` sequences, `T` tokens, `D` d_model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,13 +14,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varprop.diagnose.layers import from_1
+from varprop.diagnose.limits import GIBIBYTE
 from varprop.diagnose.replay import Captured, Replay
 from varprop.diagnose.session import Session, Variables
+from varprop.errors import LeftOutWarning
 from varprop.measure import random_signs
+from varprop.nn import Transformer
 
 Product = Callable[[Tensor], Tensor]
 SPECTRAL_TOKENS = 1024
 """Tokens whose graph is held at a time."""
+MAPS = 5
+"""T x T maps of every head that the graph of attention's plain formula holds."""
 ROUNDING = 1e-10
 
 
@@ -85,14 +91,14 @@ def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> V
     matrices: J - I of every layer where they are known exactly, on all sequences; the residual is 0 then. None: after
     `jacobian_spectral_steps` steps of `largest_singular_value`, from a random start, on the first sequences of
     about 1,024 tokens: at most the largest, and some singular value is within jacobian_spectral_norm_residual of it.
-    No variables for 0 steps.
+    No variables for 0 steps, and, with a warning, where attention of T x T numbers needs more memory than is stated.
     """
     device, steps = session.replay.device, session.option("jacobian_spectral_steps")
     if matrices is not None:
         eye = torch.eye(session.replay.d_model, dtype=torch.float64, device=device)
         norms = [torch.linalg.matrix_norm(torch.as_tensor(m).to(eye) + eye, 2) for m in matrices]
         found = {"value": torch.stack(norms).cpu().numpy(), "residual": np.zeros(len(matrices))}
-    elif steps:
+    elif steps and _fits(session):
         estimate = lambda: session.replay.limits.retried(lambda: _estimated(session, steps))  # noqa: E731
         found = session.once("jacobian-spectrum", estimate)
     else:
@@ -103,9 +109,34 @@ def spectral_norms(session: Session, matrices: Sequence[np.ndarray] | None) -> V
     }
 
 
+def _sequences(session: Session) -> slice:
+    return session.first_sequences(min(SPECTRAL_TOKENS, session.option("jacobian_tokens")), fewest=1)
+
+
+def _fits(session: Session) -> bool:
+    """Whether the plain formula's T x T numbers of every head fit in the memory; a warning where they do not."""
+    replay, sequences = session.replay, _sequences(session)
+    of_number = max(4, torch.finfo(replay.dtype).bits // 8)
+    n_rows = _n_heads(replay) * (sequences.stop - sequences.start) * session.n_tokens
+    needed = MAPS * of_number * n_rows * session.n_tokens
+    if needed <= replay.limits.memory:
+        return True
+    gib, given = needed / GIBIBYTE, replay.limits.memory / GIBIBYTE
+    message = f"jacobian_spectral_norm is left out: it needs about {gib:.3g} GiB, more than memory={given:.3g} GiB"
+    warnings.warn(f"{message}; shorter sequences need less", LeftOutWarning, stacklevel=2)
+    return False
+
+
+def _n_heads(replay: Replay) -> int:
+    """Of a layer's attention; 0 without it."""
+    if isinstance(replay.model, Transformer):
+        return 0 if replay.model.spec.attention is None else replay.model.spec.n_heads
+    found = getattr(getattr(replay.model, "config", None), "num_attention_heads", None)
+    return found if isinstance(found, int) else max(1, replay.d_model // 64)
+
+
 def _estimated(session: Session, n_steps: int) -> dict[str, Tensor]:
-    n_tokens = min(SPECTRAL_TOKENS, session.option("jacobian_tokens"))
-    captured = session.capture(session.first_sequences(n_tokens, fewest=1))
+    captured = session.capture(_sequences(session))
     start = random_signs((session.replay.d_model,), session.rng("jacobian spectrum")).double().to(session.replay.device)
     values, residuals = [], []
     for layer in range(session.replay.n_layers):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import xarray as xr
 from torch import nn
 
 from varprop import hf, results
+from varprop._version import __version__
 from varprop.diagnose import released
 from varprop.diagnose.ablation import ablation
 from varprop.diagnose.attention import attention
@@ -29,6 +31,7 @@ from varprop.diagnose.initialisation import initialisation
 from varprop.diagnose.jacobian import jacobian
 from varprop.diagnose.limits import GIBIBYTE, Limits
 from varprop.diagnose.moments import moments
+from varprop.diagnose.open import require_length
 from varprop.diagnose.options import require_options, with_defaults
 from varprop.diagnose.permutation import permutation
 from varprop.diagnose.replay import IGNORED, Batch, Replay
@@ -105,7 +108,7 @@ def measure(
     Attributes hold the options as JSON, defaults too, and the memory; parts of scores of your own are not told apart by
     their code.
     Raises `ArgumentError` for unknown names, variables that two scores give, models that cannot be replayed,
-    activations that are not finite.
+    activations that are not finite, and input that the model has no place for (`require_input`).
     """
     batch = as_batch(sequences, model)
     wanted = chosen(scores, definition)
@@ -113,10 +116,8 @@ def measure(
     require_options(options or {})
     replay = Replay(model, None)
     replay.limits = Limits.of(replay.device, memory_gib)
+    require_input(replay, batch, seed, memory_gib)
     settings = {"options": json.dumps(with_defaults(options or {})), "memory_gib": replay.limits.memory / GIBIBYTE}
-    highest = int(batch.tokens.max())
-    size = replay.vocab_size or highest + 1
-    require(highest < size, ArgumentError, "token id", highest, "beyond the vocabulary", f"ids below {size}")
     if "pruning" in names:
         most = with_defaults(options or {})["most_removed"]
         domain = f"0 to {replay.n_layers}, the model's layers"
@@ -128,12 +129,10 @@ def measure(
         folder = prepare_parts(Path(parts), identity | {"options": dict(options or {}), "dtype": str(replay.dtype)})
     spec = spec_of(model)
     session = Session(replay, batch, seed, folder, progress, options or {}, spec)
-    if replay.has_loss:
-        with_targets = (batch.targets != IGNORED).any(dim=1).nonzero()[:2, 0]
-        expected = "a target in one of the sequences"
-        require(len(with_targets) > 0, ArgumentError, "targets", 0, "too few for a loss", expected)
-        first = Batch(batch.tokens[with_targets].to(replay.device), batch.targets[with_targets].to(replay.device))
-        attributes["replay_error"] = replay.check(first)
+    with_targets = (batch.targets != IGNORED).any(dim=1).nonzero()[:2, 0]
+    few = with_targets if len(with_targets) > 0 else slice(0, 2)
+    first = Batch(batch.tokens[few].to(replay.device), batch.targets[few].to(replay.device))
+    attributes["replay_error"] = replay.check(first)
     variables = session.found
     with_errors: list[str] = []
     for name, score in wanted.items():
@@ -197,8 +196,7 @@ def chosen(scores: Sequence[str | Score] | Score | str, definition: str) -> dict
         "all": list(table),
         "standard": [name for name in STANDARD if name in table],
     }
-    single = isinstance(scores, str) or callable(scores)
-    given = groups.get(str(scores), [scores]) if single else list(scores)
+    given = groups.get(scores, [scores]) if isinstance(scores, str) else [scores] if callable(scores) else list(scores)
     own: dict[str, Score] = {}
     for score in given:
         if callable(score):
@@ -245,6 +243,49 @@ def digest(batch: Batch) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter's name, shape and sum, so that parts of other weights are not taken for these."""
-    sums = [f"{name} {tuple(p.shape)} {float(p.detach().double().sum()):.17g}" for name, p in model.named_parameters()]
-    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
+    """A hash of what the numbers depend on, so that parts of another model are not taken for this one's.
+
+    Name, shape and sum of every parameter and buffer; the config without what only says where it comes from, or the
+    spec; the version of this package.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    sums = [f"{name} {tuple(x.shape)} {float(x.detach().sum(dtype=torch.float64)):.17g}" for name, x in tensors]
+    description: Any = getattr(model, "config", None)
+    if isinstance(model, Transformer):
+        config = model.spec.to_json()
+    else:
+        config = (
+            "" if description is None else json.dumps(_settings(description.to_dict()), sort_keys=True, default=str)
+        )
+    return hashlib.sha256("\n".join([__version__, config, *sums]).encode()).hexdigest()[:16]
+
+
+def _settings(config: Any) -> Any:
+    """A config, and those inside it, without where it comes from and without the cache, which no measurement has."""
+    if not isinstance(config, dict):
+        return config
+    left_out = ("use_cache", "_name_or_path", "transformers_version")
+    return {str(name): _settings(value) for name, value in config.items() if name not in left_out}
+
+
+def require_input(replay: Replay, batch: Batch, seed: int, memory_gib: float | None) -> None:
+    """`ArgumentError` for a seed, a memory, ids, targets or a length that the model cannot be measured with."""
+    require(seed >= 0, ArgumentError, "seed", seed, "negative", "an integer >= 0")
+    good = memory_gib is None or 0 < memory_gib < math.inf
+    require(good, ArgumentError, "memory_gib", memory_gib, "outside the domain", "a number of GiB > 0")
+    require_length(replay.model, batch.tokens.shape[1])
+    same = batch.targets.shape == batch.tokens.shape
+    require(same, ArgumentError, "targets", tuple(batch.targets.shape), "not those of the tokens", "their shape")
+    for name, ids in (("token id", batch.tokens), ("target", batch.targets[batch.targets != IGNORED])):
+        if ids.numel() == 0:
+            continue
+        lowest, highest = int(ids.min()), int(ids.max())
+        require(lowest >= 0, ArgumentError, name, lowest, "negative", "ids >= 0")
+        size = replay.vocab_size or _n_embeddings(replay.model) or highest + 1
+        require(highest < size, ArgumentError, name, highest, "beyond the vocabulary", f"ids below {size}")
+
+
+def _n_embeddings(model: nn.Module) -> int:
+    """Rows of the embedding of a transformers model; 0 for others."""
+    own: Any = getattr(model, "get_input_embeddings", None)
+    return 0 if own is None else int(getattr(own(), "num_embeddings", 0))

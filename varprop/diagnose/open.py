@@ -79,8 +79,14 @@ def vocab_size_of(model: nn.Module) -> int:
 
 
 def require_length(model: nn.Module, length: int) -> None:
-    """`ArgumentError` where sequences of `length` tokens are longer than the positions that config.json states."""
+    """`ArgumentError` where sequences of `length` tokens are longer than the positions that config.json states.
+
+    RoBERTa's count from behind the padding id, so that it has fewer than are stated.
+    """
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            most = module.num_embeddings - module.padding_idx - 1
     good = not isinstance(most, int) or length <= most
     require(good, ArgumentError, "length", length, "beyond the model's positions", f"at most {most}")
 

@@ -117,6 +117,7 @@ def usefulness(session: Session, defects: Collection[str] | None = None) -> Vari
     is fitted to the stream after the final norm and its output is normed again. defects: see `causal`.
     Checked by: tests/diagnose/test_released.py, lstsq and the model with that layer replaced; a layer that is affine.
     """
+    session.replay.require_loss("usefulness")
     given = defects_of(session) if defects is None else defects
     everything = slice(0, session.n_sequences)
     first, rest = (everything, everything) if "in_sample" in given else split(session)
@@ -295,6 +296,7 @@ def defects(session: Session) -> Variables:
     causal_score_by_defect, usefulness_by_defect, usefulness_mean_loss_ratio_by_defect (defect),
     jacobian_norm_by_defect (defect, layer), with standard errors. A defect that is not in a score leaves it as it is.
     """
+    session.replay.require_loss("defects")
     labels = ("none", *DEFECTS, "all")
     chosen: Mapping[str, tuple[str, ...]] = {"none": (), "all": defects_of(session)} | {
         name: (name,) for name in DEFECTS

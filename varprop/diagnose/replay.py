@@ -1,9 +1,8 @@
 """A model taken apart: what comes before its layers, the layers, and what comes after them.
 
-The layers are found by what they do, not by name: they are the modules of one list of which each is called once in a
-pass and takes as its stream what the one before it gave. Every pass through a model is then three steps that can be
-run alone: `capture` keeps the streams and the other arguments of every layer, `layer` runs one of them on many streams
-at a time, `losses` runs what follows the last one. No family has code of its own.
+Every pass through a model is three steps that can be run alone: `capture` keeps the streams and the other arguments of
+every layer (`varprop.diagnose.calls` finds them), `layer` runs one of them on many streams at a time, `losses` runs
+what follows the last one. No family has code of its own.
 
 Shape suffixes: `V` variants, `B` sequences, `T` tokens, `D` d_model.
 """
@@ -11,9 +10,9 @@ Shape suffixes: `V` variants, `B` sequences, `T` tokens, `D` d_model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from varprop.diagnose.branches import Branches, Edit, require_two
+from varprop.diagnose.calls import Call, find_layers, first_line, places_of_each, repeated, shared, split, stream_of
 from varprop.diagnose.limits import Limits
 from varprop.errors import ArgumentError, UnsuitedError, require
 from varprop.nn import Transformer
@@ -33,6 +32,9 @@ IGNORED = -100
 """A target that no loss is taken of."""
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 """How far the loss of a replay may be from the model's own, relatively, by type."""
+HIDDEN_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""The same of last hidden states, which no mean over tokens evens out: one rounding in each of 30 layers is 2 % in
+bfloat16. Models in float64 have norms in float32."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,6 @@ class Batch:
         tensor([[   6,    7, -100]])
         """
         return cls(tokens, functional.pad(tokens[:, 1:], (0, 1), value=IGNORED))
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a layer was called: its arguments but for the stream."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    name: str | None
-    """Of the stream's argument; None = the first one without a name."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +115,10 @@ class Replay:
                 config.use_cache = False
         embedding = next(iter(model.parameters()))
         self.device = embedding.device
-        self.layers: Sequence[nn.Module] = _find_layers(model, self._forward, self.device)
+        self.layers: Sequence[nn.Module] = find_layers(model, self._forward, self.device)
         self._n_outputs = self._count_outputs()
+        self._of_each: dict[int, list[frozenset[int]]] = {}
+        """By tokens of a sequence, of every layer: `Call.of_each`."""
         probe = self.capture(Batch.causal(torch.arange(8, device=self.device).reshape(2, 4) % 7))
         self.d_model, self.dtype = probe.start.shape[-1], probe.start.dtype
         with torch.inference_mode():
@@ -160,18 +154,29 @@ class Replay:
     @torch.no_grad()
     def capture(self, batch: Batch) -> Captured:
         """The stream before the first layer and the calls of all, from a pass in which the layers do nothing."""
+        seen, n_tokens = self._calls(batch.tokens), batch.tokens.shape[1]
+        if n_tokens not in self._of_each:
+            two, three = (self._calls(batch.tokens[:1].repeat(n, 1)) for n in (2, 3))
+            self._of_each[n_tokens] = [places_of_each(a[1], b[1]) for a, b in zip(two, three, strict=True)]
+        calls = [
+            shared(dataclasses.replace(call, of_each=places))
+            for (_, call), places in zip(seen, self._of_each[n_tokens], strict=True)
+        ]
+        return Captured(self, batch, seen[0][0], calls)
+
+    def _calls(self, tokens: Tensor) -> list[tuple[Tensor, Call]]:
+        """The stream and the call of every layer in a pass in which the layers do nothing."""
         seen: list[tuple[Tensor, Call]] = []
 
         def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            stream, call = _split(args, kwargs)
-            seen.append((stream, _shared(call, len(batch.tokens))))
+            seen.append(split(args, kwargs))
             if len(seen) == self.n_layers:
                 raise _Done
-            return stream
+            return seen[-1][0]
 
         with self._bypassed(note), contextlib.suppress(_Done):
-            self._forward(batch.tokens)
-        return Captured(self, batch, seen[0][0], [call for _, call in seen])
+            self._forward(tokens)
+        return seen
 
     def layer(self, index: int, streams: Tensor, captured: Captured, edit: Edit | None = None) -> Tensor:
         """The streams (V, B, T, D) after layer `index` (0..L-1), each variant by itself.
@@ -196,13 +201,13 @@ class Replay:
     def _prepared(self, index: int, streams: Tensor, captured: Captured) -> tuple[Tensor, Call]:
         """The streams (V B, T, D) and the layer's other arguments for them."""
         n_variants, *shape = streams.shape
-        call = _repeated(captured.calls[index], shape[0], n_variants)
+        call = repeated(captured.calls[index], n_variants)
         return streams.reshape(n_variants * shape[0], *shape[1:]), call
 
     def _called(self, index: int, stream: Tensor, call: Call) -> Tensor:
         named = {} if call.name is None else {call.name: stream}
         given = (stream, *call.args) if call.name is None else call.args
-        return _stream_of(self.layers[index](*given, **named, **call.kwargs))
+        return stream_of(self.layers[index](*given, **named, **call.kwargs))
 
     @torch.no_grad()
     def sites(self, index: int, stream: Tensor, captured: Captured) -> dict[str, Tensor]:
@@ -258,7 +263,7 @@ class Replay:
     def _inject(self, streams: Tensor) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
         """For `_bypassed`: `streams` after the last layer."""
         left = iter(range(self.n_layers))
-        return lambda args, kwargs: streams if next(left) == self.n_layers - 1 else _split(args, kwargs)[0]
+        return lambda args, kwargs: streams if next(left) == self.n_layers - 1 else split(args, kwargs)[0]
 
     @contextlib.contextmanager
     def _bypassed(self, instead: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
@@ -268,13 +273,16 @@ class Replay:
             stream = instead(args, kwargs)
             return (stream, *[None] * (n_outputs - 1)) if n_outputs else stream
 
+        own = [vars(layer).get("forward") for layer in self.layers]  # a forward that someone gave this one layer
         for layer, n_outputs in zip(self.layers, self._n_outputs, strict=True):
             layer.forward = functools.partial(stub, n_outputs)
         try:
             yield
         finally:
-            for layer in self.layers:
+            for layer, forward in zip(self.layers, own, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def _count_outputs(self) -> list[int]:
         """Of each layer, the length of the tuple whose first entry is the stream; 0 = it gives the stream alone."""
@@ -297,36 +305,62 @@ class Replay:
     def check(self, batch: Batch) -> float:
         """How far the loss by `capture`, `layer` and `losses` is from that of the model's own pass, relatively.
 
-        Two variants of the first sequences go through together, as they do in every score. Raises `ArgumentError` where
-        it is more than rounding (`ROUNDING`), or where the loss that the model itself states for its labels differs.
+        Without a head: how far the last hidden states are, |replayed - own| / |own| over all tokens and neurons. Two
+        variants of the first sequences go through together, as they do in every score. Raises `ArgumentError` where it
+        is more than rounding (`ROUNDING`, `HIDDEN_ROUNDING`), where no sequence has a target, the head is not
+        finite, or attention has random masks.
         """
-        self.require_loss("replay")
         batch = batch.rows(slice(0, 2))
+        density = self._key_mask_density
+        wrong = "a random mask, drawn anew in every pass: no two passes are of one model"
+        require(density == 1, ArgumentError, "attention.key_mask_density", density, wrong, "1")
+        if self.has_loss:
+            n_targets = int(self.count(batch).sum())
+            require(n_targets > 0, ArgumentError, "targets", n_targets, "too few for a loss", "one or more")
         captured = self.capture(batch)
         x = captured.start.expand(2, *captured.start.shape)
         try:
             for index in range(self.n_layers):
                 x = self.layer(index, x, captured)
-            found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+            if not bool(torch.isfinite(x).all()):
+                _ = captured.streams  # raises, and names the first such layer
+            gap, wrong = self._loss_gap(x, batch) if self.has_loss else self._hidden_gap(x, batch)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            wrong = f"without layers that take more sequences than the pass they are of ({_first_line(error)})"
+            if isinstance(error, ArgumentError):
+                raise
+            wrong = f"without layers that take more sequences than the pass they are of ({first_line(error)})"
             expected = "layers whose other arguments are the same for all sequences, or have one entry for each"
             raise ArgumentError(f"architecture={self.architecture!r} is {wrong}; expected {expected}") from error
-        if not bool(torch.isfinite(x).all()):
-            _ = captured.streams  # raises, and names the first such layer
-        own = self._own_loss(batch)
-        gap = float((found / own - 1).abs().max())
-        wrong = f"replayed with a loss of {found[-1].item():.6g} instead of {own.item():.6g}"
         expected = "layers that depend on nothing but their arguments, and a head that reads each token alone"
-        good = gap <= ROUNDING.get(self.dtype, 1e-4)
-        require(good, ArgumentError, "architecture", self.architecture, wrong, expected)
+        good = gap <= (ROUNDING if self.has_loss else HIDDEN_ROUNDING).get(self.dtype, 1e-4)
+        require(good, ArgumentError, "architecture", self.architecture, f"replayed with {wrong}", expected)
         return gap
 
-    def _own_loss(self, batch: Batch) -> Tensor:
-        """Mean over the targets, from the model's own pass."""
+    @property
+    def _key_mask_density(self) -> float:
+        attention = self.model.spec.attention if isinstance(self.model, Transformer) else None
+        return 1.0 if attention is None else attention.key_mask_density
+
+    def _loss_gap(self, x: Tensor, batch: Batch) -> tuple[float, str]:
+        """Of streams (V, B, T, D) after the last layer, and the two losses in words."""
+        found = self.losses(x, batch).sum(dim=1) / self.count(batch).sum()
+        logits = _at_least_float32(self._own_output(batch)).double()
+        own = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+        wrong, expected = "what the head gives of finite streams", "finite weights of the final norm and the head"
+        require(bool(own.isfinite()), ArgumentError, "loss", own.item(), wrong, expected)
+        return float((found / own - 1).abs().max()), f"a loss of {found[-1].item():.6g} instead of {own.item():.6g}"
+
+    def _hidden_gap(self, x: Tensor, batch: Batch) -> tuple[float, str]:
+        """Of streams (V, B, T, D) after the last layer, and in words."""
+        own = self._own_output(batch).double()
+        found = torch.stack([self.normed(variant) for variant in x]).double()
+        gap = float(((found - own).flatten(1).norm(dim=1) / own.norm()).max())
+        return gap, f"last hidden states that are {gap:.2g} of their size from its own"
+
+    def _own_output(self, batch: Batch) -> Tensor:
+        """Logits of the model's own pass, without a head its last hidden states."""
         out = self._forward(batch.tokens)
-        logits = _at_least_float32(getattr(out, "logits", out)).double()
-        return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+        return getattr(out, "logits", out) if self.has_loss else out[0]
 
 
 def head_pieces(n: int, n_tokens: int, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
@@ -343,96 +377,5 @@ def head_pieces(n: int, n_tokens: int, most: int) -> Iterator[tuple[slice, tuple
         start += n_rows * length
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _find_layers(model: nn.Module, forward: Callable[[Tensor], Any], device: torch.device) -> Sequence[nn.Module]:
-    """The longest list of modules that are called once each, each with what the one before it gave."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    order: list[int] = []
-
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with contextlib.suppress(ArgumentError):
-            seen.setdefault(id(module), []).append((_split(args, kwargs)[0], _stream_of(output)))
-            order.append(id(module))
-
-    members = {id(member): member for members in lists for member in members}
-    hooks = [member.register_forward_hook(watch, with_kwargs=True) for member in members.values()]
-    name = type(model).__name__
-    try:
-        with torch.no_grad():
-            forward(torch.arange(6, device=device).reshape(2, 3) % 5)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        wrong = f"without a pass on token ids alone ({_first_line(error)})"
-        raise ArgumentError(f"architecture={name!r} is {wrong}; expected a decoder or an encoder") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def is_chain(layers: Sequence[nn.Module]) -> bool:
-        calls = [seen.get(id(layer), []) for layer in layers]
-        if any(len(call) != 1 for call in calls):
-            return False
-        streams = [call[0] for call in calls]
-        if any(x.ndim != 3 or x.shape != y.shape or x.shape[:2] != (2, 3) for x, y in streams):
-            return False
-        return all(_same(a[1], b[0]) for a, b in itertools.pairwise(streams))
-
-    chains = [list(layers) for layers in lists if is_chain(list(layers))]
-    missing = "without a list of layers, each taking as its stream (B, T, D) what the one before it gave"
-    require(bool(chains), ArgumentError, "architecture", name, missing, "a decoder or an encoder whose layers chain")
-    return max(chains, key=len)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two streams are equal, NaN too: broken weights are found later, by layer."""
-    return torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The stream of a layer's arguments, and the others."""
-    if args and torch.is_tensor(args[0]):
-        return args[0], Call(args[1:], kwargs, None)
-    if torch.is_tensor(kwargs.get("hidden_states")):
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        return kwargs["hidden_states"], Call(args, others, "hidden_states")
-    given = ", ".join(kwargs) or "nothing"
-    raise ArgumentError(f"layer arguments={given!r} hold no stream; expected it first, or as hidden_states")
-
-
-def _stream_of(output: Any) -> Tensor:
-    """The stream that a layer gives: its output or the first entry of it."""
-    stream = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not torch.is_tensor(stream):
-        raise ArgumentError(f"layer output={type(output).__name__} is no stream; expected a tensor, or a tuple of it")
-    return stream
-
-
-def _shared(call: Call, n_sequences: int) -> Call:
-    """The call with what is the same for all sequences kept once, so that it serves any number of them."""
-
-    def once(value: Any) -> Any:
-        if not torch.is_tensor(value) or value.ndim < 2 or value.shape[0] != n_sequences or n_sequences == 1:
-            return value
-        return value[:1] if torch.equal(value, value[:1].expand_as(value)) else value
-
-    return Call(pytree.tree_map(once, call.args), pytree.tree_map(once, call.kwargs), call.name)
-
-
-def _repeated(call: Call, n_sequences: int, n_variants: int) -> Call:
-    """The call for `n_variants` streams of each sequence."""
-
-    def again(value: Any) -> Any:
-        if not torch.is_tensor(value) or value.ndim < 2 or value.shape[0] != n_sequences or n_sequences == 1:
-            return value
-        return value.repeat(n_variants, *[1] * (value.ndim - 1))
-
-    if n_variants == 1:
-        return call
-    return Call(pytree.tree_map(again, call.args), pytree.tree_map(again, call.kwargs), call.name)

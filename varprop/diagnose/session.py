@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from varprop.diagnose.options import OPTIONS
@@ -141,14 +141,36 @@ class Session:
         path = None if self.parts is None else self.parts / f"{key.replace('/', '-')}.safetensors"
         if path is not None and path.is_file():
             try:
-                return load_file(path)
+                return _load(path)
             except (OSError, SafetensorError):
                 path.unlink()
         arrays = {name: _array(values) for name, values in compute().items()}
         if path is not None:
             with replacing(path) as temporary:
-                save_file(arrays, temporary)
+                _save(arrays, temporary)
         return arrays
+
+
+def _shapes(arrays: Arrays) -> str:
+    return json.dumps({name: list(array.shape) for name, array in sorted(arrays.items())})
+
+
+def _save(arrays: Arrays, path: Path) -> None:
+    """With the names and shapes beside the arrays; `OSError` where there is no place for them."""
+    try:
+        save_file(arrays, path, metadata={"shapes": _shapes(arrays)})
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from None
+
+
+def _load(path: Path) -> Arrays:
+    """What `_save` wrote; `SafetensorError` where it is not whole."""
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = file.metadata() or {}
+    if about.get("shapes") != _shapes(arrays):
+        raise SafetensorError("arrays are missing")
+    return arrays
 
 
 def _array(values: Tensor | np.ndarray) -> np.ndarray:
@@ -161,11 +183,11 @@ def prepare_parts(folder: Path, identity: Mapping[str, Any]) -> Path:
     about = json.dumps(identity, sort_keys=True, indent=1)
     file = folder / "measurement.json"
     if file.is_file():
-        same = file.read_text(encoding="utf-8") == about
+        same = file.read_bytes() == about.encode()
         expected = "those of this one: delete the folder, or choose another (--out)"
         require(same, ArgumentError, "parts", str(folder), "of another measurement (model, text or options)", expected)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
-        temporary.write_text(about, encoding="utf-8")
+        temporary.write_bytes(about.encode())
     return folder

@@ -127,8 +127,10 @@ def _of_array(path: Path) -> np.ndarray:
     good = isinstance(array, np.ndarray) and array.ndim in (1, 2) and array.dtype.kind in "iu" and array.size > 0
     shape = "" if not isinstance(array, np.ndarray) else f"{array.shape} {array.dtype}"
     require(good, ArgumentError, "data", str(path), f"no token ids ({shape})", "integers (n,) or (S, T)")
-    require(int(array.min()) >= 0, ArgumentError, "token id", int(array.min()), "negative", "ids >= 0")
-    return array
+    lowest, highest = int(array.min()), int(array.max())
+    require(lowest >= 0, ArgumentError, "token id", lowest, "negative", "ids >= 0")
+    require(highest < 2**31, ArgumentError, "token id", highest, "beyond any vocabulary", "ids below 2^31")
+    return array.astype(np.int64)
 
 
 def _rows(ids: np.ndarray, n_sequences: int, length: int, seed: int) -> np.ndarray:
