@@ -63,7 +63,7 @@ def _deviations(rows: Array, exact: bool, tokens: dict[str, Array], seed: int) -
             of_probes = scale * np.square(rows.mean(axis=0)).sum(axis=-1)  # (P, k)
             gram = scale * np.einsum("apkd,bpkd->pab", rows, rows, optimize=True) / rows.shape[2]
             linearised = _stderr_of_mean(2 * gram.mean(axis=2))  # of psi_b, but for a constant
-            over_sequences[:, place] = linearised if n_sequences > 1 else np.nan
+            over_sequences[:, place] = linearised if len(rows) > 1 else np.nan
             over_probes[:, place] = 0.0 if exact else _stderr_of_mean(of_probes)
         else:
             of_probes = tokens[name].mean(axis=0)
