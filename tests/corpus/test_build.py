@@ -87,7 +87,7 @@ def test_every_kind_of_file_gives_the_same_tokens(folder: Path) -> None:
 
 def test_parquet(folder: Path) -> None:
     arrow = pytest.importorskip("pyarrow", reason="needs pyarrow (the extra parquet)")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow (the extra parquet)")
     parquet.write_table(arrow.table({"n": range(40), "body": TEXTS}), "a.parquet", row_group_size=7)
     tokenize(["a.parquet"], "tokenizer.json", "out", validation_fraction=0.2, field="body")
     assert load_corpus("out").train.tolist() == encoded(sides(TEXTS, 0.2)[0], Path("tokenizer.json"))

@@ -184,7 +184,10 @@ def test_batches_and_chunks_do_not_change_the_numbers() -> None:
 
 
 def test_outliers_have_errors_over_sequences() -> None:
-    """Those of a mean: the standard deviation over sequences over sqrt(S), to the noise of 400 resamples."""
+    """Those of a mean: the standard deviation over sequences over sqrt(S).
+
+    25 %: seven times the noise of 400 resamples, 1 / sqrt(800).
+    """
     model, tokens = zoo.make("llama", torch.float64), zoo.tokens(12, 12)
     found = values(moments(session_of(model, tokens)))
     alone = [values(moments(session_of(model, row[None]))) for row in tokens]
